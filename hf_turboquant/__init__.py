@@ -1,0 +1,10 @@
+"""TurboQuantCache: a KV cache for Hugging Face models in 2-4 bits."""
+
+from .cache import TurboQuantCache
+from .config import TurboQuantConfig
+from .memory import MemoryReport
+from .states import QuantizedStates
+
+__version__ = "0.1.0"
+
+__all__ = ["MemoryReport", "QuantizedStates", "TurboQuantCache", "TurboQuantConfig"]

@@ -1,0 +1,128 @@
+"""TurboQuantCache: a drop-in for `DynamicCache` that holds keys and values in 2-4 bits."""
+
+import inspect
+from collections import Counter
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from .config import TurboQuantConfig
+from .layer import TurboQuantLayer
+from .memory import MemoryReport
+
+
+class TurboQuantCache(DynamicCache):
+    """
+    `model.generate(**inputs, past_key_values=TurboQuantCache(model.config))`.
+
+    Full-attention layers are compressed; linear-attention, sliding-window, shared and other layers keep the layer that
+    transformers gives them. `print(cache)` tells which are which, `cache.memory()` what they hold.
+
+    Args:
+        config (`PreTrainedConfig`, *optional*):
+            The model's config; multimodal configs are fine. Without one, every layer the model updates is compressed.
+        **options: see [`TurboQuantConfig`].
+
+    Raises:
+        `ValueError`: an option is out of range, or `skip_layers` names a layer that does not exist.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None = None, **options):
+        self.options = TurboQuantConfig(**options)
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"`config` must be the model's config, got {type(config).__name__}. Use `model.config`.")
+        super().__init__(config=config)
+        self.skipped = self._resolve_skip_layers()
+        if config is None:
+            self.layer_class_to_replicate = self._next_layer
+        for index, layer in enumerate(self.layers):
+            # subclasses of DynamicLayer bring windows or states of their own
+            if type(layer) is DynamicLayer:
+                self.layers[index] = self._layer(index)
+
+    def _resolve_skip_layers(self) -> frozenset[int]:
+        count, skipped = len(self.layers), self.options.skip_layers
+        if not count and any(index < 0 for index in skipped):
+            raise ValueError(f"Negative `skip_layers` need the model's `config` to count from its end, got {skipped}.")
+        if count and any(not -count <= index < count for index in skipped):
+            raise ValueError(f"`skip_layers` must be from {-count} to {count - 1} for this model, got {skipped}.")
+        return frozenset(index % count if count else index for index in skipped)
+
+    def _layer(self, index: int) -> DynamicLayer:
+        return DynamicLayer() if index in self.skipped else TurboQuantLayer(self.options, index)
+
+    def _next_layer(self) -> DynamicLayer:
+        return self._layer(len(self.layers))
+
+    def memory(self) -> MemoryReport:
+        """Bytes held, counted from the stored tensors, against those of a `DynamicCache`."""
+        return sum((_layer_memory(layer) for layer in self.layers), MemoryReport())
+
+    def __repr__(self) -> str:
+        kinds = Counter(repr(layer) for layer in self.layers)
+        compressed = [i for i, layer in enumerate(self.layers) if isinstance(layer, TurboQuantLayer)]
+        lines = [f"  {count} × {kind}" for kind, count in kinds.items()]
+        where = f": {_ranges(compressed)}" if compressed else ""
+        head = f"{len(compressed)} of {len(self.layers)} layers compressed{where}" if self.layers else "no layer yet"
+        return "\n".join([f"TurboQuantCache({head}", *lines]) + ")"
+
+
+# the signature that help() and notebooks show, with the defaults where they stand
+TurboQuantCache.__signature__ = inspect.Signature(
+    [
+        inspect.Parameter(
+            "config", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=PreTrainedConfig | None
+        ),
+        *(
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(TurboQuantConfig).parameters.values()
+        ),
+    ]
+)
+
+
+def _layer_memory(layer) -> MemoryReport:
+    if not isinstance(layer, TurboQuantLayer):
+        held = _tensor_bytes(vars(layer))
+        return MemoryReport(other_bytes=held, full_bytes=held)
+    if not layer.is_initialized:
+        return MemoryReport()
+    codes = scales = allocated = 0
+    for buffer in layer.codes.values():
+        used = buffer.used_nbytes
+        scale_bytes = sum(t.nbytes for name, t in buffer.tensors.items() if "plane" not in name)
+        scale_bytes = scale_bytes * buffer.length // buffer.capacity if buffer.capacity else 0
+        codes, scales, allocated = codes + used - scale_bytes, scales + scale_bytes, allocated + buffer.nbytes
+    token_bytes = sum(
+        tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size()
+        for tensor in layer.exact.tensors.values()
+    )
+    exact = token_bytes * (layer.length - layer.codes["keys"].length)
+    return MemoryReport(
+        codes_bytes=codes,
+        scales_bytes=scales,
+        exact_bytes=exact,
+        slack_bytes=allocated + layer.exact.nbytes - codes - scales - exact,
+        constants_bytes=sum(quantizer.nbytes for quantizer in layer.quantizers.values()),
+        full_bytes=token_bytes * layer.length,
+    )
+
+
+def _tensor_bytes(tree) -> int:
+    if isinstance(tree, torch.Tensor):
+        return tree.nbytes
+    if isinstance(tree, dict):
+        return sum(_tensor_bytes(value) for value in tree.values())
+    return 0
+
+
+def _ranges(indices: list[int]) -> str:
+    """`[0, 1, 2, 5]` -> `"0-2, 5"`."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

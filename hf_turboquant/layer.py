@@ -1,0 +1,255 @@
+"""TurboQuantLayer: exact sinks and recent window, codes for everything between them."""
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from . import ops
+from .config import TurboQuantConfig
+from .quantizer import Quantizer
+from .states import LayerStates, QuantizedStates, ring_runs
+from .storage import TokenBuffer
+
+ROLES = ("keys", "values")
+
+
+class TurboQuantLayer(DynamicLayer):
+    """
+    The keys and values of one full-attention layer.
+
+    The first `sink_length` tokens and the last `residual_length` stay exact; a token is quantised once, when it
+    leaves that recent window, and never again.
+
+    Args:
+        config (`TurboQuantConfig`): options of the cache.
+        layer_idx (`int`): index of the layer in the model; seeds its rotations.
+    """
+
+    def __init__(self, config: TurboQuantConfig, layer_idx: int):
+        self.config = config
+        self.layer_idx = layer_idx
+        super().__init__()
+        self.reset()
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"TurboQuantLayer(keys {c.key_bits} bits {c.key_estimator}, values {c.value_bits} bits {c.value_estimator})"
+        )
+
+    def reset(self) -> None:
+        """Forgets all tokens and frees their memory."""
+        self.is_initialized = False
+        self.length = 0
+        self.quantizers: dict[str, Quantizer] = {}
+        self.codes: dict[str, TokenBuffer] = {}
+        self.exact: TokenBuffer | None = None
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The keys held: a handle, or a plain tensor as long as nothing is quantised; `None` before the first token."""
+        return self._states()[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The values held, as `keys`."""
+        return self._states()[1] if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, states: None) -> None:
+        self._refuse(states)
+
+    @values.setter
+    def values(self, states: None) -> None:
+        self._refuse(states)
+
+    def _refuse(self, states) -> None:
+        # the constructor of the base class sets both to None
+        if states is not None:
+            raise ValueError("A TurboQuantLayer holds codes: its keys and values cannot be assigned. Use `update`.")
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Draws the rotations and makes empty buffers that fit the states, of shape `[batch, heads, T, head_dim]`."""
+        states = {"keys": key_states, "values": value_states}
+        batch, heads = key_states.shape[:2]
+        device = key_states.device
+        quantizers = {
+            role: Quantizer.create(self.config, role, self.layer_idx, states[role].shape[-1], device) for role in ROLES
+        }
+        self.codes = {role: quantizers[role].new_buffer(batch, heads) for role in ROLES}
+        self.exact = TokenBuffer(
+            {role: (states[role].dtype, (states[role].shape[-1],)) for role in ROLES}, 1, batch, heads, device
+        )
+        self.quantizers = quantizers
+        self.dtype, self.device = key_states.dtype, device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Appends new tokens and returns what attention shall read.
+
+        Args:
+            key_states, value_states (`torch.Tensor`): of shape `[batch, num_key_value_heads, tokens, head_dim]`; keys
+                and values may differ in head_dim.
+
+        Returns:
+            Keys and values of all tokens: plain tensors as long as nothing is quantised and for the first prefill,
+            then [`QuantizedStates`]. A chunk longer than the recent window is attended to exactly.
+
+        Raises:
+            `ValueError`: the states don't fit what the layer holds. The layer is left as it was.
+        """
+        self._check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        states = {"keys": key_states, "values": value_states}
+        sinks, window = self.config.sink_length, self.config.residual_length
+        before, after = self.length, self.length + key_states.shape[2]
+        quantized = sinks + self.codes["keys"].length
+        # everything that can fail for want of memory comes first; codes beyond a buffer's length don't count
+        self.exact.reserve(min(after, sinks + window), limit=sinks + window)
+        codes_before = self.codes["keys"].length
+        try:
+            for role in ROLES:
+                leaving = self._exact_pieces(role, quantized, min(before, after - window))
+                leaving.append(states[role][:, :, max(quantized - before, 0) : max(after - window - before, 0)])
+                leaving = [piece for piece in leaving if piece.shape[2]]
+                if leaving:
+                    leaving = torch.cat(leaving, dim=2) if len(leaving) > 1 else leaving[0]
+                    ops.quantize(leaving, self.quantizers[role], self.codes[role])
+        except BaseException:
+            for role in ROLES:
+                self.codes[role].length = codes_before
+            raise
+        for role in ROLES:
+            for start, stop in ((before, min(after, sinks)), (max(before, sinks, after - window), after)):
+                self._write_exact(role, start, states[role][:, :, max(start - before, 0) : max(stop - before, 0)])
+        self.length = after
+        if before == 0:
+            return key_states, value_states
+        if 0 < window < after - before:
+            return self._states_with_chunk(before, states)
+        return self._states()
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        for name, states in (("key_states", key_states), ("value_states", value_states)):
+            if not isinstance(states, torch.Tensor) or states.dim() != 4 or not states.is_floating_point():
+                got = f"{states.dtype} of shape {list(states.shape)}" if isinstance(states, torch.Tensor) else states
+                raise ValueError(
+                    f"`{name}` must be a floating-point tensor of shape [batch, num_key_value_heads, tokens, head_dim], "
+                    f"got {got} at layer {self.layer_idx}."
+                )
+        keys, values = key_states, value_states
+        if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype or keys.device != values.device:
+            raise ValueError(
+                "`key_states` and `value_states` must agree in batch, heads, tokens, dtype and device, got "
+                f"{list(keys.shape)} {keys.dtype} {keys.device} and "
+                f"{list(values.shape)} {values.dtype} {values.device} at layer {self.layer_idx}."
+            )
+        if not self.is_initialized:
+            return
+        for name, states, held in (
+            ("key_states", keys, self.exact["keys"]),
+            ("value_states", values, self.exact["values"]),
+        ):
+            expected = (*held.shape[:2], held.shape[3], self.dtype, self.device)
+            got = (*states.shape[:2], states.shape[3], states.dtype, states.device)
+            if expected != got:
+                raise ValueError(
+                    f"`{name}` must keep the batch size, heads, head_dim, dtype and device of the cached tokens, "
+                    f"{expected}, got {got} at layer {self.layer_idx}. Use a new cache or `reset()` for another "
+                    "batch, and `batch_repeat_interleave` or `batch_select_indices` to change the batch of this one."
+                )
+
+    def _runs(self, start: int, stop: int) -> list[slice]:
+        """Slots of the exact tokens at positions `start` to `stop`, in order."""
+        sinks, window = self.config.sink_length, self.config.residual_length
+        runs = [slice(start, min(stop, sinks))] if start < min(stop, sinks) else []
+        start = max(start, sinks)
+        return runs + (ring_runs((start - sinks) % window, stop - start, window, sinks) if stop > start else [])
+
+    def _exact_pieces(self, role: str, start: int, stop: int) -> list[torch.Tensor]:
+        return [self.exact[role][:, :, run] for run in self._runs(start, stop)]
+
+    def _write_exact(self, role: str, start: int, states: torch.Tensor) -> None:
+        for run in self._runs(start, start + states.shape[2]):
+            count = run.stop - run.start
+            self.exact[role][:, :, run] = states[:, :, :count]
+            states = states[:, :, count:]
+
+    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.codes["keys"].length:
+            return tuple(self.exact[role][:, :, : self.length] for role in ROLES)
+        window, quantized = self.config.residual_length, self.codes["keys"].length
+        return self._handles(self.exact.tensors, quantized, window, quantized % window if window else 0)
+
+    def _states_with_chunk(self, before: int, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Handles that read the tokens before the chunk from the sinks and codes, and the chunk itself exactly."""
+        sinks = self.config.sink_length
+        skip = max(sinks - before, 0)
+        exact = {
+            role: torch.cat([self.exact[role][:, :, :sinks], states[role][:, :, skip:]], dim=2) for role in ROLES
+        }
+        if before <= sinks:
+            return tuple(exact[role] for role in ROLES)
+        return self._handles(exact, before - sinks, self.length - before, 0)
+
+    def _handles(self, exact: dict[str, torch.Tensor], quantized: int, ring: int, phase: int):
+        codes = {role: self.codes[role].snapshot() for role in ROLES}
+        for buffer in codes.values():
+            buffer.length = quantized
+        states = LayerStates(self.quantizers, codes, exact, self.length, self.config.sink_length, ring, phase)
+        return tuple(QuantizedStates(states, role) for role in ROLES)
+
+    def get_seq_length(self) -> int:
+        """Number of tokens held."""
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """
+        Removes the last `-tokens_to_remove` tokens. Those that were quantised meanwhile are gone from the codes; exact
+        ones that stay are as exact as before.
+        """
+        if not self.is_initialized:
+            return
+        # transformers' own layer decides what the argument means: it changed between releases
+        positions = DynamicLayer()
+        positions.lazy_initialization(torch.empty(0, device="meta"), torch.empty(0, device="meta"))
+        positions.keys = positions.values = torch.empty(1, 1, self.length, 1, device="meta")
+        positions.crop(tokens_to_remove)
+        self.length = positions.get_seq_length()
+        for role in ROLES:
+            self.codes[role].length = min(self.codes[role].length, max(self.length - self.config.sink_length, 0))
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies `function` to every tensor of tokens; all of them change or none."""
+        if not self.is_initialized:
+            return
+        buffers = [buffer.snapshot() for buffer in (*self.codes.values(), self.exact)]
+        for buffer in buffers:
+            buffer.map(function)
+        self.codes = dict(zip(ROLES, buffers, strict=False))
+        self.exact = buffers[-1]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the batch for beam search."""
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch `repeats` times."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices` of the batch (indices or a boolean mask)."""
+        self._map(lambda tensor: tensor[indices, ...])
+
+    def offload(self) -> None:
+        """Moves codes and exact tokens to the CPU; handles that are out keep what they read."""
+        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Moves codes and exact tokens back to the layer's device."""
+        self._map(lambda tensor: tensor.to(self.device, non_blocking=True))

@@ -1,0 +1,59 @@
+"""MemoryReport: what a cache holds, counted from its tensors."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """
+    Bytes of a cache, every tensor counted.
+
+    Args:
+        codes_bytes (`int`): packed codes and sketch signs of the tokens held.
+        scales_bytes (`int`): scales and residual norms of the tokens held.
+        exact_bytes (`int`): sinks and recent window.
+        slack_bytes (`int`): allocated for tokens to come.
+        constants_bytes (`int`): rotations, sketches and codebooks; independent of the sequence length.
+        other_bytes (`int`): layers that are not compressed.
+        full_bytes (`int`): what a `DynamicCache` holds for the same tokens.
+    """
+
+    codes_bytes: int = 0
+    scales_bytes: int = 0
+    exact_bytes: int = 0
+    slack_bytes: int = 0
+    constants_bytes: int = 0
+    other_bytes: int = 0
+    full_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything the cache holds."""
+        return sum(getattr(self, field.name) for field in fields(self)) - self.full_bytes
+
+    @property
+    def compression_ratio(self) -> float:
+        """Bytes in full precision / bytes stored; 1 for an empty cache."""
+        return self.full_bytes / self.total_bytes if self.total_bytes else 1.0
+
+    def __add__(self, other: "MemoryReport") -> "MemoryReport":
+        return MemoryReport(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __str__(self) -> str:
+        parts = ", ".join(
+            f"{field.name.removesuffix('_bytes')} {_readable(getattr(self, field.name))}"
+            for field in fields(self)
+            if field.name != "full_bytes" and getattr(self, field.name)
+        )
+        return (
+            f"{_readable(self.total_bytes)} in place of {_readable(self.full_bytes)}: "
+            f"{self.compression_ratio:.2f} times smaller ({parts or 'empty'})"
+        )
+
+
+def _readable(count: int) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
+        count /= 1000
+    return f"{count:.2f} GB"

@@ -1,0 +1,192 @@
+"""
+The mathematics once, in plain torch: runs everywhere, and is what the kernels are held to.
+
+Work goes tile by tile, so that scratch memory does not grow with the sequence.
+"""
+
+import torch
+
+from ..packing import BLOCK, pack, unpack
+from ..quantizer import Quantizer
+from ..storage import TokenBuffer
+
+TILE = 32 * BLOCK
+
+
+def encode(states: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    Algorithms 1 and 2 of TurboQuant and the rescaled codes: see [`Quantizer`].
+
+    Args:
+        states (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`.
+
+    Returns:
+        uint8 codes of the same shape (with `"qjl"` the sign of the sketch, 1 for +, is the highest bit), and the fp32
+        `scales` and, with `"qjl"`, `residual_norms`, of shape `[batch, heads, tokens]`.
+    """
+    x = states.float()
+    if quantizer.mean is not None:
+        x = x - quantizer.mean
+    z = x @ quantizer.transform.mT
+    norms = torch.linalg.vector_norm(z, dim=-1)
+    # a zero vector has no direction: any will do, its scale is zero
+    y = z / norms.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    codes = quantizer.ranks_to_codes[torch.bucketize(y, quantizer.boundaries, out_int32=True)]
+    if quantizer.estimator == "mse":
+        return codes, {"scales": norms}
+    nearest = quantizer.centroids[codes.int()]
+    if quantizer.estimator == "rescaled":
+        scales = norms / torch.linalg.vecdot(y, nearest)
+        return codes, {"scales": torch.where(norms == 0, norms, scales)}
+    residual = y - nearest
+    signs = residual @ quantizer.sketch.mT >= 0
+    codes = codes | (signs.to(torch.uint8) << quantizer.code_bits)
+    return codes, {"scales": norms, "residual_norms": norms * torch.linalg.vector_norm(residual, dim=-1)}
+
+
+def decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer: Quantizer) -> torch.Tensor:
+    """The inverse of [`encode`] up to quantisation, still transformed and centred: ẑ, fp32, of the shape of `codes`."""
+    if quantizer.estimator != "qjl":
+        return quantizer.centroids[codes.int()] * scales["scales"].float().unsqueeze(-1)
+    signs = (codes >> quantizer.code_bits).float() * 2 - 1
+    nearest = quantizer.centroids[(codes & (2**quantizer.code_bits - 1)).int()]
+    nearest *= scales["scales"].float().unsqueeze(-1)
+    return nearest + (signs @ quantizer.sketch) * scales["residual_norms"].float().unsqueeze(-1)
+
+
+def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) -> None:
+    """Appends `states` to `buffer`, in place. The buffer has room; its length changes last."""
+    for tile in states.split(TILE, dim=2):
+        codes, scales = encode(tile, quantizer)
+        first, offset = divmod(buffer.length, BLOCK)
+        tokens = codes.shape[2]
+        if offset:
+            # the block that is partly filled is read, completed and written again: exact, codes are integers
+            started = {name: plane[:, :, first : first + 1] for name, plane in _planes(buffer).items()}
+            started = unpack(started, quantizer.nbits, quantizer.role, quantizer.head_dim)
+            codes = torch.cat([started[:, :, :offset], codes], dim=2)
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[2] % BLOCK))
+        for name, plane in pack(codes, quantizer.nbits, quantizer.role).items():
+            buffer[name][:, :, first : first + plane.shape[2]] = plane
+        for name, scale in scales.items():
+            # a view, not `flatten`: a copy would swallow the write
+            by_token = buffer[name].view(*buffer[name].shape[:2], -1)
+            by_token[:, :, buffer.length : buffer.length + tokens] = scale
+        buffer.length += tokens
+
+
+def codes_of(buffer: TokenBuffer, quantizer: Quantizer, start: int, stop: int):
+    """Codes and scales of tokens `start` to `stop`, as [`encode`] returns them (scales in their stored dtype)."""
+    blocks = slice(start // BLOCK, -(-stop // BLOCK))
+    planes = {name: plane[:, :, blocks] for name, plane in _planes(buffer).items()}
+    codes = unpack(planes, quantizer.nbits, quantizer.role, quantizer.head_dim)
+    offset = blocks.start * BLOCK
+    scales = {
+        name: tensor.flatten(2)[:, :, start:stop] for name, tensor in buffer.tensors.items() if "plane" not in name
+    }
+    return codes[:, :, start - offset : stop - offset], scales
+
+
+def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> None:
+    """Writes the tokens of `buffer` to `out`, of shape `[batch, heads, buffer.length, head_dim]`, any dtype."""
+    for start in range(0, buffer.length, TILE):
+        stop = min(start + TILE, buffer.length)
+        codes, scales = codes_of(buffer, quantizer, start, stop)
+        x = decode(codes, scales, quantizer) @ quantizer.dual
+        out[:, :, start:stop] = x if quantizer.mean is None else x + quantizer.mean
+
+
+def scores(query, states, *, scaling, attention_mask=None, is_causal=False, softcap=None) -> torch.Tensor:
+    """The logits of [`ops.scores`], fp32."""
+    out = query.new_empty((*query.shape[:3], states.kv_len), dtype=torch.float32)
+    rows = _rows(query, states)
+    for start, keys, _, coded in _pieces(states):
+        stop = start + keys.shape[2]
+        logits = _logits(rows[coded], keys, query.shape, scaling, softcap)
+        out[..., start:stop] = _mask(logits, attention_mask, is_causal, start, states.kv_len)
+    return out
+
+
+def attention(
+    query, states, *, scaling, attention_mask=None, is_causal=False, softcap=None, sinks=None
+) -> torch.Tensor:
+    """The output of [`ops.attention`], tile by tile with an online softmax (arXiv 2205.14135), in fp32 throughout."""
+    shape = (*query.shape[:3], states.exact["values"].shape[-1])
+    rows = _rows(query, states)
+    # a row's largest logit, its sum of exponentials, and the weighted values: exact ones and those still transformed
+    largest = query.new_full((*shape[:3], 1), -torch.inf, dtype=torch.float32)
+    if sinks is not None:
+        largest = largest.maximum(sinks.float().view(1, -1, 1, 1))
+    total = [torch.zeros_like(largest), torch.zeros_like(largest)]
+    outputs = [query.new_zeros(shape, dtype=torch.float32) for _ in range(2)]
+    if sinks is not None:
+        total[False] = total[False] + 1
+    for start, keys, values, coded in _pieces(states):
+        logits = _logits(rows[coded], keys, query.shape, scaling, softcap)
+        logits = _mask(logits, attention_mask, is_causal, start, states.kv_len)
+        new_largest = largest.maximum(logits.amax(-1, keepdim=True))
+        # a row that has seen nothing yet has no finite maximum
+        finite = torch.where(new_largest == -torch.inf, 0, new_largest)
+        decay, weights = (largest - finite).exp(), (logits - finite).exp()
+        total = [part * decay for part in total]
+        outputs = [part * decay for part in outputs]
+        total[coded] = total[coded] + weights.sum(-1, keepdim=True)
+        weighted = weights.reshape(*keys.shape[:2], -1, keys.shape[2]) @ values
+        outputs[coded] = outputs[coded] + weighted.reshape(shape)
+        largest = new_largest
+    quantizer = states.quantizers["values"]
+    decoded = outputs[True].reshape(*states.exact["values"].shape[:2], -1, shape[-1]) @ quantizer.dual
+    out = outputs[False] + decoded.reshape(shape)
+    if quantizer.mean is not None:
+        mean = quantizer.mean.repeat_interleave(shape[1] // quantizer.mean.shape[0], dim=0)
+        out = out + total[True] * mean
+    # a row that may attend to nothing gives zeros
+    denominator = total[False] + total[True]
+    return torch.where(denominator == 0, 0, out / denominator).to(query.dtype)
+
+
+def _pieces(states):
+    """Position, fp32 keys and values, and whether they are codes (then still transformed), in tiles."""
+    for position, run in states.exact_runs():
+        yield position, states.exact["keys"][:, :, run].float(), states.exact["values"][:, :, run].float(), False
+    length = states.codes["keys"].length
+    for start in range(0, length, TILE):
+        stop = min(start + TILE, length)
+        tile = [
+            decode(*codes_of(states.codes[role], states.quantizers[role], start, stop), states.quantizers[role])
+            for role in ("keys", "values")
+        ]
+        yield states.sink_length + start, *tile, True
+
+
+def _rows(query, states):
+    """Queries by KV head, `[batch, num_key_value_heads, groups * query_length, head_dim]`: for exact keys, for codes.
+
+    With codes comes the part of the logit that the mean of the keys adds.
+    """
+    quantizer = states.quantizers["keys"]
+    rows = query.float().reshape(query.shape[0], states.exact["keys"].shape[1], -1, query.shape[-1])
+    offset = 0.0 if quantizer.mean is None else (rows * quantizer.mean).sum(-1, keepdim=True)
+    return (rows, 0.0), (rows @ quantizer.dual.mT, offset)
+
+
+def _logits(rows, keys, shape, scaling, softcap) -> torch.Tensor:
+    query, offset = rows
+    logits = ((query @ keys.mT + offset) * scaling).reshape(*shape[:3], keys.shape[2])
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _mask(logits, attention_mask, is_causal, start, kv_len) -> torch.Tensor:
+    stop = start + logits.shape[-1]
+    if is_causal:
+        queries = torch.arange(kv_len - logits.shape[2], kv_len, device=logits.device)
+        positions = torch.arange(start, stop, device=logits.device)
+        logits = logits.masked_fill(positions > queries.unsqueeze(-1), -torch.inf)
+    if attention_mask is None:
+        return logits
+    mask = attention_mask[..., start:stop]
+    return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+
+
+def _planes(buffer: TokenBuffer) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in buffer.tensors.items() if name.startswith("plane")}
