@@ -48,9 +48,12 @@ class LayerStates:
 
     def exact_runs(self) -> list[tuple[int, slice]]:
         """The exact tokens as (position of the first, slots), a few runs in the order of the sequence."""
-        runs = ring_runs(self.phase, self.kv_len - self.recent_start, self.ring, self.sink_length)
-        positions = [self.recent_start, self.recent_start + (runs[0].stop - runs[0].start if runs else 0)]
-        return [(0, slice(0, self.sink_length)), *zip(positions, runs, strict=False)]
+        runs = [(0, slice(0, self.sink_length))] if self.sink_length else []
+        position = self.recent_start
+        for run in ring_runs(self.phase, self.kv_len - position, self.ring, self.sink_length):
+            runs.append((position, run))
+            position += run.stop - run.start
+        return runs
 
     def shape(self, role: str) -> tuple[int, int, int, int]:
         batch, heads, _, head_dim = self.exact[role].shape
