@@ -1,9 +1,12 @@
 """TurboQuantCache: a KV cache for Hugging Face models in 2-4 bits."""
 
+from . import attention
 from .cache import TurboQuantCache
 from .config import TurboQuantConfig
 from .memory import MemoryReport
 from .states import QuantizedStates
+
+attention.register()
 
 __version__ = "0.1.0"
 

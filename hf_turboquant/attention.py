@@ -1,0 +1,106 @@
+"""The attention function `"turboquant"`: what `attn_implementation="turboquant"` runs."""
+
+import torch
+from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from . import ops
+from .states import QuantizedStates
+
+NAME = "turboquant"
+
+# rows of queries whose logits are alive at a time where torch's own attention has no equivalent
+QUERY_TILE = 256
+
+
+def turboquant_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Attends straight from the codes where the layer's cache is quantised, and exactly everywhere else: the first
+    prefill, layers that are not compressed, models without a cache.
+
+    Args:
+        query (`torch.Tensor`): of shape `[batch, num_attention_heads, query_length, head_dim]`.
+        key, value (`torch.Tensor`): of shape `[batch, num_key_value_heads, kv_len, head_dim]`, plain or
+            [`QuantizedStates`].
+        attention_mask (`torch.Tensor`, *optional*): boolean or additive, as `sdpa` gets it.
+        scaling (`float`, *optional*): factor of the logits, 1/√head_dim by default.
+        softcap (`float`, *optional*), s_aux (`torch.Tensor`, *optional*): capped logits (Gemma 2) and attention sinks
+            (gpt-oss).
+        position_bias (`torch.Tensor`, *optional*): added to the logits (T5).
+        output_attentions (`bool`): also return the probabilities.
+
+    Returns:
+        The output, of shape `[batch, query_length, num_attention_heads, head_dim]`, and the probabilities or `None`.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query_length = query.shape[2]
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # as with sdpa: a missing mask means plain causal attention, and one query sees everything
+    is_causal = bool(is_causal) and attention_mask is None and query_length > 1
+    if position_bias is not None:
+        attention_mask = create_position_bias_mask(position_bias, attention_mask, is_causal, query, key)
+        is_causal = False
+    options = {"scaling": scaling, "attention_mask": attention_mask, "is_causal": is_causal, "softcap": softcap}
+    if isinstance(key, QuantizedStates):
+        out = ops.attention(query, key.states, sinks=s_aux, **options)
+        weights = _probabilities(ops.scores(query, key.states, **options), s_aux) if output_attentions else None
+    elif softcap is None and s_aux is None and not output_attentions:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal
+        )
+    else:
+        out, weights = _exact_attention(query, key, value, s_aux, output_attentions, **options)
+    weights = None if weights is None else weights.to(query.dtype)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _exact_attention(query, key, value, sinks, output_attentions, scaling, attention_mask, is_causal, softcap):
+    """Softcap, attention sinks or probabilities on plain tensors, some query rows at a time."""
+    groups, length, kv_len = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    outputs, weights = [], []
+    for start in range(0, length, QUERY_TILE):
+        rows = slice(start, start + QUERY_TILE)
+        logits = (query[:, :, rows] @ key.mT).float() * scaling
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        if attention_mask is not None:
+            mask = attention_mask[:, :, rows if attention_mask.shape[2] > 1 else slice(None), :kv_len]
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        elif is_causal:
+            queries = torch.arange(kv_len - length, kv_len, device=query.device)[rows]
+            visible = torch.arange(kv_len, device=query.device) <= queries.unsqueeze(-1)
+            logits = logits.masked_fill(~visible, -torch.inf)
+        probabilities = _probabilities(logits, sinks).to(query.dtype)
+        outputs.append(probabilities @ value)
+        if output_attentions:
+            weights.append(probabilities)
+    return torch.cat(outputs, dim=2), torch.cat(weights, dim=2) if output_attentions else None
+
+
+def _probabilities(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    if sinks is not None:
+        sinks = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
+    # rows that may attend to nothing have no probabilities
+    return torch.where(logits.amax(-1, keepdim=True) == -torch.inf, 0.0, logits.softmax(-1))
+
+
+def register() -> None:
+    """Makes `attn_implementation="turboquant"` known to transformers, with its mask: without one, masks get lost."""
+    ALL_ATTENTION_FUNCTIONS.register(NAME, turboquant_attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)

@@ -1,0 +1,21 @@
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    # read when a kernel is decorated, so it has to be set before anything imports one
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct and its tokenizer: a real model, fetched once."""
+    from load_model import load
+
+    return load(None)

@@ -1,0 +1,51 @@
+"""Who imports whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hf_turboquant
+
+ROOT = Path(hf_turboquant.__file__).parent
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+
+
+def imports(path):
+    """Modules a file imports, anywhere in it; relative ones start with the package's name."""
+    package = ["hf_turboquant", *path.parent.parts]
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_layers_of_the_package(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    names = set(imports(path))
+    if path.parts[0] != "ops":
+        assert "triton" not in roots, "triton belongs below ops/"
+    if path.name not in ("cache.py", "layer.py", "attention.py") or path.parts[0] == "ops":
+        assert "transformers" not in roots, "transformers belongs in cache, layer and attention"
+    if path.name == "config.py":
+        assert "torch" not in roots
+    if path.name == "cache.py":
+        assert "hf_turboquant.attention" not in names, "cache and attention meet in states"
+    if path == Path("attention.py"):
+        assert not names & {"hf_turboquant.cache", "hf_turboquant.layer"}, "cache and attention meet in states"
+
+
+def test_the_scan_sees_imports():
+    assert {"hf_turboquant.states", "hf_turboquant.ops", "transformers"} <= {
+        name.split(".")[0] if name.startswith("transformers") else name for name in imports(Path("layer.py"))
+    }
+
+
+def test_all_is_sorted_and_complete():
+    assert list(hf_turboquant.__all__) == sorted(hf_turboquant.__all__)
+    assert all(hasattr(hf_turboquant, name) for name in hf_turboquant.__all__)

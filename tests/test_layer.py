@@ -1,0 +1,219 @@
+"""One layer: what stays exact, what is quantised when, and that nothing is ever half changed."""
+
+import pytest
+import torch
+
+from hf_turboquant import QuantizedStates, TurboQuantConfig, ops
+from hf_turboquant.layer import TurboQuantLayer
+
+
+def states(tokens, batch=2, heads=2, head_dim=32, seed=0, value_dim=None):
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(batch, heads, tokens, head_dim, generator=generator)
+    return keys, torch.randn(batch, heads, tokens, value_dim or head_dim, generator=generator)
+
+
+def feed(layer, keys, values, pieces):
+    start = 0
+    for piece in pieces:
+        out = layer.update(keys[:, :, start : start + piece], values[:, :, start : start + piece])
+        start += piece
+    return out
+
+
+def plain(handle):
+    return handle.dequantize() if isinstance(handle, QuantizedStates) else handle
+
+
+@pytest.mark.parametrize("sinks", (0, 3))
+@pytest.mark.parametrize("window", (0, 5, 64))
+@pytest.mark.parametrize("pieces", ([200], [1] * 90, [100, 1, 1, 30, 1, 67], [2, 1, 197]))
+def test_exact_tokens_are_exact_and_the_rest_is_quantised_once(sinks, window, pieces):
+    layer = TurboQuantLayer(TurboQuantConfig(nbits=4, sink_length=sinks, residual_length=window), 0)
+    keys, values = states(sum(pieces))
+    feed(layer, keys, values, pieces)
+    length = sum(pieces)
+    quantized = slice(sinks, length - window)
+    for held, given in ((plain(layer.keys), keys), (plain(layer.values), values)):
+        assert held.shape == given.shape
+        assert torch.equal(held[:, :, :sinks], given[:, :, :sinks])
+        assert torch.equal(held[:, :, length - window :], given[:, :, length - window :])
+        error = (held - given)[:, :, quantized].norm() / given[:, :, quantized].norm()
+        assert 0.05 < error < 0.25
+    assert layer.get_seq_length() == length
+    assert layer.codes["keys"].length == layer.codes["values"].length == length - window - sinks
+
+
+def test_how_tokens_arrive_does_not_matter():
+    options = TurboQuantConfig(nbits=3, residual_length=16)
+    keys, values = states(300, value_dim=64)
+    held = []
+    for pieces in ([300], [150, *[1] * 150], [7, 200, 93]):
+        layer = TurboQuantLayer(options, 0)
+        feed(layer, keys, values, pieces)
+        held.append((plain(layer.keys), plain(layer.values)))
+    for other in held[1:]:
+        assert torch.equal(held[0][0], other[0]) and torch.equal(held[0][1], other[1])
+
+
+def test_the_first_prefill_returns_its_own_states():
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+    keys, values = states(100)
+    out = layer.update(keys, values)
+    assert out[0] is keys and out[1] is values
+    assert layer.codes["keys"].length == 80
+
+
+def test_a_chunk_longer_than_the_window_is_read_exactly():
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+    keys, values = states(300)
+    out = feed(layer, keys, values, [200, 100])
+    assert torch.equal(plain(out[0])[:, :, 200:], keys[:, :, 200:])
+    assert not torch.equal(plain(out[0])[:, :, 100:200], keys[:, :, 100:200])
+    # the layer itself keeps only the window
+    assert not torch.equal(plain(layer.keys)[:, :, 200:284], keys[:, :, 200:284])
+
+
+def test_pure_streaming_holds_nothing_exact():
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=0, sink_length=0), 0)
+    keys, values = states(140)
+    out = feed(layer, keys, values, [100, 1, 39])
+    assert layer.exact.nbytes == 0
+    assert layer.codes["keys"].length == 140
+    assert not torch.equal(plain(out[0])[:, :, -1:], keys[:, :, -1:])
+
+
+def test_handles_see_what_was_there():
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+    keys, values = states(120)
+    handle = feed(layer, keys, values, [100, 1])[0]
+    before = plain(handle)
+    layer.offload()
+    layer.crop(-50)
+    assert handle.shape[2] == 101 and torch.equal(plain(handle), before)
+
+
+@pytest.mark.parametrize("removed", (0, 1, 7, 16, 17, 60, 97, 98, 100, 500))
+def test_crop_keeps_the_rest_and_goes_on(removed):
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16, sink_length=3, nbits=8), 0)
+    keys, values = states(100)
+    feed(layer, keys, values, [60, 30, *[1] * 10])
+    before = plain(layer.keys)
+    layer.crop(-removed)
+    left = max(100 - removed, 0)
+    assert layer.get_seq_length() == left
+    if left:
+        assert torch.equal(plain(layer.keys), before[:, :, :left])
+    # tokens cropped from the window are replaced by the new ones, exactly
+    more = states(5, seed=1)
+    layer.update(*more)
+    held = plain(layer.keys)
+    assert torch.equal(held[:, :, left:], more[0])
+    assert torch.allclose(held[:, :, :left], keys[:, :, :left], atol=0.1)
+    for token in range(40):
+        layer.update(*states(1, seed=token + 2))
+    assert layer.get_seq_length() == left + 45
+    assert torch.allclose(plain(layer.keys)[:, :, left : left + 5], more[0], atol=0.1)
+
+
+def test_appending_never_touches_earlier_codes():
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=8, nbits=4), 0)
+    keys, values = states(400)
+    feed(layer, keys, values, [300])
+    complete_blocks = layer.codes["keys"].length // 128
+    before = {name: tensor[:, :, :complete_blocks].clone() for name, tensor in layer.codes["keys"].tensors.items()}
+    feed(layer, keys[:, :, 300:], values[:, :, 300:], [1] * 90)
+    for name, tensor in before.items():
+        assert torch.equal(layer.codes["keys"][name][:, :, :complete_blocks], tensor)
+
+
+def test_garbage_beyond_the_length_does_not_show():
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=8, nbits=3), 0)
+    keys, values = states(200)
+    feed(layer, keys, values, [150])
+    clean = plain(layer.keys)
+    for buffer in layer.codes.values():
+        used = buffer.length
+        for name, tensor in buffer.tensors.items():
+            if "plane" not in name:
+                tensor.view(*tensor.shape[:2], -1)[:, :, used:] = torch.nan
+    assert torch.equal(plain(layer.keys), clean)
+    feed(layer, keys[:, :, 150:], values[:, :, 150:], [50])
+    assert plain(layer.keys).isfinite().all() and plain(layer.values).isfinite().all()
+
+
+BAD_UPDATES = {
+    "batch": (states(1, batch=3), "must keep the batch size"),
+    "heads": (states(1, heads=1), "must keep the batch size"),
+    "head_dim": (states(1, head_dim=64), "must keep the batch size"),
+    "dtype": (tuple(t.half() for t in states(1)), "must keep the batch size"),
+    "unequal lengths": ((states(1)[0], states(2)[1]), "must agree in batch, heads, tokens"),
+    "unequal dtypes": ((states(1)[0], states(1)[1].half()), "must agree in batch, heads, tokens"),
+    "no batch": (tuple(t[0] for t in states(1)), "must be a floating-point tensor of shape"),
+    "integers": (tuple(t.int() for t in states(1)), "must be a floating-point tensor of shape"),
+    "nothing": ((None, None), "must be a floating-point tensor of shape"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_UPDATES)
+def test_bad_updates_change_nothing(case):
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 2)
+    feed(layer, *states(100), [100])
+    before = plain(layer.keys), plain(layer.values)
+    (keys, values), message = BAD_UPDATES[case]
+    with pytest.raises(ValueError, match=message) as error:
+        layer.update(keys, values)
+    assert "at layer 2" in str(error.value)
+    assert layer.get_seq_length() == 100
+    assert torch.equal(plain(layer.keys), before[0]) and torch.equal(plain(layer.values), before[1])
+
+
+def test_too_small_head_dim_is_refused_before_anything_is_made():
+    layer = TurboQuantLayer(TurboQuantConfig(), 0)
+    with pytest.raises(ValueError, match="`head_dim` must be at least 16"):
+        layer.update(*states(5, head_dim=8))
+    assert not layer.is_initialized and layer.keys is None
+
+
+@pytest.mark.parametrize("fails_at", (0, 1))
+def test_running_out_of_memory_changes_nothing(monkeypatch, fails_at):
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16, nbits=3), 0)
+    keys, values = states(300)
+    feed(layer, keys, values, [200])
+    before = plain(layer.keys), plain(layer.values)
+    calls = []
+    quantize = ops.quantize
+
+    def fail(*args):
+        calls.append(args)
+        # the second call is for the values: the keys are already in their buffer then
+        if len(calls) > fails_at:
+            raise torch.OutOfMemoryError("no memory left")
+        return quantize(*args)
+
+    monkeypatch.setattr(ops, "quantize", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.update(keys[:, :, 200:], values[:, :, 200:])
+    assert len(calls) == fails_at + 1
+    assert torch.equal(plain(layer.keys), before[0]) and torch.equal(plain(layer.values), before[1])
+    monkeypatch.undo()
+    layer.update(keys[:, :, 200:], values[:, :, 200:])
+    fresh = TurboQuantLayer(TurboQuantConfig(residual_length=16, nbits=3), 0)
+    feed(fresh, keys, values, [300])
+    assert torch.equal(plain(layer.keys), plain(fresh.keys)) and torch.equal(plain(layer.values), plain(fresh.values))
+
+
+def test_keys_and_values_cannot_be_assigned():
+    layer = TurboQuantLayer(TurboQuantConfig(), 0)
+    with pytest.raises(ValueError, match="cannot be assigned"):
+        layer.keys = torch.zeros(1)
+
+
+def test_reset_frees_everything():
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+    feed(layer, *states(100), [100])
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.keys is None and not layer.codes
+    # another batch is fine after a reset
+    layer.update(*states(50, batch=1))
+    assert layer.get_seq_length() == 50

@@ -1,0 +1,178 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_turboquant import TurboQuantConfig, ops
+from hf_turboquant.codebook import lloyd_max
+from hf_turboquant.quantizer import Quantizer
+
+# d·E[err²] of ⟨y, x̂⟩ over random unit x and y, d = 128: (rescaled, Algorithm 2 Gaussian, Algorithm 2 orthogonal)
+INNER_PRODUCT_ERROR = {
+    2: {"rescaled": 0.1299, "gaussian": 0.565, "orthogonal": 0.205},
+    3: {"rescaled": 0.0349, "gaussian": 0.180, "orthogonal": 0.0658},
+    4: {"rescaled": 0.0093, "gaussian": 0.0527, "orthogonal": 0.0193},
+}
+FACTS_DISTORTION = {1: 0.3609, 2: 0.1160, 3: 0.03397, 4: 0.009315, 5: 0.002451, 6: 6.442e-4, 7: 1.635e-4, 8: 4.119e-5}
+
+
+def round_trip(states, quantizer):
+    """Quantises `[batch, heads, tokens, head_dim]` through packed bytes and back, fp32."""
+    buffer = quantizer.new_buffer(*states.shape[:2])
+    ops.quantize(states, quantizer, buffer)
+    out = torch.full(states.shape, torch.nan)
+    ops.dequantize(buffer, quantizer, out)
+    return out
+
+
+def unit_vectors(*shape, seed=0):
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+@pytest.mark.parametrize("nbits", range(1, 9))
+def test_distortion_per_bit(nbits, head_dim):
+    config = TurboQuantConfig(nbits=nbits, key_estimator="mse", rotation="haar")
+    x = unit_vectors(1, 1, 4000, head_dim)
+    measured = (round_trip(x, Quantizer.create(config, "keys", 0, head_dim)) - x).square().sum(-1).mean().item()
+    assert measured == pytest.approx(lloyd_max(nbits, head_dim).distortion, rel=0.02)
+    if head_dim == 128:
+        assert measured == pytest.approx(FACTS_DISTORTION[nbits], rel=0.04 if nbits > 5 else 0.02)
+
+
+@pytest.mark.parametrize("nbits", INNER_PRODUCT_ERROR)
+@pytest.mark.parametrize("kind", ("rescaled", "gaussian", "orthogonal"))
+def test_scores_are_unbiased_with_the_known_variance(nbits, kind):
+    estimator = "rescaled" if kind == "rescaled" else "qjl"
+    sketch = "orthogonal" if kind == "rescaled" else kind
+    errors, slopes = [], []
+    for seed in range(4):
+        config = TurboQuantConfig(
+            nbits=nbits, key_estimator=estimator, sketch=sketch, rotation="haar", seed=seed
+        )
+        quantizer = Quantizer.create(config, "keys", 0, 128)
+        x, y = unit_vectors(1, 1, 8000, 128, seed=2 * seed), unit_vectors(1, 1, 8000, 128, seed=2 * seed + 1)
+        estimate = round_trip(x, quantizer)
+        errors.append(((y * (estimate - x)).sum(-1).square().mean() * 128).item())
+        # ⟨x, x̂⟩ has slope one as well, and shows a bias with far fewer samples
+        slopes.append((x * estimate).sum(-1).mean().item())
+    assert sum(slopes) / len(slopes) == pytest.approx(1, abs=0.01)
+    assert sum(errors) / len(errors) == pytest.approx(INNER_PRODUCT_ERROR[nbits][kind], rel=0.05)
+
+
+def test_algorithm_1_is_biased():
+    # the opposite of the test above: its measure of bias can tell
+    x = unit_vectors(1, 1, 4000, 128)
+    quantizer = Quantizer.create(TurboQuantConfig(nbits=2, key_estimator="mse"), "keys", 0, 128)
+    assert (x * round_trip(x, quantizer)).sum(-1).mean().item() == pytest.approx(0.884, abs=0.01)
+
+
+@pytest.mark.parametrize("role", ("keys", "values"))
+@pytest.mark.parametrize("nbits", (2, 3, 4, 8))
+@pytest.mark.parametrize("head_dim", (80, 96, 112, 192, 576))
+def test_any_head_dim(role, nbits, head_dim):
+    config = TurboQuantConfig(nbits=nbits, key_estimator="rescaled")
+    x = unit_vectors(1, 2, 300, head_dim) * 3
+    error = ((round_trip(x, Quantizer.create(config, role, 0, head_dim)) - x).square().sum(-1) / 9).mean()
+    distortion = lloyd_max(nbits, head_dim).distortion
+    # rescaling trades D for D / (1 - D)
+    # at 8 bits a few tail coordinates make up much of the error of 600 vectors
+    assert error.item() == pytest.approx(distortion / (1 - distortion), rel=0.15 if nbits == 8 else 0.05)
+
+
+def test_head_dims_that_cannot_be_served():
+    with pytest.raises(ValueError, match="`head_dim` must be at least 16, got 8"):
+        Quantizer.create(TurboQuantConfig(), "keys", 0, 8)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        Quantizer.create(TurboQuantConfig(), "keys", 0, 36)
+
+
+@pytest.mark.parametrize("estimator", ("qjl", "rescaled", "mse"))
+def test_zero_and_broken_vectors_stay_alone(estimator):
+    quantizer = Quantizer.create(TurboQuantConfig(key_estimator=estimator), "keys", 0, 64)
+    clean = torch.randn(1, 1, 200, 64)
+    states = clean.clone()
+    states[0, 0, 3] = 0
+    states[0, 0, 5, 7] = torch.nan
+    states[0, 0, 150, 0] = torch.inf
+    out, expected = round_trip(states, quantizer), round_trip(clean, quantizer)
+    assert (out[0, 0, 3] == 0).all()
+    assert not out[0, 0, 5].isfinite().any() and not out[0, 0, 150].isfinite().any()
+    others = [t for t in range(200) if t not in (3, 5, 150)]
+    assert torch.equal(out[0, 0, others], expected[0, 0, others])
+
+
+@pytest.mark.parametrize("estimator", ("qjl", "rescaled", "mse"))
+@pytest.mark.parametrize("norm", (1e-6, 1e6))
+def test_extreme_norms(estimator, norm):
+    quantizer = Quantizer.create(TurboQuantConfig(key_estimator=estimator), "keys", 0, 64)
+    x = unit_vectors(1, 1, 500, 64)
+    scaled = round_trip(x * norm, quantizer) / norm
+    assert scaled.isfinite().all()
+    # a two-byte scale rounds differently at another magnitude
+    torch.testing.assert_close(scaled, round_trip(x, quantizer), rtol=0.01, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_half_precision_input(dtype):
+    quantizer = Quantizer.create(TurboQuantConfig(), "values", 0, 64)
+    x = torch.randn(1, 2, 150, 64).to(dtype)
+    assert torch.equal(round_trip(x, quantizer), round_trip(x.float(), quantizer))
+
+
+def test_a_general_map_per_head_with_a_mean():
+    # room for conditioning: y = A (x - μ), queries through A⁻ᵀ
+    torch.manual_seed(0)
+    base = Quantizer.create(TurboQuantConfig(nbits=8, key_estimator="rescaled"), "keys", 0, 64)
+    scale = torch.linspace(0.2, 5, 64).repeat(2, 1)
+    mean = torch.randn(2, 1, 64)
+    quantizer = dataclasses.replace(
+        base, transform=base.transform * scale.unsqueeze(1), dual=base.dual / scale.unsqueeze(1), mean=mean
+    )
+    # channels as different as the map expects, far from the origin
+    x = torch.randn(1, 2, 400, 64) / scale.unsqueeze(1) + 10 * mean
+    out = round_trip(x, dataclasses.replace(quantizer, mean=10 * mean))
+    centred = x - 10 * mean
+    # every channel is recovered to the precision of its own magnitude
+    relative = (out - x).square().mean((0, 2)) / centred.square().mean((0, 2))
+    assert (relative < 2 * lloyd_max(8, 64).distortion).all()
+
+
+def test_states_that_do_not_fit():
+    quantizer = Quantizer.create(TurboQuantConfig(), "keys", 0, 64)
+    buffer = quantizer.new_buffer(1, 2)
+    for states in (torch.zeros(1, 2, 5, 32), torch.zeros(1, 3, 5, 64), torch.zeros(1, 2, 5, 64, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"`states` must be a floating-point tensor of shape \[1, 2, tokens, 64\]"):
+            ops.quantize(states, quantizer, buffer)
+    assert buffer.length == 0
+
+
+def test_appending_token_by_token_gives_the_same_bytes():
+    states = torch.randn(2, 2, 260, 32)
+    for role, nbits in (("keys", 3), ("values", 3), ("values", 4)):
+        quantizer = Quantizer.create(TurboQuantConfig(nbits=nbits), role, 0, 32)
+        whole, pieces = quantizer.new_buffer(2, 2), quantizer.new_buffer(2, 2)
+        ops.quantize(states, quantizer, whole)
+        for piece in (*states[:, :, :130].split(1, dim=2), states[:, :, 130:257], states[:, :, 257:]):
+            ops.quantize(piece, quantizer, pieces)
+        outputs = []
+        for buffer in (whole, pieces):
+            outputs.append(torch.empty(2, 2, 260, 32))
+            ops.dequantize(buffer, quantizer, outputs[-1])
+        assert torch.equal(*outputs)
+
+
+def test_codes_are_the_same_in_another_process():
+    code = (
+        "import torch\n"
+        "from hf_turboquant import TurboQuantConfig, ops\n"
+        "from hf_turboquant.quantizer import Quantizer\n"
+        "quantizer = Quantizer.create(TurboQuantConfig(rotation='haar', sketch='gaussian'), 'keys', 2, 80)\n"
+        "buffer = quantizer.new_buffer(1, 1)\n"
+        "ops.quantize(torch.arange(80 * 128.).sin().view(1, 1, 128, 80), quantizer, buffer)\n"
+        "print(buffer['plane4'].long().sum().item(), buffer['scales'].float().sum().item())\n"
+    )
+    outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
+    assert len(outputs) == 1 and outputs.pop().strip()
