@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
 
 import pytest
 
+# tests run in one process per core: threads of their own would only wait for each other
+torch.set_num_threads(1)
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 import transformers
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    DynamicCache,
+    EncoderDecoderCache,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -15,14 +23,19 @@ from hf_turboquant import QuantizedStates, TurboQuantCache
 from hf_turboquant.layer import TurboQuantLayer
 
 BATCH, PROMPT, PADDING, STEPS, VOCAB = 2, 40, 7, 6, 97
+# tokens that stand for an image, behind those of text
+IMAGE, VIDEO, VISION_START, VISION_END = 93, 94, 95, 96
 LEFT_OUT = object()
+GREEDY = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
 
 # eight bits and no exact window: every token that attention reads comes from the codes
 ALL_CODES = {"nbits": 8, "key_estimator": "rescaled", "residual_length": 0, "sink_length": 0}
-# the relative error of a vector in eight bits: sqrt(2.72) / 2**8 for a fine Gaussian quantiser
+# relative error of a vector in eight bits: the square root of Panter and Dite's 2.72 / 4**8
 EIGHT_BITS = 0.0065
-# defaults, with a window small enough for the prompt to leave it
+# the defaults, but for a window so small that the prompt leaves it
 SMALL_WINDOW = {"residual_length": 8, "sink_length": 2}
+# the same logits from other kernels in float32
+ROUNDING = 1e-5
 
 # weights this large make attention peaked: with the usual 0.02 it is uniform and forgives any error in the keys
 SIZES = {
@@ -57,6 +70,7 @@ MAMBA2 = {
     "mamba_chunk_size": 16,
     "mamba_d_ssm": 128,
 }
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MLA = {
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
@@ -69,7 +83,36 @@ MLA = {
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rope_parameters": ROPE,
+}
+WHISPER = {
+    "d_model": 64,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "num_mel_bins": 8,
+    "max_source_positions": 32,
+    "max_target_positions": 64,
+    "init_std": 0.125,
+    "decoder_start_token_id": 1,
+    "hidden_size": LEFT_OUT,
+    "num_hidden_layers": LEFT_OUT,
+}
+T5 = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    # the caches of transformers count the layers of its encoder
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 1,
+    "hidden_size": LEFT_OUT,
+    "num_hidden_layers": LEFT_OUT,
+    "num_attention_heads": LEFT_OUT,
 }
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
@@ -82,9 +125,11 @@ class Row:
 
     Args:
         compressed (`int`): so many of its layers hold full attention.
-        attentions (`tuple[str, ...]`): what transformers lets `attn_implementation` be for it.
-        dequantizes (`tuple[str, ...]`): of these, the ones that can't attend straight from the codes, for a reason
-            that stands beside the row.
+        options (`dict`): what its config needs beside or in place of `SIZES`.
+        attentions (`tuple[str, ...]`): what `attn_implementation` may be; all of them compute the same.
+        dequantizes (`tuple[str, ...]`): those of them that can't attend straight from the codes; where it is not just
+            eager, the reason stands beside the row.
+        cache_name (`str`): the argument that takes the cache.
     """
 
     name: str
@@ -93,6 +138,9 @@ class Row:
     model_type: str | None = None
     attentions: tuple[str, ...] = ("sdpa", "eager", "turboquant")
     dequantizes: tuple[str, ...] = ("eager",)
+    cache_name: str = "past_key_values"
+
+    model_class = AutoModelForCausalLM
 
     def config(self):
         model_type = self.model_type or self.name
@@ -104,27 +152,142 @@ class Row:
     def model(self, attention: str | None = None):
         torch.manual_seed(0)
         options = {"attn_implementation": attention} if attention else {}
-        return AutoModelForCausalLM.from_config(self.config(), **options).eval()
+        return self.model_class.from_config(self.config(), **options).eval()
+
+    def cache(self, config, **options):
+        return TurboQuantCache(config, **options)
+
+    def full_cache(self, config):
+        return DynamicCache(config=config)
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """A prompt and the tokens after it; the second row is padded on the left."""
-        input_ids = torch.randint(3, VOCAB, (BATCH, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
+        input_ids = torch.randint(3, IMAGE, (BATCH, PROMPT + STEPS), generator=torch.Generator().manual_seed(1))
         attention_mask = torch.ones_like(input_ids)
         input_ids[1, :PADDING] = attention_mask[1, :PADDING] = 0
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
+    def prefill_inputs(self, config) -> dict[str, torch.Tensor]:
+        """What the prompt brings beside its tokens."""
+        return {}
+
     def prefill_and_decode(self, model, cache, after_prefill=lambda cache: None) -> torch.Tensor:
         """Logits of all positions: the prompt at once, then token by token."""
-        inputs = self.inputs()
+        inputs, options = self.inputs(), {self.cache_name: cache, "use_cache": True}
         outputs, start = [], 0
         with torch.no_grad():
             for stop in range(PROMPT, PROMPT + STEPS + 1):
-                ids, mask = inputs["input_ids"][:, start:stop], inputs["attention_mask"][:, :stop]
-                outputs.append(model(ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits)
+                tokens, mask = inputs["input_ids"][:, start:stop], inputs["attention_mask"][:, :stop]
+                extra = {} if start else self.prefill_inputs(model.config)
+                outputs.append(self.forward(model, tokens, mask, **extra, **options).logits)
                 if start == 0:
                     after_prefill(cache)
                 start = stop
         return torch.cat(outputs, dim=1)
+
+    def forward(self, model, tokens, mask, **options):
+        return model(input_ids=tokens, attention_mask=mask, **options)
+
+    def generate(self, model, cache) -> torch.Tensor:
+        """The tokens generated."""
+        inputs = {name: tensor[:, :PROMPT] for name, tensor in self.inputs().items()}
+        inputs.update(self.prefill_inputs(model.config), **{self.cache_name: cache})
+        return model.generate(**inputs, **GREEDY)[:, PROMPT:]
+
+
+class VisionRow(Row):
+    """A model with a vision tower: its text config is nested, and the prompt shows an image in each row."""
+
+    model_class = AutoModelForImageTextToText
+    # patches of an image: time, height, width; two by two of them make a token
+    grid = (1, 4, 4)
+    image = slice(10, 14)
+
+    def config(self):
+        tokens = {
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "vision_start_token_id": VISION_START,
+            "vision_end_token_id": VISION_END,
+        }
+        vision = {
+            "depth": 1,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "out_hidden_size": SIZES["hidden_size"],
+            "fullatt_block_indexes": [0],
+            "num_position_embeddings": 16,
+        }
+        text = copy.deepcopy({**SIZES, **self.options})
+        return AutoConfig.for_model(self.name, text_config=text, vision_config=vision, **tokens)
+
+    def inputs(self):
+        inputs = super().inputs()
+        inputs["input_ids"][:, self.image] = IMAGE
+        return inputs
+
+    def prefill_inputs(self, config):
+        vision = config.vision_config
+        size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        patches = torch.randn(BATCH * 4 * 4, size, generator=torch.Generator().manual_seed(3))
+        kinds = torch.zeros(BATCH, PROMPT, dtype=torch.long)
+        kinds[:, self.image] = 1
+        grid = torch.tensor([self.grid] * BATCH)
+        return {"pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+
+    def forward(self, model, tokens, mask, **options):
+        if tokens.shape[1] < mask.shape[1]:
+            # as `generate` does: the model alone takes the mask's positions for those of the tokens
+            positions = (mask.cumsum(-1) - 1)[:, -tokens.shape[1] :] + model.model.rope_deltas
+            options["position_ids"] = positions.expand(3, -1, -1)
+        return super().forward(model, tokens, mask, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderDecoderRow(Row):
+    """
+    A model with cross-attention, whose cache is a pair.
+
+    Args:
+        cross (`bool`): whether the keys and values of the source are compressed too.
+    """
+
+    cross: bool = True
+    source_length = 32
+
+    def cache(self, config, **options):
+        cross = TurboQuantCache(config, **options) if self.cross else DynamicCache(config=config)
+        return EncoderDecoderCache(TurboQuantCache(config, **options), cross)
+
+    def full_cache(self, config):
+        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+
+    def source(self, config) -> dict[str, torch.Tensor]:
+        tokens = torch.randint(3, IMAGE, (BATCH, self.source_length), generator=torch.Generator().manual_seed(3))
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    def forward(self, model, tokens, mask, **options):
+        source = self.source(model.config)
+        return model(decoder_input_ids=tokens, decoder_attention_mask=mask, **source, **options)
+
+    def generate(self, model, cache):
+        inputs = {f"decoder_{name}": tensor[:, :PROMPT] for name, tensor in self.inputs().items()}
+        tokens = model.generate(**self.source(model.config), **inputs, past_key_values=cache, **GREEDY)
+        # whisper leaves the prompt out
+        return tokens[:, -STEPS:]
+
+
+class TextRow(EncoderDecoderRow):
+    model_class = AutoModelForSeq2SeqLM
+
+
+class SpeechRow(EncoderDecoderRow):
+    model_class = AutoModelForSpeechSeq2Seq
+
+    def source(self, config):
+        shape = (BATCH, config.num_mel_bins, 2 * config.max_source_positions)
+        return {"input_features": torch.randn(shape, generator=torch.Generator().manual_seed(3))}
 
 
 def typed(layer_types, **options):
@@ -140,17 +303,25 @@ ROWS = [
     Row("qwen2", 3),
     Row("qwen3", 3),
     Row("qwen3_moe", 3, MOE),
-    Row("gemma2", 2, typed(SLIDING, sliding_window=16, query_pre_attn_scalar=16, attn_logit_softcapping=5.0)),
+    # transformers 5.17 takes sdpa by default, which leaves the softcap out
+    Row(
+        "gemma2",
+        2,
+        typed(SLIDING, sliding_window=16, query_pre_attn_scalar=16, attn_logit_softcapping=5.0),
+        attentions=("eager", "turboquant"),
+    ),
     Row("gemma3", 2, typed(SLIDING, sliding_window=16, query_pre_attn_scalar=16), model_type="gemma3_text"),
-    Row("gpt_oss", 2, typed(SLIDING, sliding_window=16, **MOE)),
+    Row("gpt_oss", 2, typed(SLIDING, sliding_window=16, **MOE), attentions=("eager", "turboquant")),
     Row("phi3", 3),
-    Row("falcon", 3, {"head_dim": LEFT_OUT}),
+    # its attention is written out and knows no other names
+    Row("falcon", 3, {"head_dim": LEFT_OUT}, attentions=("sdpa", "eager")),
     Row("gpt2", 3, {"n_embd": 64, "n_head": 4, "n_layer": 3}),
     Row("gpt_neox", 3),
-    Row("deepseek_v3", 3, {**MLA, **MOE}),
+    # MLA caches latents, which a projection expands before anything attends
+    Row("deepseek_v3", 3, {**MLA, **MOE}, dequantizes=("sdpa", "eager", "turboquant")),
     Row("qwen3_next", 2, typed(HYBRID, **LINEAR, **MOE, shared_expert_intermediate_size=48)),
-    Row("qwen3_5", 2, typed(HYBRID, **LINEAR), model_type="qwen3_5_text"),
-    Row("qwen3_5_moe", 2, typed(HYBRID, **LINEAR, **MOE), model_type="qwen3_5_moe_text"),
+    Row("qwen3_5_text", 2, typed(HYBRID, **LINEAR)),
+    Row("qwen3_5_moe_text", 2, typed(HYBRID, **LINEAR, **MOE)),
     Row(
         "gemma4",
         2,
@@ -200,21 +371,49 @@ ROWS = [
         },
     ),
     Row("lfm2", 2, typed(["conv", "full_attention"] * 2)),
-    Row("kimi_linear", 2, typed(HYBRID, **LINEAR, **MLA, **MOE)),
+    # MLA again
+    Row(
+        "kimi_linear",
+        2,
+        typed(HYBRID, **LINEAR, **MLA, **MOE),
+        dequantizes=("sdpa", "eager", "turboquant"),
+    ),
     Row("olmo_hybrid", 2, typed(HYBRID, **LINEAR)),
-    Row("mamba2", 0, {"num_heads": 8, "n_groups": 2, "state_size": 16, "chunk_size": 16}),
+    Row(
+        "mamba2",
+        0,
+        {"num_heads": 8, "n_groups": 2, "state_size": 16, "chunk_size": 16},
+        attentions=("eager",),
+        cache_name="cache_params",
+    ),
+    VisionRow("qwen2_5_vl", 3, {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}}),
+    VisionRow("qwen3_5", 2, typed(HYBRID, **LINEAR)),
+    VisionRow("qwen3_5_moe", 2, typed(HYBRID, **LINEAR, **MOE)),
+    SpeechRow("whisper", 4, WHISPER),
+    SpeechRow("whisper_full_cross", 2, WHISPER, model_type="whisper", cross=False),
+    TextRow("t5", 4, T5),
+    TextRow("t5_full_cross", 2, T5, model_type="t5", cross=False),
 ]
 
 
+def parts(cache) -> list:
+    pair = isinstance(cache, EncoderDecoderCache)
+    return [cache.self_attention_cache, cache.cross_attention_cache] if pair else [cache]
+
+
+def layers_of(cache) -> list:
+    return [layer for part in parts(cache) for layer in part.layers]
+
+
 def compressed_layers(cache) -> list[TurboQuantLayer]:
-    return [layer for layer in cache.layers if isinstance(layer, TurboQuantLayer)]
+    return [layer for layer in layers_of(cache) if isinstance(layer, TurboQuantLayer)]
 
 
-def disturb(cache: DynamicCache) -> None:
+def disturb(cache) -> None:
     """Adds to all keys and values of full attention an error of the size that eight bits make."""
     generator = torch.Generator().manual_seed(2)
-    for layer in cache.layers:
-        if isinstance(layer, DynamicLayer) and not layer.is_sliding and layer.is_initialized:
+    for layer in layers_of(cache):
+        if isinstance(layer, DynamicLayer) and not layer.is_sliding:
             for role in ("keys", "values"):
                 states = getattr(layer, role)
                 noise = torch.randn(states.shape, generator=generator) * states.shape[-1] ** -0.5
@@ -222,8 +421,7 @@ def disturb(cache: DynamicCache) -> None:
 
 
 def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative error of all logits of the decode steps together."""
-    logits, expected = logits[:, PROMPT:], expected[:, PROMPT:]
+    """Relative error of all logits together."""
     return ((logits - expected).norm() / expected.norm()).item()
 
 
@@ -232,60 +430,68 @@ def dequantized(monkeypatch) -> list[str]:
     """Roles of the handles that were turned into plain tensors."""
     calls = []
     dequantize = QuantizedStates.dequantize
-    monkeypatch.setattr(
-        QuantizedStates, "dequantize", lambda handle: calls.append(handle.role) or dequantize(handle)
-    )
+    monkeypatch.setattr(QuantizedStates, "dequantize", lambda handle: calls.append(handle.role) or dequantize(handle))
     return calls
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_logits_from_codes(row, dequantized):
-    """Eight bits change the logits as much as noise of their size does, and whoever attends, it's from the same codes."""
-    logits = {}
-    for attention in (None, *row.attentions):
+    """Eight bits change the logits as much as noise of their size does, the same way whoever attends."""
+    real = row.inputs()["attention_mask"].bool()
+    prompt, steps = real.clone(), real.clone()
+    prompt[:, PROMPT:] = steps[:, :PROMPT] = False
+    default = row.model().config._attn_implementation
+    full, from_codes = {}, {}
+    for attention in dict.fromkeys((*row.attentions, default)):
         model = row.model(attention)
-        expected = row.prefill_and_decode(model, DynamicCache(config=model.config))
-        noisy = row.prefill_and_decode(model, DynamicCache(config=model.config), disturb)
-        cache = TurboQuantCache(model.config, **ALL_CODES)
+        expected = full[attention] = row.prefill_and_decode(model, row.full_cache(model.config))
+        noisy = row.prefill_and_decode(model, row.full_cache(model.config), disturb)
+        cache = row.cache(model.config, **ALL_CODES)
         dequantized.clear()
-        logits[attention] = row.prefill_and_decode(model, cache)
-        real = row.inputs()["attention_mask"][:, :PROMPT].bool()
-        torch.testing.assert_close(logits[attention][:, :PROMPT][real], expected[:, :PROMPT][real], rtol=0, atol=0)
-        error, noise = difference(logits[attention], expected), difference(noisy, expected)
-        print(f"{row.name} {attention} error {error:.5f} noise {noise:.5f} ratio {error / max(noise, 1e-9):.2f} deq {len(dequantized)}")
+        logits = from_codes[attention] = row.prefill_and_decode(model, cache)
         assert len(compressed_layers(cache)) == row.compressed
-        if not row.compressed:
-            assert error == 0
-            continue
-        if attention:
-            assert bool(dequantized) == (attention in row.dequantizes), attention
-    for attention in row.attentions:
-        print("   agree", attention, difference(logits[attention], logits[None]))
+        # the first prefill attends to what it has just computed
+        assert torch.equal(logits[prompt], expected[prompt])
+        noise = difference(noisy[steps], expected[steps])
+        if row.compressed:
+            assert noise / 3 < difference(logits[steps], expected[steps]) < 2 * noise
+            assert bool(dequantized) == (attention in row.dequantizes)
+        else:
+            assert torch.equal(logits, expected)
+        if attention in row.attentions:
+            first = row.attentions[0]
+            assert difference(expected[real], full[first][real]) < ROUNDING
+            # a rounding error in front of the quantiser may turn a code over to its neighbour
+            assert difference(logits[steps], from_codes[first][steps]) < max(noise / 10, ROUNDING)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_small_window(row):
-    """Just what should be is compressed, and reported."""
+    """`generate` runs, and just what should be is compressed, and reported."""
     model = row.model()
-    inputs = {name: tensor[:, :PROMPT] for name, tensor in row.inputs().items()}
-    options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
-    full, cache = DynamicCache(config=model.config), TurboQuantCache(model.config, **SMALL_WINDOW)
-    model.generate(**inputs, **options, past_key_values=full)
-    tokens = model.generate(**inputs, **options, past_key_values=cache)
-    assert tokens.shape == (BATCH, PROMPT + STEPS)
-    layers = compressed_layers(cache)
-    assert len(layers) == row.compressed
-    assert repr(cache).startswith(f"TurboQuantCache({row.compressed} of {len(full.layers)} layers compressed")
-    for ours, theirs in zip(cache.layers, full.layers, strict=True):
-        assert isinstance(ours, type(theirs)) if ours in layers else type(ours) is type(theirs)
-    # the last token generated was never fed back
-    length = PROMPT + STEPS - 1
-    for layer in layers:
-        assert layer.get_seq_length() == length
-        assert {role: buffer.length for role, buffer in layer.codes.items()} == dict.fromkeys(
-            ("keys", "values"), length - sum(SMALL_WINDOW.values())
-        )
-    report = cache.memory()
-    assert (report.codes_bytes > 0) == (report.scales_bytes > 0) == (row.compressed > 0)
-    held = [leaf for layer in full.layers for leaf in tree_leaves(vars(layer)) if isinstance(leaf, torch.Tensor)]
-    assert report.full_bytes == sum(tensor.nbytes for tensor in held)
+    full, cache = row.full_cache(model.config), row.cache(model.config, **SMALL_WINDOW)
+    row.generate(model, full)
+    tokens = row.generate(model, cache)
+    assert tokens.shape == (BATCH, STEPS)
+    compressed = compressed_layers(cache)
+    assert len(compressed) == row.compressed
+    for ours, theirs in zip(layers_of(cache), layers_of(full), strict=True):
+        if ours in compressed:
+            length = theirs.get_seq_length()
+            assert ours.get_seq_length() == length and isinstance(ours, type(theirs))
+            for buffer in ours.codes.values():
+                assert buffer.length == length - sum(SMALL_WINDOW.values()) > 0
+        else:
+            assert type(ours) is type(theirs)
+    for ours, theirs in zip(parts(cache), parts(full), strict=True):
+        if isinstance(ours, TurboQuantCache):
+            count = len(compressed_layers(ours))
+            assert repr(ours).startswith(f"TurboQuantCache({count} of {len(theirs.layers)} layers compressed")
+            report = ours.memory()
+            assert (report.codes_bytes > 0) == (report.scales_bytes > 0) == (count > 0)
+            assert report.full_bytes == held_bytes(theirs)
+
+
+def held_bytes(cache) -> int:
+    leaves = [leaf for layer in cache.layers for leaf in tree_leaves(vars(layer))]
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))

@@ -1,12 +1,13 @@
 """Triton: rotate, code, sketch, pack and append in one launch; the maths is that of `reference.quantize`."""
 
-from functools import cache
+from contextlib import nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
 import triton.language as tl
 
-from ..packing import BLOCK
+from ..packing import BLOCK, plane_shapes
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
 
@@ -118,7 +119,7 @@ def _nearest(y, boundaries, centroids, CODE_BITS: tl.constexpr):
 @triton.jit
 def _merge(pointers, packed, mask, shared):
     # bits 0-7 of `packed` are new, bits 8-15 say which of them count; the others belong to earlier tokens
-    old = tl.load(pointers, mask=mask & shared, other=0).to(tl.int32)
+    old = tl.load(pointers, mask=mask & (tl.zeros((1, 1), tl.int32) < shared), other=0).to(tl.int32)
     tl.store(pointers, (packed | (old & ~(packed >> 8))).to(tl.uint8), mask=mask)
 
 
@@ -131,14 +132,11 @@ def _store_keys(
     COUNT: tl.constexpr = 8 // WIDTH if WIDTH > 1 else 4
     position = base + tl.arange(0, T)
     column = tl.arange(0, DP)
-    dims, valid = _dims(tl.arange(0, DP // COUNT) * COUNT, D, DP)
-    offset = dims // COUNT
+    offset, valid = _dims(tl.arange(0, DP // COUNT), D // COUNT, DP // COUNT)
     if WIDTH > 1:
         packed = tl.sum(tl.reshape(fields << (WIDTH * (column % COUNT))[None, :], (T, DP // COUNT, COUNT)), axis=2)
-        row = position
-        ROWS: tl.constexpr = 128
-        mask = keep[:, None] & valid[None, :]
-        shared = False
+        pointers = plane + (block * 128 + position)[:, None] * (D // COUNT) + offset[None, :]
+        tl.store(pointers, packed.to(tl.uint8), mask=keep[:, None] & valid[None, :])
     else:
         # tokens r and r + 64 share a byte
         PAIR: tl.constexpr = 2 if T == 128 else 1
@@ -146,10 +144,8 @@ def _store_keys(
         packed = tl.sum(tl.reshape(fields << shift, (PAIR, T // PAIR, DP // 4, 4)), axis=3)
         packed = tl.sum(packed, axis=0)
         row = base % 64 + tl.arange(0, T // PAIR)
-        ROWS: tl.constexpr = 64
-        mask = (row >= 0)[:, None] & valid[None, :]
-    pointers = plane + (block * ROWS + row)[:, None] * (D // COUNT) + offset[None, :]
-    _merge(pointers, packed, mask, shared)
+        pointers = plane + (block * 64 + row)[:, None] * (D // 4) + offset[None, :]
+        _merge(pointers, packed, (row >= 0)[:, None] & valid[None, :], shared)
 
 
 @triton.jit
@@ -173,7 +169,7 @@ def _store_values(
         BYTES: tl.constexpr = 32
         first = base % 32 // 4 * 4 + base // 32 % 2 * 2 + base // 2 % 2
         if WIDTH == 2:
-            shift = (2 * odd + 4 * high)[:, None]
+            shift = (4 * odd + 2 * high)[:, None]
             packed = tl.reshape(fields << shift, (2, 2, 8, 2, 2, DP) if TILE else (1, 1, 1, 1, 1, DP))
         else:
             shift = (4 * odd + high)[:, None] + (2 - column // (DP // 2) * 2)[None, :]
@@ -219,7 +215,10 @@ def _append(args, length, tokens, blocks, heads, SPEC: tl.constexpr, T: tl.const
     new = token >= 0
     has_token = new & (token < tokens)
     block = sequence * blocks + first // 128
-    base = first % 128
+    if T == 128:
+        base = 0
+    else:
+        base = first % 128
 
     z = _rotated(
         states + batch * strides[0] + head * strides[1], strides, transform + head * transform_stride,
@@ -227,7 +226,7 @@ def _append(args, length, tokens, blocks, heads, SPEC: tl.constexpr, T: tl.const
     )  # fmt: skip
     norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
     # a zero vector has no direction: any will do, its scale is zero
-    y = z * (1 / tl.maximum(norm, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL))[:, None]
+    y = z * (1 / tl.maximum(norm, 1.1754943508222875e-38))[:, None]
     codes, nearest = _nearest(y, boundaries, centroids, CODE_BITS)
     scale = norm
     if RESCALED:
@@ -248,7 +247,11 @@ def _append(args, length, tokens, blocks, heads, SPEC: tl.constexpr, T: tl.const
             product = _sketched(r, sketch, 0, DP, T, D, DP, SKETCH_OPERAND, PRECISION)
         codes = tl.where(product >= 0, codes | (1 << CODE_BITS), codes)
 
-    shared = (first < length) | (T < 128)
+    # positive if bytes of this tile hold earlier tokens too
+    if T == 128:
+        shared = length - first
+    else:
+        shared = 1
     if NBITS == 3:
         low = tl.where(new[:, None], (codes & 3) | (3 << 8), 0)
         high = tl.where(new[:, None], (codes >> 2) | (1 << 8), 0)
@@ -279,3 +282,106 @@ def _quantize_kernel(
 
 
 INTERPRETED = not isinstance(_quantize_kernel, triton.JITFunction)
+
+# the constants of a quantizer as kernel arguments, by the dtype of the states
+_PREPARED: WeakKeyDictionary[Quantizer, dict] = WeakKeyDictionary()
+
+
+def supports(states: torch.Tensor, quantizer: Quantizer) -> str | None:
+    """Why `states` cannot be quantised by these kernels; `None` if they can."""
+    if quantizer.nbits not in (2, 3, 4) or quantizer.code_bits == 0:
+        return f"kernels pack 2, 3 or 4 bits, not {quantizer.nbits}"
+    if quantizer.head_dim % 16 or quantizer.head_dim > 256:
+        return f"kernels need a head_dim that is a multiple of 16 up to 256, not {quantizer.head_dim}"
+    if states.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"kernels read fp32, fp16 and bf16, not {states.dtype}"
+    if states.device.type != ("cpu" if INTERPRETED else "cuda"):
+        return f"the tensors are on {states.device.type}" + (" and kernels are interpreted" if INTERPRETED else "")
+    return None
+
+
+def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) -> None:
+    """Appends `states` to `buffer`, in place, in one launch. The buffer has room; its length changes last."""
+    _launch((states,), (quantizer,), (buffer,))
+
+
+def quantize_pair(
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    quantizers: tuple[Quantizer, Quantizer],
+    buffers: tuple[TokenBuffer, TokenBuffer],
+) -> None:
+    """[`quantize`] for the keys and values of one layer, with equal batch, heads, tokens and lengths: one launch."""
+    _launch((key_states, value_states), quantizers, buffers)
+
+
+def _launch(states, quantizers, buffers) -> None:
+    batch, heads, tokens, _ = states[0].shape
+    length = buffers[0].length
+    if not states[0].numel():
+        return
+    tile = 1 if tokens == 1 else BLOCK
+    sides, specs, warps = [], [], 4
+    for x, quantizer, buffer in zip(states, quantizers, buffers, strict=True):
+        planes, constants, (spec, spec_warps) = _prepare(quantizer, x.dtype, tile)
+        tensors = buffer.tensors
+        outputs = tuple(tensors[name] for name in planes), tensors["scales"], tensors.get("residual_norms")
+        sides.append((x, x.stride(), outputs, constants))
+        specs.append(spec)
+        warps = max(warps, spec_warps)
+    grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(sides))
+    device = states[0].device
+    with nullcontext() if INTERPRETED or device.index == torch.cuda.current_device() else torch.cuda.device(device):
+        _quantize_kernel[grid](
+            sides[0],
+            sides[1] if len(sides) > 1 else None,
+            length,
+            tokens,
+            buffers[0].capacity // BLOCK,
+            heads,
+            FIRST=specs[0],
+            SECOND=specs[1] if len(specs) > 1 else None,
+            T=tile,
+            num_warps=warps,
+        )
+    for buffer in buffers:
+        buffer.length += tokens
+
+
+def _prepare(quantizer: Quantizer, dtype: torch.dtype, tile: int):
+    """Names of the planes, the constants as the kernel takes them, and its compile-time specification and warps."""
+    prepared = _PREPARED.setdefault(quantizer, {})
+    if (dtype, tile) not in prepared:
+        q = quantizer
+        names = tuple(name for name in plane_shapes(q.nbits, q.role, q.head_dim))
+        transform = q.transform.contiguous()
+        mean = None if q.mean is None else q.mean.contiguous()
+        constants = (
+            transform,
+            q.head_dim**2 if transform.shape[0] > 1 else 0,
+            mean,
+            0 if mean is None or mean.shape[0] == 1 else q.head_dim,
+            None if q.sketch is None else q.sketch.contiguous(),
+            q.boundaries,
+            q.centroids,
+        )
+        prepared[dtype, tile] = names, constants, _specification(q, dtype, tile)
+    return prepared[dtype, tile]
+
+
+def _specification(quantizer: Quantizer, dtype: torch.dtype, tile: int):
+    head_dim = quantizer.head_dim
+    padded = triton.next_power_of_2(head_dim)
+    operand = sketch_operand = tl.float32
+    precision = "ieee"
+    if not INTERPRETED and tile > 1:
+        # tf32 with three products is as good as fp32
+        precision, sketch_operand = "tf32x3", tl.float16
+        if quantizer.mean is None and dtype != torch.float32:
+            # such states are exact in their own dtype, and the matrix nearly so as two terms
+            operand = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+    chunk = min(padded, 128) if tile == 1 else min(head_dim & -head_dim, 64 if padded < 256 else 32)
+    return (
+        quantizer.role == "keys", quantizer.nbits, quantizer.estimator == "rescaled", head_dim, padded, chunk, operand,
+        sketch_operand, precision,
+    ), 4 if padded <= 64 else 8  # fmt: skip

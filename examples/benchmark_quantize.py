@@ -1,0 +1,308 @@
+"""
+Check the kernel that quantises and appends against float64 mathematics, in every configuration; then time it.
+
+    python examples/benchmark_quantize.py            # all checks, then the tables (one GPU)
+    python examples/benchmark_quantize.py --no-check
+"""
+
+import argparse
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from importlib import import_module
+from multiprocessing import get_context
+
+import torch
+
+from hf_turboquant import TurboQuantConfig
+from hf_turboquant.ops import reference
+from hf_turboquant.quantizer import Quantizer
+
+# `ops.quantize` is the function; the module of the same name holds the kernel
+kernels = import_module("hf_turboquant.ops.quantize")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration. `pieces` are the lengths of successive appends, `per_head` a mean and transform per head."""
+
+    role: str = "keys"
+    nbits: int = 4
+    estimator: str = "qjl"
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    per_head: bool = False
+    sketch: str = "orthogonal"
+    rotation: str = "haar"
+    pieces: tuple[int, ...] = (1, 126, 1, 1, 3, 200, 1)
+    batch: int = 2
+    heads: int = 3
+
+    def quantizer(self, device) -> Quantizer:
+        options = {"key_estimator": self.estimator} if self.role == "keys" else {"value_estimator": self.estimator}
+        config = TurboQuantConfig(nbits=self.nbits, sketch=self.sketch, rotation=self.rotation, **options)
+        quantizer = Quantizer.create(config, self.role, 0, self.head_dim, device)
+        if self.per_head:
+            generator = torch.Generator().manual_seed(1)
+            factors = 0.5 + torch.rand(self.heads, 1, self.head_dim, generator=generator).to(device)
+            mean = torch.randn(self.heads, 1, self.head_dim, generator=generator).to(device)
+            transform, dual = quantizer.transform * factors, quantizer.dual / factors
+            quantizer = replace(quantizer, transform=transform, dual=dual, mean=mean)
+        return quantizer
+
+
+@dataclass
+class Disagreement:
+    """
+    How far stored codes are from the mathematics.
+
+    Args:
+        codes (`float`): fraction of codes other than the reference's.
+        coordinate (`float`): largest excess of |y - c[code]| over the nearest centroid's, times √head_dim.
+        sign (`float`): largest |⟨sketch row, residual⟩| of a wrong sign, over |row| |residual| / √head_dim.
+        scale (`float`): largest relative error of a scale or residual norm, given the codes.
+    """
+
+    codes: float
+    coordinate: float
+    sign: float
+    scale: float
+
+
+def disagreement(states: torch.Tensor, quantizer: Quantizer, buffer) -> Disagreement:
+    """Compares all tokens of `buffer` with `states`, of shape `[batch, heads, buffer.length, head_dim]`."""
+    codes, stored = reference.codes_of(buffer, quantizer, 0, buffer.length)
+    expected, _ = reference.encode(states, quantizer)
+    x = states.double()
+    if quantizer.mean is not None:
+        x = x - quantizer.mean.double()
+    z = x @ quantizer.transform.double().mT
+    norms = torch.linalg.vector_norm(z, dim=-1)
+    y = z / norms.unsqueeze(-1)
+    values = quantizer.centroids.double()
+    chosen = values[(codes & (2**quantizer.code_bits - 1)).int()]
+    nearest = torch.stack([(y - value).abs() for value in values]).amin(0)
+    coordinate = ((y - chosen).abs() - nearest).max() * quantizer.head_dim**0.5
+    scales = {"scales": norms}
+    sign = torch.zeros(())
+    if quantizer.estimator == "rescaled":
+        scales["scales"] = norms / (y * chosen).sum(-1)
+    if quantizer.sketch is not None:
+        residual = y - chosen
+        lengths = torch.linalg.vector_norm(residual, dim=-1)
+        scales["residual_norms"] = norms * lengths
+        rows = quantizer.sketch.double()
+        product = residual @ rows.mT / lengths.unsqueeze(-1) / torch.linalg.vector_norm(rows, dim=-1)
+        wrong = (codes >> quantizer.code_bits).bool() != (product >= 0)
+        sign = (product.abs() * wrong).max() * quantizer.head_dim**0.5
+    scale = max(((stored[name] - exact).abs() / exact).max().item() for name, exact in scales.items())
+    return Disagreement((codes != expected).double().mean().item(), coordinate.item(), sign.item(), scale)
+
+
+def check(case: Case, device: str = "cuda") -> Disagreement:
+    """Appends `case.pieces` to a buffer of random bytes by the kernel and compares all tokens at the end."""
+    quantizer = case.quantizer(device)
+    torch.manual_seed(0)
+    states = torch.randn(case.batch, case.heads, sum(case.pieces), case.head_dim).to(device, case.dtype)
+    buffer = quantizer.new_buffer(case.batch, case.heads)
+    buffer.reserve(states.shape[2])
+    for tensor in buffer.tensors.values():
+        tensor.view(torch.uint8).random_()
+    for piece in states.split(case.pieces, dim=2):
+        kernels.quantize(piece, quantizer, buffer)
+    return disagreement(states, quantizer, buffer)
+
+
+ROLES = (("keys", "qjl"), ("keys", "rescaled"), ("keys", "mse"), ("values", "rescaled"), ("values", "mse"))
+
+
+def matrix() -> list[Case]:
+    """Every role, estimator and width at every head_dim; the other options at three of each."""
+    every = [Case(role, nbits, e, d) for d in (64, 128) for role, e in ROLES for nbits in (2, 3, 4)]
+    every += [Case(*row, d) for d in (80, 96, 192, 256) for row in (("keys", 4, "qjl"), ("keys", 3, "qjl"))]
+    every += [Case("values", nbits, "rescaled", d) for d in (80, 96, 192, 256) for nbits in (2, 3, 4)]
+    some = (("keys", 4, "qjl"), ("keys", 3, "rescaled"), ("values", 3, "rescaled"))
+    for options in ({"dtype": torch.float16}, {"dtype": torch.float32}, {"per_head": True}):
+        every += [Case(*row, d, **options) for d in (64, 128, 256) for row in some]
+    return every + [Case(sketch="gaussian"), Case(rotation="hadamard"), Case(pieces=(5, 1000, 24), heads=1)]
+
+
+def check_or_explain(case: Case) -> Disagreement | str:
+    """One failure must not hide the others."""
+    try:
+        return check(case)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".strip()[-400:]
+
+
+def check_all() -> bool:
+    cases = matrix()
+    # kernels compile in parallel; Triton keeps them on disk for the timing below
+    with ProcessPoolExecutor(min(14, os.cpu_count()), get_context("spawn")) as pool:
+        results = list(pool.map(check_or_explain, cases))
+    passed = True
+    for case, result in zip(cases, results, strict=True):
+        # 2^-8 is half a unit of bf16
+        if isinstance(result, str) or result.coordinate > 1e-4 or result.sign > 1e-4 or result.scale > 2**-8 + 1e-5:
+            print("FAILED", case, result)
+            passed = False
+    done = [result for result in results if not isinstance(result, str)]
+    print(f"{len(done)} of {len(cases)} configurations ran; the worst of each, over all of them:")
+    for name in ("codes", "coordinate", "sign", "scale"):
+        print(f"  {name} {max((getattr(result, name) for result in done), default=0):.1e}")
+    return passed
+
+
+def graph_us(calls, replays: int = 15) -> float:
+    """Median µs of one of `calls`, captured together in a CUDA graph."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
+    return statistics.median(times[3:])
+
+
+def host_us(call, count: int = 300) -> float:
+    """Median µs that the host spends in one call; the device keeps up."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+        torch.cuda.synchronize()
+    return statistics.median(times[count // 3 :])
+
+
+@dataclass
+class Layer:
+    """States, quantizers and buffers of one layer; `run` appends `tokens` at `length` by the function of that name."""
+
+    batch: int
+    tokens: int
+    keys: Case
+    values: Case
+    length: int = 0
+    heads: int = 8
+
+    def __post_init__(self):
+        self.roles = [case for case in (self.keys, self.values) if case is not None]
+        self.quantizers = [case.quantizer("cuda") for case in self.roles]
+        shape = (self.batch, self.heads, self.tokens)
+        self.states = [torch.randn(*shape, c.head_dim, device="cuda", dtype=c.dtype) for c in self.roles]
+        self.buffers = [quantizer.new_buffer(*shape[:2]) for quantizer in self.quantizers]
+        for buffer in self.buffers:
+            buffer.reserve(self.length + self.tokens)
+        # what is written: codes and scales of the new tokens
+        written = sum(buffer.nbytes / buffer.capacity for buffer in self.buffers) * self.tokens
+        self.nbytes = sum(x.nbytes for x in self.states) + written
+
+    def _rewind(self) -> None:
+        for buffer in self.buffers:
+            buffer.length = self.length
+
+    def single(self) -> None:
+        self._rewind()
+        for args in zip(self.states, self.quantizers, self.buffers, strict=True):
+            kernels.quantize(*args)
+
+    def pair(self) -> None:
+        self._rewind()
+        kernels.quantize_pair(*self.states, self.quantizers, self.buffers)
+
+    def torch(self) -> None:
+        self._rewind()
+        for args in zip(self.states, self.quantizers, self.buffers, strict=True):
+            reference.quantize(*args)
+
+
+def rows():
+    """Name, layer and function of every row of the table."""
+    for head_dim in (128, 64, 256):
+        for nbits, estimator in ((4, "qjl"), (3, "rescaled"), (2, "rescaled")):
+            layer = (Case("keys", nbits, estimator, head_dim), Case("values", nbits, "rescaled", head_dim))
+            name = f"keys + values, D={head_dim}, {nbits} bits ({estimator} keys)"
+            if head_dim == 128:
+                yield f"prefill 8,192: {name}, one launch", [Layer(1, 8192, *layer) for _ in range(4)], "pair"
+            yield f"prefill 8,192: {name}", [Layer(1, 8192, *layer) for _ in range(4)], "single"
+    keys, values = Case("keys", 4, "qjl"), Case("values", 4, "rescaled")
+    for estimator in ("qjl", "rescaled"):
+        yield f"prefill 8,192: keys alone, 4 bits ({estimator})", [
+            Layer(1, 8192, Case("keys", 4, estimator), None) for _ in range(8)
+        ], "single"
+    yield "prefill 8,192: values alone, 4 bits", [Layer(1, 8192, values, None) for _ in range(8)], "single"
+    float32 = (replace(keys, dtype=torch.float32), replace(values, dtype=torch.float32))
+    yield "prefill 8,192: as the first row but fp32", [Layer(1, 8192, *float32) for _ in range(4)], "single"
+    yield "prefill 8,192: as the first row, torch reference", [Layer(1, 8192, keys, values)], "torch"
+    yield "8,192 keys of one head, 3 bits (rescaled)", [
+        Layer(1, 8192, Case("keys", 3, "rescaled"), None, heads=1) for _ in range(32)
+    ], "single"
+    for batch in (1, 8):
+        for nbits, estimator in ((4, "qjl"), (3, "rescaled")):
+            layer = (Case("keys", nbits, estimator), Case("values", nbits, "rescaled"))
+            layers = [Layer(batch, 1, *layer, length=1061) for _ in range(32)]
+            name = f"decode, 1 token × {batch}, {nbits} bits ({estimator} keys)"
+            yield f"{name}, one launch", layers, "pair"
+            yield f"{name}, two launches", layers, "single"
+    yield "decode, 1 token × 1, 4 bits, torch reference", [Layer(1, 1, keys, values, length=1061)], "torch"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-check", action="store_true", help="time only")
+    args = parser.parse_args()
+    import triton
+
+    started = time.perf_counter()
+    passed = args.no_check or check_all()
+    print(f"checks: {time.perf_counter() - started:.0f} s\n", flush=True)
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / graph_us([lambda: target.copy_(source)]) / 1e3
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16 states, "
+        f"8 KV heads, head_dim 128 unless said, copy bandwidth {copy:.0f} GB/s. "
+        "Medians of CUDA graphs over rotating buffers; host time of one call in eager mode.\n"
+    )
+    print("| what | µs | GB/s | host µs |\n| --- | --- | --- | --- |")
+    for name, layers, function in rows():
+        try:
+            calls = [getattr(layer, function) for layer in layers]
+            us = graph_us(calls) if function != "torch" else float("nan")
+            host = host_us(calls[0])
+            if function == "torch":
+                us = eager_us(calls[0])
+            print(f"| {name} | {us:.1f} | {layers[0].nbytes / us / 1e3:.0f} | {host:.0f} |", flush=True)
+        except Exception as error:
+            passed = False
+            print(f"| {name} | FAILED {type(error).__name__} {str(error)[:200]} | | |", flush=True)
+    if not passed:
+        raise SystemExit(1)
+
+
+def eager_us(call, count: int = 10) -> float:
+    """Median µs from start to end of one call."""
+    times = []
+    for _ in range(count):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()

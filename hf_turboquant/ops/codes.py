@@ -1,0 +1,243 @@
+"""
+Triton functions that read one block of codes as matrix operands.
+
+A block's 128 tokens are worked on in `PARTS` parts of `128 / PARTS` tokens: 2 where values have a 4-bit plane, else 4,
+as their words hold the tokens. With `ASM` (NVIDIA sm_80 and later) words go through the snippets of [`ptx`] straight
+into the registers of the matrix instructions; without, bytes go through table look-ups, on any GPU and the interpreter.
+Both compute the same sums of the same integers.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(128)
+
+
+@triton.jit
+def exp2(x, ASM: tl.constexpr):
+    if ASM:
+        # tl.exp2 spends instructions on denormals
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.exp2(x)
+    return y
+
+
+@triton.jit
+def log2(x, ASM: tl.constexpr):
+    if ASM:
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.log2(x)
+    return y
+
+
+@triton.jit
+def operand_position(dim, BITS: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):
+    """Where the query's coordinate `dim` stands in its operands, `HALF` elements (4 bits) or `HALF / 2` each."""
+    if BITS == 4:
+        if ASM:
+            # operands are nibbles 0-3 and 4-7 of every word
+            position = (dim % 8) // 4 * HALF + dim // 8 * 4 + dim % 4
+        else:
+            position = dim % 2 * HALF + dim // 2
+    else:
+        if ASM:
+            # operands are codes 0 2 4 6, 8 10 12 14, 1 3 5 7 and 9 11 13 15 of every word
+            position = (dim % 2 * 2 + dim % 16 // 8) * (HALF // 2) + dim // 16 * 4 + dim % 8 // 2
+        else:
+            position = dim % 4 * (HALF // 2) + dim // 4
+    return position
+
+
+@triton.jit
+def part_tokens(part: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):
+    """Tokens of a part, within the block, in the order in which a row of values holds them."""
+    element = tl.arange(0, 128 // PARTS)
+    if ASM:
+        token = part * (128 // PARTS) + element
+    else:
+        word = element // 4
+        byte = element % 4
+        if PARTS == 2:
+            token = byte // 2 * 64 + word * 4 + byte % 2 * 2 + part
+        else:
+            token = (byte // 2 + part % 2 * 2) * 32 + word * 4 + byte % 2 * 2 + part // 2
+    return token
+
+
+@triton.jit
+def load_operands(operands, row, stride, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """`COUNT` query operands `[WIDTH, rows]`, one after the other in memory."""
+    out = ()
+    e = tl.arange(0, WIDTH)
+    for i in tl.static_range(COUNT):
+        out = out + (tl.load(operands + row[None, :] * stride + (i * WIDTH + e)[:, None]),)
+    return out
+
+
+@triton.jit
+def _dot_int(codes, start: tl.constexpr, high, low, COUNT: tl.constexpr):
+    """⟨codes, 128 · high + low⟩, fp32 `[tokens, rows]`."""
+    total = tl.dot(codes[start], high[0], out_dtype=tl.int32)
+    for i in tl.static_range(1, COUNT):
+        total = tl.dot(codes[start + i], high[i], total, out_dtype=tl.int32)
+    total = total * 128
+    for i in tl.static_range(COUNT):
+        total = tl.dot(codes[start + i], low[i], total, out_dtype=tl.int32)
+    return total.to(tl.float32)
+
+
+@triton.jit
+def key_dots(
+    wide, one, tables, block, operands,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, QJL: tl.constexpr, PARTS: tl.constexpr,
+    SNIPPET: tl.constexpr, CONSTRAINTS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """
+    Integer products of one block of keys with the rows of the query.
+
+    Args:
+        wide, one (pointers to uint8): the 4-bit or 2-bit plane and, at 3 bits, the 1-bit plane.
+        tables (pointer to int8): levels and signs of every code, 16 each; read without `ASM` only.
+        block (int64): index of the block.
+        operands (tuple): `COUNT` operands each of query high, low, and with `QJL` sketched query high, low.
+        WIDTH: elements of an operand, a power of two; `DIM` codes of a row fill it partly.
+
+    Returns:
+        Tuple of the `PARTS` products with the levels, fp32 `[128 / PARTS, rows]`, then with `QJL` as many with the
+        signs (1 where minus).
+    """
+    COUNT: tl.constexpr = 2 if BITS == 4 else 4
+    ROW: tl.constexpr = DIM // COUNT
+    OUT: tl.constexpr = COUNT * (1 + QJL)
+    high = operands[:COUNT]
+    low = operands[COUNT : 2 * COUNT]
+    e = tl.arange(0, WIDTH)[None, :]
+    mask = e < ROW
+    levels = ()
+    signs = ()
+    if ASM:
+        # part p and part p + PARTS / 2 are tokens r and r + 64, which share a row of the 1-bit plane
+        second = ()
+        second_signs = ()
+        for p in tl.static_range(PARTS // 2):
+            row = p * (128 // PARTS) + tl.arange(0, 128 // PARTS)[:, None]
+            a = tl.load(wide + (block * 128 + row) * ROW + e, mask=mask, other=0)
+            b = tl.load(wide + (block * 128 + 64 + row) * ROW + e, mask=mask, other=0)
+            if BITS == 3:
+                c = tl.load(one + (block * 64 + row) * ROW + e, mask=mask, other=0)
+                codes = tl.inline_asm_elementwise(
+                    SNIPPET, CONSTRAINTS, [a, b, c], dtype=(tl.int8,) * (2 * OUT), is_pure=True, pack=4
+                )
+            else:
+                codes = tl.inline_asm_elementwise(
+                    SNIPPET, CONSTRAINTS, [a], dtype=(tl.int8,) * OUT, is_pure=True, pack=4
+                ) + tl.inline_asm_elementwise(
+                    SNIPPET, CONSTRAINTS, [b], dtype=(tl.int8,) * OUT, is_pure=True, pack=4
+                )  # fmt: skip
+            levels = levels + (_dot_int(codes, 0, high, low, COUNT),)
+            second = second + (_dot_int(codes, OUT, high, low, COUNT),)
+            if QJL:
+                z_high = operands[2 * COUNT : 3 * COUNT]
+                z_low = operands[3 * COUNT : 4 * COUNT]
+                signs = signs + (_dot_int(codes, COUNT, z_high, z_low, COUNT),)
+                second_signs = second_signs + (_dot_int(codes, OUT + COUNT, z_high, z_low, COUNT),)
+        levels = levels + second
+        signs = signs + second_signs
+    else:
+        for p in tl.static_range(PARTS):
+            token = part_tokens(p, PARTS, ASM)[:, None]
+            byte = tl.load(wide + (block * 128 + token) * ROW + e, mask=mask, other=0).to(tl.int32)
+            if BITS == 3:
+                bits = tl.load(one + (block * 64 + token % 64) * ROW + e, mask=mask, other=0).to(tl.int32)
+                bits = bits >> tl.where(token < 64, 2, 0)
+            part_levels = ()
+            part_signs = ()
+            for i in tl.static_range(COUNT):
+                code = (byte >> (i * (8 // COUNT))) & (15 if BITS == 4 else 3)
+                if BITS == 3:
+                    code = code | ((bits >> (i % 2 + i // 2 * 4)) & 1) << 2
+                part_levels = part_levels + (tl.load(tables + code),)
+                if QJL:
+                    part_signs = part_signs + (tl.load(tables + 16 + code),)
+            levels = levels + (_dot_int(part_levels, 0, high, low, COUNT),)
+            if QJL:
+                z_high = operands[2 * COUNT : 3 * COUNT]
+                z_low = operands[3 * COUNT : 4 * COUNT]
+                signs = signs + (_dot_int(part_signs, 0, z_high, z_low, COUNT),)
+    return levels + signs
+
+
+@triton.jit
+def key_logits(dots, scales, residual_norms, constants, PARTS: tl.constexpr, QJL: tl.constexpr, MEAN: tl.constexpr):
+    """Logits (in powers of two) from `dots` and the rows' affine `constants`: see `prepare_kernel`."""
+    out = ()
+    for p in tl.static_range(PARTS):
+        logits = (dots[p] * constants[0] + constants[1]) * scales[p].to(tl.float32)[:, None]
+        if QJL:
+            correction = dots[PARTS + p] * constants[2] + constants[3]
+            logits += correction * residual_norms[p].to(tl.float32)[:, None]
+        if MEAN:
+            logits += constants[4]
+        out = out + (logits,)
+    return out
+
+
+@triton.jit
+def load_scales(scales, block, PARTS: tl.constexpr, ASM: tl.constexpr):
+    """The scales of one block, `PARTS` tensors of `[128 / PARTS]`, in their stored dtype."""
+    out = ()
+    for p in tl.static_range(PARTS):
+        out = out + (tl.load(scales + block * 128 + part_tokens(p, PARTS, ASM)),)
+    return out
+
+
+@triton.jit
+def value_levels(
+    wide, one, table, block,
+    DIM: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
+    SNIPPET: tl.constexpr, CONSTRAINTS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """
+    One block of values as operands `[ROWS, 128 / PARTS]` of dtype `DOT`: levels plus offset.
+
+    Args:
+        table (pointer to fp32): value of every code; read without `ASM` only.
+        ROWS: rows of an operand, a power of two, filled partly by `DIM` (at 3 bits `DIM / 2`) dimensions.
+
+    Returns:
+        Tuple of `PARTS` operands; at 3 bits those of dims 0 .. DIM / 2 - 1, then those of the rest. `PARTS` is 4 where
+        `BITS` is 2 or 3, and 2 where it is 4.
+    """
+    WIDTH: tl.constexpr = 128 // PARTS
+    HEIGHT: tl.constexpr = DIM // 2 if BITS == 3 else DIM
+    d = tl.arange(0, ROWS)[:, None]
+    e = tl.arange(0, WIDTH)[None, :]
+    mask = d < HEIGHT
+    a = tl.load(wide + (block * DIM + d) * WIDTH + e, mask=mask, other=0)
+    if BITS == 3:
+        b = tl.load(wide + (block * DIM + HEIGHT + d) * WIDTH + e, mask=mask, other=0)
+        c = tl.load(one + (block * HEIGHT + d) * WIDTH + e, mask=mask, other=0)
+    if ASM:
+        if BITS == 3:
+            out = tl.inline_asm_elementwise(
+                SNIPPET, CONSTRAINTS, [a, b, c], dtype=(tl.float16,) * (2 * PARTS), is_pure=True, pack=4
+            )
+        else:
+            out = tl.inline_asm_elementwise(
+                SNIPPET, CONSTRAINTS, [a], dtype=(tl.float16,) * PARTS, is_pure=True, pack=4
+            )
+    else:
+        out = ()
+        for p in tl.static_range(PARTS):
+            code = (a.to(tl.int32) >> (p * (8 // PARTS))) & (15 if BITS == 4 else 3)
+            if BITS == 3:
+                code = code | ((c.to(tl.int32) >> (p // 2 * 4 + p % 2 + 2)) & 1) << 2
+            out = out + (tl.load(table + code).to(DOT),)
+        if BITS == 3:
+            for p in tl.static_range(PARTS):
+                code = (b.to(tl.int32) >> (p * (8 // PARTS))) & 3
+                code = code | ((c.to(tl.int32) >> (p // 2 * 4 + p % 2)) & 1) << 2
+                out = out + (tl.load(table + code).to(DOT),)
+    return out
