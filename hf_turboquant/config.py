@@ -75,8 +75,8 @@ class TurboQuantConfig:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if self.key_estimator == "qjl" and self.key_bits < 2:
             raise ValueError(
-                f"`key_bits` must be at least 2 with `key_estimator='qjl'` (one bit is the sketch), got {self.key_bits}. "
-                "Use `key_estimator='rescaled'` for 1-bit keys."
+                "`key_bits` must be at least 2 with `key_estimator='qjl'` (one bit is the sketch), "
+                f"got {self.key_bits}. Use `key_estimator='rescaled'` for 1-bit keys."
             )
         for name in ("residual_length", "sink_length", "seed"):
             _check_integer(name, getattr(self, name), 0, 2**31 - 1, "Use 0 for none.")

@@ -34,9 +34,8 @@ class TurboQuantLayer(DynamicLayer):
 
     def __repr__(self) -> str:
         c = self.config
-        return (
-            f"TurboQuantLayer(keys {c.key_bits} bits {c.key_estimator}, values {c.value_bits} bits {c.value_estimator})"
-        )
+        keys, values = f"keys {c.key_bits} bits {c.key_estimator}", f"values {c.value_bits} bits {c.value_estimator}"
+        return f"TurboQuantLayer({keys}, {values})"
 
     def reset(self) -> None:
         """Forgets all tokens and frees their memory."""
@@ -139,8 +138,8 @@ class TurboQuantLayer(DynamicLayer):
             if not isinstance(states, torch.Tensor) or states.dim() != 4 or not states.is_floating_point():
                 got = f"{states.dtype} of shape {list(states.shape)}" if isinstance(states, torch.Tensor) else states
                 raise ValueError(
-                    f"`{name}` must be a floating-point tensor of shape [batch, num_key_value_heads, tokens, head_dim], "
-                    f"got {got} at layer {self.layer_idx}."
+                    f"`{name}` must be a floating-point tensor of shape [batch, num_key_value_heads, tokens, "
+                    f"head_dim], got {got} at layer {self.layer_idx}."
                 )
         keys, values = key_states, value_states
         if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype or keys.device != values.device:
@@ -190,9 +189,7 @@ class TurboQuantLayer(DynamicLayer):
         """Handles that read the tokens before the chunk from the sinks and codes, and the chunk itself exactly."""
         sinks = self.config.sink_length
         skip = max(sinks - before, 0)
-        exact = {
-            role: torch.cat([self.exact[role][:, :, :sinks], states[role][:, :, skip:]], dim=2) for role in ROLES
-        }
+        exact = {role: torch.cat([self.exact[role][:, :, :sinks], states[role][:, :, skip:]], dim=2) for role in ROLES}
         if before <= sinks:
             return tuple(exact[role] for role in ROLES)
         return self._handles(exact, before - sinks, self.length - before, 0)

@@ -88,9 +88,9 @@ class QuantizedStates(torch.Tensor):
     Stands for the keys or the values of a layer: a tensor of shape `[batch, num_key_value_heads, kv_len, head_dim]`
     in the model's dtype, of which only the codes exist. Valid until the layer's next update.
 
-    Shape, dtype and device are answered as they are. `scaled_dot_product_attention` with both handles runs on the codes;
-    the repetition of KV heads that transformers may do before it (index, expand, reshape) yields a handle again. Any
-    other operation works on the dequantised tensor, made for that operation alone.
+    Shape, dtype and device are answered as they are. `scaled_dot_product_attention` with both handles runs on the
+    codes; the repetition of KV heads that transformers may do before it (index, expand, reshape) yields a handle
+    again. Any other operation works on the dequantised tensor, made for that operation alone.
 
     Args:
         states (`LayerStates`): what the layer holds.
@@ -175,7 +175,11 @@ def _attention_call(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> dict | None:
     """Arguments of `ops.attention` for a call of torch's attention, or `None` if only plain tensors will do."""
-    if not isinstance(key, QuantizedStates) or not isinstance(value, QuantizedStates) or key.states is not value.states:
+    if (
+        not isinstance(key, QuantizedStates)
+        or not isinstance(value, QuantizedStates)
+        or key.states is not value.states
+    ):
         return None
     # torch aligns `is_causal` with the first key, so with a past it never means what a cache means
     if dropout_p or is_causal or isinstance(query, QuantizedStates) or query.dim() != 4 or key.dim() != 4:

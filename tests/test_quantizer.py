@@ -49,9 +49,7 @@ def test_scores_are_unbiased_with_the_known_variance(nbits, kind):
     sketch = "orthogonal" if kind == "rescaled" else kind
     errors, slopes = [], []
     for seed in range(4):
-        config = TurboQuantConfig(
-            nbits=nbits, key_estimator=estimator, sketch=sketch, rotation="haar", seed=seed
-        )
+        config = TurboQuantConfig(nbits=nbits, key_estimator=estimator, sketch=sketch, rotation="haar", seed=seed)
         quantizer = Quantizer.create(config, "keys", 0, 128)
         x, y = unit_vectors(1, 1, 8000, 128, seed=2 * seed), unit_vectors(1, 1, 8000, 128, seed=2 * seed + 1)
         estimate = round_trip(x, quantizer)
@@ -144,7 +142,9 @@ def test_states_that_do_not_fit():
     quantizer = Quantizer.create(TurboQuantConfig(), "keys", 0, 64)
     buffer = quantizer.new_buffer(1, 2)
     for states in (torch.zeros(1, 2, 5, 32), torch.zeros(1, 3, 5, 64), torch.zeros(1, 2, 5, 64, dtype=torch.int32)):
-        with pytest.raises(ValueError, match=r"`states` must be a floating-point tensor of shape \[1, 2, tokens, 64\]"):
+        with pytest.raises(
+            ValueError, match=r"`states` must be a floating-point tensor of shape \[1, 2, tokens, 64\]"
+        ):
             ops.quantize(states, quantizer, buffer)
     assert buffer.length == 0
 

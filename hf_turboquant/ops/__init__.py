@@ -37,7 +37,11 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, ba
             as it was.
     """
     batch, heads, head_dim = (*buffer["scales"].shape[:2], quantizer.head_dim)
-    if states.dim() != 4 or states.shape != (batch, heads, states.shape[2], head_dim) or not states.is_floating_point():
+    if (
+        states.dim() != 4
+        or states.shape != (batch, heads, states.shape[2], head_dim)
+        or not states.is_floating_point()
+    ):
         raise ValueError(
             f"`states` must be a floating-point tensor of shape [{batch}, {heads}, tokens, {head_dim}], "
             f"got {states.dtype} of shape {list(states.shape)}."
@@ -138,9 +142,7 @@ def scores(
     """
     _check_query(query, states, attention_mask)
     kernel = _pick(states.backend, query.device, attention_kernels, "scores", query, states)
-    return kernel(
-        query, states, scaling=scaling, attention_mask=attention_mask, is_causal=is_causal, softcap=softcap
-    )
+    return kernel(query, states, scaling=scaling, attention_mask=attention_mask, is_causal=is_causal, softcap=softcap)
 
 
 def _check_query(query: torch.Tensor, states, attention_mask: torch.Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """Attention and scores straight from the codes: the launchers of `attention_kernels`."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -58,66 +58,11 @@ def attention(
     Args:
         portable (`bool`, *optional*): run the kernels without inline assembly; by default only where it cannot run.
     """
-    call = _Call(query, states, attention_mask, is_causal, softcap, portable)
+    call = AttentionCall(query, states, attention_mask, is_causal, softcap, portable)
     with call.device_guard:
-        kernels = call.kernels
-        splits, exact_splits = call.code_splits(), -(-call.slots // EXACT_TILE)
-        all_splits = splits + exact_splits
-        scratch = _scratch(query.device)
-        partial = scratch.get("partial", call.pairs * call.rows * all_splits * call.value_dim)
-        stats = scratch.get("stats", call.pairs * call.rows * all_splits * 2)
-        operands, constants = call.prepare(scaling, all_splits, splits, partial, stats, None)
-        if splits:
-            attend = kernels.attend
-            attend(
-                (splits * call.row_tiles, call.pairs, 1),
-                operands,
-                constants,
-                *call.key_planes,
-                call.key_constants.tables,
-                *call.value_planes,
-                call.value_constants.tables,
-                call.mask,
-                partial,
-                stats,
-                *call.mask_strides,
-                *call.lengths,
-                call.key_blocks,
-                call.value_blocks,
-                call.row_tiles,
-                call.padded_rows,
-                all_splits,
-                splits,
-                call.softcap,
-            )
-        batch, heads, query_length, _ = query.shape
-        # where the model wants it: heads next to each other
-        out = torch.empty((batch, query_length, heads, call.value_dim), dtype=query.dtype, device=query.device)
-        values = call.value_constants
-        group = kernels.combine_group(call.pairs * call.rows)
-        combine = kernels.combine(group, sinks is not None)
-        combine(
-            (call.pairs * -(-call.rows // group), -(-call.value_dim // kernels.columns), 1),
-            partial,
-            stats,
-            values.operators,
-            values.mean,
-            partial if sinks is None else sinks,
-            out,
-            call.rows,
-            query_length,
-            call.groups,
-            call.kv_heads,
-            values.heads,
-            values.mean_heads,
-            all_splits,
-            splits,
-            query_length * heads * call.value_dim,
-            call.value_dim,
-            heads * call.value_dim,
-            values.scale,
-        )
-    return out.transpose(1, 2)
+        call.prepare(scaling)
+        call.attend()
+        return call.combine(sinks)
 
 
 def scores(
@@ -131,32 +76,16 @@ def scores(
     portable: bool | None = None,
 ) -> torch.Tensor:
     """[`ops.scores`] in two launches: query, logits of exact tokens | logits of codes."""
-    call = _Call(query, states, attention_mask, is_causal, softcap, portable)
+    call = AttentionCall(query, states, attention_mask, is_causal, softcap, portable)
     out = torch.empty((*query.shape[:3], states.kv_len), dtype=torch.float32, device=query.device)
     with call.device_guard:
-        operands, constants = call.prepare(scaling, 0, 0, out, out, out)
-        chunks = -(-call.blocks // call.kernels.score_blocks)
-        if chunks:
-            call.kernels.scores(
-                (chunks * call.row_tiles, call.pairs, 1),
-                operands,
-                constants,
-                *call.key_planes,
-                call.key_constants.tables,
-                call.mask,
-                out,
-                *call.mask_strides,
-                *call.lengths,
-                call.key_blocks,
-                call.row_tiles,
-                call.padded_rows,
-                call.softcap,
-            )
+        call.prepare(scaling, out)
+        call.scores(out)
     return out
 
 
-class _Call:
-    """What the launches of one call share."""
+class AttentionCall:
+    """The launches of one call and what they share."""
 
     def __init__(self, query, states, attention_mask, is_causal, softcap, portable):
         keys, values = states.quantizers["keys"], states.quantizers["values"]
@@ -194,56 +123,135 @@ class _Call:
             softcap is not None,
         )
         self.row_tiles = -(-self.rows // self.kernels.rows)
+        # one call's splits are those of the codes, then those of the exact tokens
+        self.code_splits = _splits(self.kernels.wave, self.pairs * self.row_tiles, self.blocks)
+        self.splits = self.code_splits - (-self.slots // EXACT_TILE)
+        scratch = _scratch(query.device)
+        results = self.pairs * self.rows * self.splits
+        self.partial = scratch.get("partial", results * self.value_dim)
+        self.stats = scratch.get("stats", results * 2)
+        self.operands = scratch.get("operands", self.pairs * self.padded_rows * self.kernels.operand_bytes)
+        self.constants = scratch.get("constants", self.pairs * self.padded_rows * 8)
         other = query.device.type == "cuda" and query.device.index != torch.cuda.current_device()
         self.device_guard = torch.cuda.device(query.device) if other else _NO_GUARD
 
-    def code_splits(self) -> int:
-        return _splits(self.kernels.wave, self.pairs * self.row_tiles, self.blocks)
-
-    def prepare(self, scaling, all_splits, splits, partial, stats, logits):
-        """Launches `prepare_kernel`; returns the query as `operands` and `constants`."""
-        kernels, constants, states = self.kernels, self.key_constants, self.states
-        scratch = _scratch(self.query.device)
-        operands = scratch.get("operands", self.pairs * self.padded_rows * kernels.operand_bytes)
-        row_constants = scratch.get("constants", self.pairs * self.padded_rows * 8)
-        exact = states.exact
+    def prepare(self, scaling: float, logits: torch.Tensor | None = None) -> None:
+        """Turns the query and attends to exact tokens, or writes their `logits`."""
+        kernels, keys, states = self.kernels, self.key_constants, self.states
         launch = kernels.prepare if logits is None else kernels.prepare_scores
+        key_states, value_states = states.exact["keys"], states.exact["values"]
         launch(
-            (kernels.terms + -(-self.slots // EXACT_TILE), self.padded_rows // 16, self.pairs),
+            (kernels.terms + self.splits - self.code_splits, self.padded_rows // 16, self.pairs),
             self.query,
-            constants.operators,
-            constants.mean,
-            operands,
-            row_constants,
-            exact["keys"],
-            exact["values"],
+            keys.operators,
+            keys.mean,
+            self.operands,
+            self.constants,
+            key_states,
+            value_states,
             self.mask,
-            partial,
-            stats,
-            partial if logits is None else logits,
+            self.partial,
+            self.stats,
+            self.partial if logits is None else logits,
             *self.query.stride()[:3],
             *self.mask_strides,
             self.query_length,
             self.groups,
             self.kv_heads,
-            constants.heads,
-            constants.mean_heads,
+            keys.heads,
+            keys.mean_heads,
             states.kv_len,
             states.recent_start,
             states.sink_length,
             states.ring,
             states.phase,
             self.slots,
-            exact["keys"].stride(1),
-            exact["values"].stride(1),
-            all_splits,
-            splits,
+            key_states.stride(1),
+            value_states.stride(1),
+            self.splits,
+            self.code_splits,
             scaling,
             self.softcap,
-            constants.scale,
-            constants.offset,
+            keys.scale,
+            keys.offset,
         )
-        return operands, row_constants
+
+    def attend(self) -> None:
+        """Attends to the codes, split by split."""
+        if not self.code_splits:
+            return
+        self.kernels.attend(
+            (self.code_splits * self.row_tiles, self.pairs, 1),
+            self.operands,
+            self.constants,
+            *self.key_planes,
+            self.key_constants.tables,
+            *self.value_planes,
+            self.value_constants.tables,
+            self.mask,
+            self.partial,
+            self.stats,
+            *self.mask_strides,
+            *self.lengths,
+            self.key_blocks,
+            self.value_blocks,
+            self.row_tiles,
+            self.padded_rows,
+            self.splits,
+            self.code_splits,
+            self.softcap,
+        )
+
+    def combine(self, sinks: torch.Tensor | None = None) -> torch.Tensor:
+        """Merges the splits, turns values back."""
+        query, values, kernels = self.query, self.value_constants, self.kernels
+        heads = self.groups * self.kv_heads
+        # where the model wants it: heads next to each other
+        out = query.new_empty((query.shape[0], self.query_length, heads, self.value_dim))
+        group = 1 if self.pairs * self.rows <= 512 else 4
+        kernels.combine(group, sinks is not None)(
+            (self.pairs * -(-self.rows // group), -(-self.value_dim // kernels.columns), 1),
+            self.partial,
+            self.stats,
+            values.operators,
+            values.mean,
+            self.partial if sinks is None else sinks,
+            out,
+            self.rows,
+            self.query_length,
+            self.groups,
+            self.kv_heads,
+            values.heads,
+            values.mean_heads,
+            self.splits,
+            self.code_splits,
+            self.query_length * heads * self.value_dim,
+            self.value_dim,
+            heads * self.value_dim,
+            values.scale,
+        )
+        return out.transpose(1, 2)
+
+    def scores(self, out: torch.Tensor) -> None:
+        """Writes the logits of the codes."""
+        chunks = -(-self.blocks // self.kernels.score_blocks)
+        if not chunks:
+            return
+        self.kernels.scores(
+            (chunks * self.row_tiles, self.pairs, 1),
+            self.operands,
+            self.constants,
+            *self.key_planes,
+            self.key_constants.tables,
+            self.mask,
+            out,
+            *self.mask_strides,
+            *self.lengths,
+            self.key_blocks,
+            self.row_tiles,
+            self.padded_rows,
+            self.softcap,
+        )
 
 
 def _planes(quantizer: Quantizer, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -341,14 +349,14 @@ def _scratch(device: torch.device) -> _Scratch:
     return scratch
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_portable(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip:
         return True
     return torch.cuda.get_device_capability(device) < (8, 0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _splits(wave: int, programs: int, blocks: int) -> int:
     """Splits of a sequence of `blocks` blocks so that `programs * splits` fills whole waves of `wave` programs."""
     best = 1
@@ -489,10 +497,6 @@ class _Kernels:
             constants = {name: constants.get(name, sinks) for name in _COMBINE_ORDER}
             launcher = self._combine[group, sinks] = _Launcher(combine_kernel, constants, num_warps=4)
         return launcher
-
-    def combine_group(self, rows: int) -> int:
-        """Rows of a combine program: more than one where there are programs enough, as they share the rotation."""
-        return 1 if rows <= 512 else 4
 
     @property
     def wave(self) -> int:

@@ -8,7 +8,17 @@ powers of two (log2 e is folded into them). `bh` is an index of (batch, KV head)
 import triton
 import triton.language as tl
 
-from .codes import exp2, key_dots, key_logits, load_operands, load_scales, log2, operand_position, part_tokens, value_levels
+from .codes import (
+    exp2,
+    key_dots,
+    key_logits,
+    load_operands,
+    load_scales,
+    log2,
+    operand_position,
+    part_tokens,
+    value_levels,
+)
 
 # floor of the running maximum: finite, so that a row that has seen nothing yet subtracts to zero and not to NaN
 LOWEST = tl.constexpr(-1e30)
@@ -260,7 +270,7 @@ def attend_kernel(
             logits = logits + (s,)
             value_scale = value_scale + (scale,)
             # a value of zero must not make its weight infinite
-            s = s + tl.maximum(log2(scale, ASM), -60.0)[:, None]
+            s = s + log2(tl.maximum(scale, 1e-18), ASM)[:, None]
             if p == 0:
                 peak = s
             else:

@@ -102,12 +102,12 @@ def _nearest(y, boundaries, centroids, CODE_BITS: tl.constexpr):
     # sign and magnitude at 4 bits, ascending below
     SMALLEST: tl.constexpr = 0 if CODE_BITS == 4 else HALF
     size = tl.abs(y)
-    value = tl.zeros_like(y) + tl.load(centroids + SMALLEST)
-    index = tl.zeros(y.shape, tl.int32)
-    for i in tl.static_range(HALF - 1):
-        above = size > tl.load(boundaries + HALF + i)
-        value = tl.where(above, tl.load(centroids + SMALLEST + i + 1), value)
-        index = tl.where(above, i + 1, index)
+    # one select per boundary finds both: the index rides in the last three bits of the value, under 2^-20 of it
+    best = tl.zeros(y.shape, tl.int32) + (tl.load(centroids + SMALLEST).to(tl.int32, bitcast=True) & -8)
+    for i in tl.static_range(1, HALF):
+        value = tl.load(centroids + SMALLEST + i).to(tl.int32, bitcast=True)
+        best = tl.where(size > tl.load(boundaries + HALF + i - 1), (value & -8) | i, best)
+    index, value = best & 7, best.to(tl.float32, bitcast=True)
     negative = y <= 0
     if CODE_BITS == 4:
         codes = tl.where(negative, index + HALF, index)

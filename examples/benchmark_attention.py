@@ -1,0 +1,300 @@
+"""
+Attention from codes against the best fp16 attention of torch.
+
+    python examples/benchmark_attention.py                     # correctness, then the table
+    python examples/benchmark_attention.py --only 8x32k --scores --layer-step
+
+Every configuration is checked against an fp32 reference before it is timed. Times are medians over replays of a CUDA
+graph that goes round several caches, so that nothing is found in L2; the baseline is timed in the same way.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.cache_utils import DynamicLayer
+
+import hf_turboquant.ops.attention  # noqa: F401
+from hf_turboquant.config import TurboQuantConfig
+from hf_turboquant.layer import TurboQuantLayer
+from hf_turboquant.ops import reference
+from hf_turboquant.quantizer import Quantizer
+from hf_turboquant.states import LayerStates
+
+# the module: the package exports a function of the same name
+kernels = sys.modules["hf_turboquant.ops.attention"]
+
+# name: batch, query heads, KV heads, head_dim, kv_len
+SHAPES = {
+    "1x8k": (1, 32, 8, 128, 8192),
+    "1x32k": (1, 32, 8, 128, 32768),
+    "1x128k": (1, 32, 8, 128, 131072),
+    "8x8k": (8, 32, 8, 128, 8192),
+    "8x32k": (8, 32, 8, 128, 32768),
+    "32x32k": (32, 32, 8, 128, 32768),
+    "8x8k MHA": (8, 32, 32, 128, 8192),
+    "8x32k D=256 16/2": (8, 16, 2, 256, 32768),
+}
+# name: bits of keys and values, estimator of keys
+FORMATS = {
+    "4 bits QJL": (4, "qjl"),
+    "4 bits": (4, "rescaled"),
+    "3 bits": (3, "rescaled"),
+    "2 bits": (2, "rescaled"),
+}
+# rotated through, at least: several times the L2 of the largest GPU
+ROTATED_BYTES = 300e6
+
+
+def random_states(
+    batch, kv_heads, kv_len, head_dim, *, value_dim=None, dtype=torch.float16, device="cuda", seed=0, peak=1.0,
+    tail=None, **options,
+):  # fmt: skip
+    """
+    A `LayerStates` of random codes: any code is a valid one. What lies beyond the length is poison.
+
+    Args:
+        peak (`float`): factor of the keys; large ones make the softmax peaky.
+        tail (`int`, *optional*): tokens in the recent window, all of it by default.
+    """
+    config = TurboQuantConfig(**options)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    ring = config.residual_length
+    tail = ring if tail is None else tail
+    length = kv_len - config.sink_length - tail
+    quantizers, codes, exact = {}, {}, {}
+    for role, dim in (("keys", head_dim), ("values", value_dim or head_dim)):
+        quantizer = quantizers[role] = Quantizer.create(config, role, 0, dim, device)
+        buffer = codes[role] = quantizer.new_buffer(batch, kv_heads)
+        buffer.reserve(max(length, 1))
+        buffer.length = length
+        norm = dim**0.5 * (peak if role == "keys" else 1.0)
+        for name, tensor in buffer.tensors.items():
+            if name.startswith("plane"):
+                tensor.random_(0, 256, generator=generator)
+            else:
+                # a residual is about 2^-bits of its vector
+                share = 1.0 if name == "scales" else 2.0**-quantizer.code_bits
+                tensor.uniform_(0.5 * norm * share, 1.5 * norm * share, generator=generator)
+                tensor.view(batch, kv_heads, -1)[:, :, length:] = torch.nan
+        slots = torch.randn((batch, kv_heads, config.sink_length + ring, dim), generator=generator, device=device)
+        exact[role] = (slots * (peak if role == "keys" else 1.0)).to(dtype)
+    phase = length % ring if ring else 0
+    states = LayerStates(quantizers, codes, exact, kv_len, config.sink_length, ring, phase)
+    valid = torch.zeros(config.sink_length + ring, dtype=torch.bool, device=device)
+    for _, run in states.exact_runs():
+        valid[run] = True
+    for tensor in exact.values():
+        tensor[:, :, ~valid] = torch.nan
+    return states
+
+
+def torch_attention(query, states, scaling, attention_mask=None, is_causal=False, softcap=None, sinks=None):
+    """The same attention in the query's own dtype, on dequantised states."""
+    keys, values = (states.dequantize(role).to(query.dtype) for role in ("keys", "values"))
+    kv_len, length = states.kv_len, query.shape[2]
+    bias = torch.zeros((1, 1, length, kv_len), device=query.device)
+    if is_causal:
+        positions = torch.arange(kv_len, device=query.device)
+        bias = bias.masked_fill(positions > positions[-length:, None], -torch.inf)
+    if attention_mask is not None:
+        mask = attention_mask[..., :kv_len]
+        bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+    if softcap is None and sinks is None:
+        bias = bias.to(query.dtype) if is_causal or attention_mask is not None else None
+        return F.scaled_dot_product_attention(query, keys, values, bias, scale=scaling, enable_gqa=True)
+    groups = query.shape[1] // keys.shape[1]
+    logits = query @ keys.repeat_interleave(groups, dim=1).mT * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits + bias
+    if sinks is not None:
+        column = sinks.view(1, -1, 1, 1).expand(*logits.shape[:3], 1).to(logits.dtype)
+        logits = torch.cat([logits, column], dim=-1)
+    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)[..., :kv_len]
+    return weights @ values.repeat_interleave(groups, dim=1)
+
+
+def relative_error(x, truth) -> float:
+    return float((x.float() - truth).norm() / truth.norm())
+
+
+def poison_scratch() -> None:
+    """Fills the memory between launches with NaN (and integers with noise): all of it must be written before read."""
+    for scratch in kernels._SCRATCH.values():
+        for tensor in scratch.tensors.values():
+            tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.random_()
+
+
+def check(query, states, portable=None, **options) -> tuple[float, float]:
+    """Relative error of the kernels and of torch in the query's dtype, both against the fp32 reference."""
+    poison_scratch()
+    out = kernels.attention(query, states, portable=portable, **options)
+    truth = reference.attention(query.float(), states, **options)
+    return relative_error(out, truth), relative_error(torch_attention(query, states, **options), truth)
+
+
+def graph_time_us(functions, inner: int = 1, repeats: int = 15) -> float:
+    """Median time of one of `functions`, which are captured one after the other."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for function in functions:
+            function()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(inner):
+                for function in functions:
+                    function()
+        times = []
+        for i in range(repeats + 3):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            if i >= 3:
+                times.append(start.elapsed_time(stop))
+    return statistics.median(times) * 1e3 / (len(functions) * inner)
+
+
+def copies(nbytes: float) -> tuple[int, int]:
+    """How many buffer sets to rotate through and how often, so that a graph is long enough."""
+    count = int(min(16, max(2, -(-ROTATED_BYTES // nbytes))))
+    return count, max(1, 8 // count)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a device-to-device copy."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / graph_time_us([lambda: target.copy_(source)], inner=4) * 1e6
+
+
+def baseline_us(batch, heads, kv_heads, dim, kv_len) -> dict[str, float]:
+    count, inner = copies(4 * batch * kv_heads * kv_len * dim)
+    sets = [
+        [torch.randn((batch, kv_heads, kv_len, dim), device="cuda", dtype=torch.float16) for _ in range(2)]
+        for _ in range(count)
+    ]
+    query = torch.randn((batch, heads, 1, dim), device="cuda", dtype=torch.float16)
+    times = {}
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        with sdpa_kernel(backend):
+            calls = [lambda s=s: F.scaled_dot_product_attention(query, *s, enable_gqa=True) for s in sets]
+            times[name] = graph_time_us(calls, inner)
+    return times
+
+
+def format_sets(shape, name, **options) -> list:
+    batch, _, kv_heads, dim, kv_len = shape
+    nbits, estimator = FORMATS[name]
+    options = {"nbits": nbits, "key_estimator": estimator, **options}
+    first = random_states(batch, kv_heads, kv_len, dim, **options)
+    count, _ = copies(used_bytes(first))
+    return [first] + [random_states(batch, kv_heads, kv_len, dim, seed=i, **options) for i in range(1, count)]
+
+
+def used_bytes(states) -> int:
+    return sum(buffer.used_nbytes for buffer in states.codes.values()) + sum(x.nbytes for x in states.exact.values())
+
+
+def attention_us(sets, query) -> tuple[float, float]:
+    """Time of codes + combine (what the baseline does), and of the whole call (rotations of the query, exact tokens)."""
+    calls = [kernels.AttentionCall(query, s, None, False, None, None) for s in sets]
+    scaling = query.shape[-1] ** -0.5
+
+    def inner_part(call):
+        call.attend()
+        call.combine()
+
+    for call in calls:
+        call.prepare(scaling)
+    inner = copies(used_bytes(sets[0]))[1]
+    part = graph_time_us([lambda c=c: inner_part(c) for c in calls], inner)
+    return part, graph_time_us([lambda s=s: kernels.attention(query, s, scaling=scaling) for s in sets], inner)
+
+
+def scores_table(shape) -> None:
+    batch, heads, kv_heads, dim, kv_len = shape
+    sets = format_sets(shape, "4 bits QJL")
+    query = torch.randn((batch, heads, 1, dim), device="cuda", dtype=torch.float16)
+    ours = graph_time_us([lambda s=s: kernels.scores(query, s, scaling=1.0) for s in sets])
+    print(f"scores, 4 bits QJL: {ours:.1f} us", end="")
+    for dtype in (torch.float32, torch.float16):
+        keys = [torch.randn((batch, kv_heads, kv_len, dim), device="cuda", dtype=dtype) for _ in range(2)]
+        rows = query.to(dtype).view(batch, kv_heads, -1, dim)
+        plain = graph_time_us([lambda k=k, rows=rows: rows @ k.mT for k in keys])
+        print(f"; torch {dtype}: {plain:.1f} us ({plain / ours:.1f}x)", end="")
+    print()
+
+
+def layer_step_us(shape, make_layer) -> float:
+    """Append of one token and attention, through `update`, host included; median."""
+    batch, heads, kv_heads, dim, kv_len = shape
+    layer = make_layer()
+    states = torch.randn((batch, kv_heads, kv_len, dim), device="cuda", dtype=torch.float16)
+    layer.update(states, states)
+    query = torch.randn((batch, heads, 1, dim), device="cuda", dtype=torch.float16)
+    times = []
+    for i in range(40):
+        token = torch.randn((batch, kv_heads, 1, dim), device="cuda", dtype=torch.float16)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        keys, values = layer.update(token, token)
+        F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+        stop.record()
+        stop.synchronize()
+        if i >= 10:
+            times.append(start.elapsed_time(stop) * 1e3)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE")
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS), metavar="FORMAT")
+    parser.add_argument("--scores", action="store_true", help="also time the logits alone against matrix products")
+    parser.add_argument("--layer-step", action="store_true", help="also time append + attention through `update`")
+    arguments = parser.parse_args()
+    copy = copy_bandwidth()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(f"{torch.cuda.get_device_name()}, copy {copy / 1e12:.2f} TB/s, torch {torch.__version__}, ", end="")
+    print(f"triton {triton.__version__}, commit {commit or 'unknown'}, fp16, one query, medians under CUDA graphs")
+    print("| shape | format | best fp16 us | codes + combine us | ratio | TB/s | of copy | whole call us | ratio | error |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name in arguments.only:
+        shape = SHAPES[name]
+        batch, heads, kv_heads, dim, kv_len = shape
+        best = min(baseline_us(*shape).values())
+        query = torch.randn((batch, heads, 1, dim), device="cuda", dtype=torch.float16)
+        for form in arguments.formats:
+            sets = format_sets(shape, form)
+            error, plain = check(query, sets[0], scaling=dim**-0.5)
+            if not error <= 2 * plain:
+                raise AssertionError(f"{name} {form}: error {error:.1e}, and torch's is {plain:.1e}")
+            part, whole = attention_us(sets, query)
+            rate = used_bytes(sets[0]) / part * 1e6
+            print(
+                f"| {name} | {form} | {best:.1f} | {part:.1f} | {best / part:.2f} | {rate / 1e12:.2f} | "
+                f"{rate / copy:.0%} | {whole:.1f} | {best / whole:.2f} | {error:.1e} ({plain:.1e}) |",
+                flush=True,
+            )
+            del sets
+        torch.cuda.empty_cache()
+        if arguments.scores:
+            scores_table(shape)
+        if arguments.layer_step:
+            ours = layer_step_us(shape, lambda: TurboQuantLayer(TurboQuantConfig(), 0))
+            plain = layer_step_us(shape, DynamicLayer)
+            print(f"layer step, default options, host included: {ours:.0f} us, DynamicLayer {plain:.0f} us")
+
+
+if __name__ == "__main__":
+    main()
