@@ -26,7 +26,7 @@ kernels = import_module("hf_turboquant.ops.quantize")
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration. `pieces` are the lengths of successive appends, `per_head` a mean and transform per head."""
+    """One configuration. `pieces` are the lengths of successive appends, `per_head` a mean, scale and transform per head."""
 
     role: str = "keys"
     nbits: int = 4
@@ -41,15 +41,18 @@ class Case:
     heads: int = 3
 
     def quantizer(self, device) -> Quantizer:
-        options = {"key_estimator": self.estimator} if self.role == "keys" else {"value_estimator": self.estimator}
-        config = TurboQuantConfig(nbits=self.nbits, sketch=self.sketch, rotation=self.rotation, **options)
+        role = self.role.removesuffix("s")
+        options = {f"{role}_bits": self.nbits, f"{role}_estimator": self.estimator}
+        config = TurboQuantConfig(sketch=self.sketch, rotation=self.rotation, **options)
         quantizer = Quantizer.create(config, self.role, 0, self.head_dim, device)
         if self.per_head:
             generator = torch.Generator().manual_seed(1)
             factors = 0.5 + torch.rand(self.heads, 1, self.head_dim, generator=generator).to(device)
             mean = torch.randn(self.heads, 1, self.head_dim, generator=generator).to(device)
-            transform, dual = quantizer.transform * factors, quantizer.dual / factors
-            quantizer = replace(quantizer, transform=transform, dual=dual, mean=mean)
+            rotations = quantizer.transform.roll(1, -1).repeat(self.heads, 1, 1).contiguous()
+            for head in range(self.heads):
+                rotations[head] = rotations[head].roll(head, 0)
+            quantizer = replace(quantizer, transform=rotations, dual=rotations, mean=mean, scale=factors)
         return quantizer
 
 
@@ -78,6 +81,8 @@ def disagreement(states: torch.Tensor, quantizer: Quantizer, buffer) -> Disagree
     x = states.double()
     if quantizer.mean is not None:
         x = x - quantizer.mean.double()
+    if quantizer.scale is not None:
+        x = x * quantizer.scale.double()
     z = x @ quantizer.transform.double().mT
     norms = torch.linalg.vector_norm(z, dim=-1)
     y = z / norms.unsqueeze(-1)
@@ -234,21 +239,23 @@ def rows():
         for nbits, estimator in ((4, "qjl"), (3, "rescaled"), (2, "rescaled")):
             layer = (Case("keys", nbits, estimator, head_dim), Case("values", nbits, "rescaled", head_dim))
             name = f"keys + values, D={head_dim}, {nbits} bits ({estimator} keys)"
-            if head_dim == 128:
-                yield f"prefill 8,192: {name}, one launch", [Layer(1, 8192, *layer) for _ in range(4)], "pair"
             yield f"prefill 8,192: {name}", [Layer(1, 8192, *layer) for _ in range(4)], "single"
     keys, values = Case("keys", 4, "qjl"), Case("values", 4, "rescaled")
     for estimator in ("qjl", "rescaled"):
-        yield f"prefill 8,192: keys alone, 4 bits ({estimator})", [
-            Layer(1, 8192, Case("keys", 4, estimator), None) for _ in range(8)
-        ], "single"
+        yield (
+            f"prefill 8,192: keys alone, 4 bits ({estimator})",
+            [Layer(1, 8192, Case("keys", 4, estimator), None) for _ in range(8)],
+            "single",
+        )
     yield "prefill 8,192: values alone, 4 bits", [Layer(1, 8192, values, None) for _ in range(8)], "single"
     float32 = (replace(keys, dtype=torch.float32), replace(values, dtype=torch.float32))
     yield "prefill 8,192: as the first row but fp32", [Layer(1, 8192, *float32) for _ in range(4)], "single"
     yield "prefill 8,192: as the first row, torch reference", [Layer(1, 8192, keys, values)], "torch"
-    yield "8,192 keys of one head, 3 bits (rescaled)", [
-        Layer(1, 8192, Case("keys", 3, "rescaled"), None, heads=1) for _ in range(32)
-    ], "single"
+    yield (
+        "8,192 keys of one head, 3 bits (rescaled)",
+        [Layer(1, 8192, Case("keys", 3, "rescaled"), None, heads=1) for _ in range(32)],
+        "single",
+    )
     for batch in (1, 8):
         for nbits, estimator in ((4, "qjl"), (3, "rescaled")):
             layer = (Case("keys", nbits, estimator), Case("values", nbits, "rescaled"))
@@ -256,6 +263,7 @@ def rows():
             name = f"decode, 1 token × {batch}, {nbits} bits ({estimator} keys)"
             yield f"{name}, one launch", layers, "pair"
             yield f"{name}, two launches", layers, "single"
+    yield "decode, 4 tokens × 1, 4 bits (qjl keys)", [Layer(1, 4, keys, values, length=1061) for _ in range(32)], "pair"
     yield "decode, 1 token × 1, 4 bits, torch reference", [Layer(1, 1, keys, values, length=1061)], "torch"
 
 
@@ -268,7 +276,7 @@ def main() -> None:
     started = time.perf_counter()
     passed = args.no_check or check_all()
     print(f"checks: {time.perf_counter() - started:.0f} s\n", flush=True)
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / graph_us([lambda: target.copy_(source)]) / 1e3
     print(

@@ -96,7 +96,10 @@ def run(model, tokenizer, inputs, cache, max_new_tokens: int, console: Console, 
 
 def held_bytes(cache: DynamicCache) -> int:
     """Bytes of every tensor in a cache of full precision."""
-    return sum(value.nbytes for layer in cache.layers for value in vars(layer).values() if torch.is_tensor(value))
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    # linear-attention layers keep their states in dicts
+    held += [value for states in held if isinstance(states, dict) for value in states.values()]
+    return sum(value.nbytes for value in held if torch.is_tensor(value))
 
 
 def comparison(tokenizer, results, on_cpu: bool) -> Table:
@@ -108,7 +111,8 @@ def comparison(tokenizer, results, on_cpu: bool) -> Table:
         on_cpu (`bool`): leave out absolute speeds, which one run on shared cores does not tell.
     """
     (full_cache, full_tokens, full_timer), (cache, tokens, timer) = results
-    table = Table(box=box.SIMPLE_HEAD)
+    caption = "one run on a CPU: take its speeds as a hint" if on_cpu else None
+    table = Table(box=box.SIMPLE_HEAD, caption=caption)
     for header in ("", type(full_cache).__name__, type(cache).__name__):
         table.add_column(header, ratio=1 if header else None)
     texts = [escape(tokenizer.decode(t, skip_special_tokens=True)) for t in (full_tokens, tokens)]
@@ -170,7 +174,9 @@ def main():
     ]
     if args.compare:
         console.print(comparison(tokenizer, results, on_cpu=model.device.type == "cpu"))
-    console.print(f"cache of {caches[-1].get_seq_length():,} tokens: {caches[-1].memory()}", highlight=False)
+    console.print(
+        f"cache of {caches[-1].get_seq_length():,} tokens: {caches[-1].memory()}", highlight=False, soft_wrap=True
+    )
 
 
 if __name__ == "__main__":

@@ -137,9 +137,7 @@ def markdown(table_rows: list[tuple[str, ...]], conditions: str) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Perplexity, KL and top-1 agreement of compressed against full cache."
-    )
+    parser = argparse.ArgumentParser(description="Perplexity, KL and top-1 agreement of compressed against full cache.")
     parser.add_argument("--model", help="a Hub name or a local folder (default: SmolLM2-135M-Instruct from PyPI)")
     parser.add_argument("--text", type=Path, required=True, help="any text file; its first windows are used")
     parser.add_argument("--window", type=int, default=2048, help="tokens in a window")
@@ -176,7 +174,8 @@ def main():
     where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine() + " CPU"
     conditions = (
         f"{Path(args.model or 'SmolLM2-135M-Instruct').name} in {str(model.dtype).removeprefix('torch.')} on {where}; "
-        f"{args.text.name}, the first {args.windows} windows of {args.window:,} tokens in blocks of {args.block}; "
+        f"{args.text.name}, {args.windows} × {args.window:,} tokens from its start in blocks of {args.block}; "
+        "compression against a full cache in that dtype; "
         f"hf_turboquant {hf_turboquant.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}."
     )

@@ -6,7 +6,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import ops
-from .states import QuantizedStates
+from .states import ExactStates, QuantizedStates
 
 NAME = "turboquant"
 
@@ -56,6 +56,9 @@ def turboquant_attention_forward(
         attention_mask = create_position_bias_mask(position_bias, attention_mask, is_causal, query, key)
         is_causal = False
     options = {"scaling": scaling, "attention_mask": attention_mask, "is_causal": is_causal, "softcap": softcap}
+    if isinstance(key, QuantizedStates) and isinstance(key.states, ExactStates):
+        key.states.observe(query, attention_mask)
+        key, value = key.dequantize(), value.dequantize()
     if isinstance(key, QuantizedStates):
         out = ops.attention(query, key.states, sinks=s_aux, **options)
         weights = _probabilities(ops.scores(query, key.states, **options), s_aux) if output_attentions else None

@@ -6,6 +6,7 @@ KEY_ESTIMATORS = ("qjl", "rescaled", "mse")
 VALUE_ESTIMATORS = ("rescaled", "mse")
 SKETCHES = ("orthogonal", "gaussian")
 ROTATIONS = ("hadamard", "haar")
+CONDITIONS = ("attention", "center", "none")
 BACKENDS = ("auto", "triton", "torch")
 
 
@@ -29,6 +30,10 @@ class TurboQuantConfig:
             `"orthogonal"` (2.75 times less variance) or `"gaussian"` (what Algorithm 2 prints).
         rotation (`str`, defaults to `"hadamard"`):
             `"hadamard"` (randomised) or `"haar"` (uniform over all rotations).
+        condition (`str`, defaults to `"attention"`):
+            What the first tokens teach the quantiser of keys, frozen when the first token is quantised: `"attention"`
+            takes a mean and a scale per channel from keys and queries, `"center"` the mean, `"none"` nothing. See
+            `conditioning`.
         residual_length (`int`, defaults to 128):
             Length of the recent window: so many of the latest tokens stay in the model's dtype.
         sink_length (`int`, defaults to 4):
@@ -52,6 +57,7 @@ class TurboQuantConfig:
     value_estimator: str = "rescaled"
     sketch: str = "orthogonal"
     rotation: str = "hadamard"
+    condition: str = "attention"
     residual_length: int = 128
     sink_length: int = 4
     skip_layers: tuple[int, ...] = ()
@@ -69,6 +75,7 @@ class TurboQuantConfig:
             ("value_estimator", VALUE_ESTIMATORS),
             ("sketch", SKETCHES),
             ("rotation", ROTATIONS),
+            ("condition", CONDITIONS),
             ("backend", BACKENDS),
         ):
             if getattr(self, name) not in choices:

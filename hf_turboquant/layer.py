@@ -6,9 +6,10 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from . import ops
+from .conditioning import QueryEnergy, condition, valid_tokens
 from .config import TurboQuantConfig
 from .quantizer import Quantizer
-from .states import LayerStates, QuantizedStates, ring_runs
+from .states import ExactStates, LayerStates, QuantizedStates, ring_runs
 from .storage import TokenBuffer
 
 ROLES = ("keys", "values")
@@ -35,7 +36,8 @@ class TurboQuantLayer(DynamicLayer):
     def __repr__(self) -> str:
         c = self.config
         keys, values = f"keys {c.key_bits} bits {c.key_estimator}", f"values {c.value_bits} bits {c.value_estimator}"
-        return f"TurboQuantLayer({keys}, {values})"
+        conditioned = {None: "", "none": "", "center": ", centred", "attention": ", conditioned"}[self.condition]
+        return f"TurboQuantLayer({keys}{conditioned}, {values})"
 
     def reset(self) -> None:
         """Forgets all tokens and frees their memory."""
@@ -44,6 +46,11 @@ class TurboQuantLayer(DynamicLayer):
         self.quantizers: dict[str, Quantizer] = {}
         self.codes: dict[str, TokenBuffer] = {}
         self.exact: TokenBuffer | None = None
+        # the tokens of the last update, while they wait for their query
+        self.pending: dict[str, torch.Tensor] | None = None
+        # what conditioning came to, None until the first token is quantised
+        self.condition: str | None = None
+        self.query_energy: QueryEnergy | None = None
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -95,23 +102,62 @@ class TurboQuantLayer(DynamicLayer):
                 and values may differ in head_dim.
 
         Returns:
-            Keys and values of all tokens: plain tensors as long as nothing is quantised and for the first prefill,
-            then [`QuantizedStates`]. A chunk longer than the recent window is attended to exactly.
+            Keys and values of all tokens, as [`QuantizedStates`] or, where all of them are exact, as plain tensors. The
+            first prefill and a chunk longer than the recent window are attended to exactly.
 
         Raises:
             `ValueError`: the states don't fit what the layer holds. The layer is left as it was.
         """
         self._check(key_states, value_states)
+        self.settle()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         states = {"keys": key_states, "values": value_states}
+        before = self.length
+        if self.condition is None and self.config.condition == "attention":
+            self.pending = states
+            exact = states if before == 0 else {r: torch.cat([self._exact(r), states[r]], dim=2) for r in ROLES}
+            waiting = ExactStates(exact, self.settle)
+            return tuple(QuantizedStates(waiting, role) for role in ROLES)
+        self._store(states)
+        if before == 0:
+            return key_states, value_states
+        if 0 < self.config.residual_length < self.length - before:
+            return self._states_with_chunk(before, states)
+        return self._states()
+
+    def settle(self, query: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
+        """
+        Stores the tokens of the last update, if they wait for the query that attends to them.
+
+        Args:
+            query (`torch.Tensor`, *optional*): of shape `[batch, num_attention_heads, query_length, head_dim]`; without
+                it, keys are centred only.
+            attention_mask (`torch.Tensor`, *optional*): what the query saw; tells padding from tokens.
+        """
+        if self.pending is None:
+            return
+        kv_len = self.length + self.pending["keys"].shape[2]
+        valid = valid_tokens(attention_mask, kv_len)
+        if query is not None:
+            if self.query_energy is None:
+                self.query_energy = QueryEnergy(self.pending["keys"].shape[1], query.shape[3], query.device)
+            # in the first prefill queries are padded as keys are; later ones are tokens
+            self.query_energy.add(query, valid if query.shape[2] == kv_len else None)
+        self._store(self.pending, valid)
+        self.pending = None
+
+    def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
+        """Quantises what leaves the recent window and writes the rest to the exact slots."""
         sinks, window = self.config.sink_length, self.config.residual_length
-        before, after = self.length, self.length + key_states.shape[2]
+        before, after = self.length, self.length + states["keys"].shape[2]
         quantized = sinks + self.codes["keys"].length
         # everything that can fail for want of memory comes first; codes beyond a buffer's length don't count
         self.exact.reserve(min(after, sinks + window), limit=sinks + window)
-        codes_before = self.codes["keys"].length
+        undo = self.codes["keys"].length, self.quantizers, self.condition
         try:
+            if after - window > quantized and self.condition is None:
+                self._freeze_condition(states["keys"], valid)
             for role in ROLES:
                 leaving = self._exact_pieces(role, quantized, min(before, after - window))
                 leaving.append(states[role][:, :, max(quantized - before, 0) : max(after - window - before, 0)])
@@ -120,18 +166,30 @@ class TurboQuantLayer(DynamicLayer):
                     leaving = torch.cat(leaving, dim=2) if len(leaving) > 1 else leaving[0]
                     ops.quantize(leaving, self.quantizers[role], self.codes[role], self.config.backend)
         except BaseException:
+            length, self.quantizers, self.condition = undo
             for role in ROLES:
-                self.codes[role].length = codes_before
+                self.codes[role].length = length
             raise
         for role in ROLES:
             for start, stop in ((before, min(after, sinks)), (max(before, sinks, after - window), after)):
                 self._write_exact(role, start, states[role][:, :, max(start - before, 0) : max(stop - before, 0)])
         self.length = after
-        if before == 0:
-            return key_states, value_states
-        if 0 < window < after - before:
-            return self._states_with_chunk(before, states)
-        return self._states()
+
+    def _freeze_condition(self, new_keys: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Decides the conditioning of keys, once, from all tokens so far but the sinks: they are all still exact."""
+        quantizer, self.condition = self.quantizers["keys"], self.config.condition
+        if self.condition != "none":
+            keys = torch.cat([self._exact("keys"), new_keys], dim=2) if self.length else new_keys
+            sinks = self.config.sink_length
+            energy = None if self.query_energy is None else self.query_energy.total
+            valid = None if valid is None else valid[:, sinks:]
+            quantizer, self.condition = condition(quantizer, keys[:, :, sinks:], energy, valid)
+        self.quantizers = {"keys": quantizer, "values": self.quantizers["values"]}
+        self.query_energy = None
+
+    def _exact(self, role: str) -> torch.Tensor:
+        """All tokens, while none is quantised."""
+        return self.exact[role][:, :, : self.length]
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         for name, states in (("key_states", key_states), ("value_states", value_states)):
@@ -180,8 +238,9 @@ class TurboQuantLayer(DynamicLayer):
             states = states[:, :, count:]
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.settle()
         if not self.codes["keys"].length:
-            return tuple(self.exact[role][:, :, : self.length] for role in ROLES)
+            return tuple(self._exact(role) for role in ROLES)
         window, quantized = self.config.residual_length, self.codes["keys"].length
         return self._handles(self.exact.tensors, quantized, window, quantized % window if window else 0)
 
@@ -205,7 +264,7 @@ class TurboQuantLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Number of tokens held."""
-        return self.length
+        return self.length + (self.pending["keys"].shape[2] if self.pending else 0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """
@@ -214,6 +273,7 @@ class TurboQuantLayer(DynamicLayer):
         """
         if not self.is_initialized:
             return
+        self.settle()
         # transformers' own layer decides what the argument means: it changed between releases
         positions = DynamicLayer()
         positions.lazy_initialization(torch.empty(0, device="meta"), torch.empty(0, device="meta"))
@@ -227,6 +287,7 @@ class TurboQuantLayer(DynamicLayer):
         """Applies `function` to every tensor of tokens; all of them change or none."""
         if not self.is_initialized:
             return
+        self.settle()
         buffers = [buffer.snapshot() for buffer in (*self.codes.values(), self.exact)]
         for buffer in buffers:
             buffer.map(function)
@@ -247,7 +308,9 @@ class TurboQuantLayer(DynamicLayer):
 
     def offload(self) -> None:
         """Moves codes and exact tokens to the CPU; handles that are out keep what they read."""
-        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+        # tokens that wait for their query are not stored yet: the next offload takes them along
+        if self.pending is None:
+            self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Moves codes and exact tokens back to the layer's device."""

@@ -53,6 +53,7 @@ class Quantizer:
     dual: torch.Tensor
     sketch: torch.Tensor | None = None
     mean: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
     @classmethod
     def create(cls, config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device=None) -> "Quantizer":

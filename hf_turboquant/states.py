@@ -1,6 +1,7 @@
 """QuantizedStates: the tensor handle that a layer's `update` returns in place of keys or values."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -76,6 +77,27 @@ class LayerStates:
         return out
 
 
+@dataclass(frozen=True, eq=False)
+class ExactStates:
+    """
+    All tokens of a layer while none is quantised, and the layer waits for the query that attends to them.
+
+    Args:
+        exact (`dict[str, torch.Tensor]`): by role, of shape `[batch, num_key_value_heads, kv_len, head_dim]`.
+        observe (`Callable`): told the query and the attention mask, or `None` twice if they cannot be seen.
+    """
+
+    exact: dict[str, torch.Tensor]
+    observe: Callable[[torch.Tensor | None, torch.Tensor | None], None]
+
+    def shape(self, role: str) -> tuple[int, int, int, int]:
+        return tuple(self.exact[role].shape)
+
+    def dequantize(self, role: str) -> torch.Tensor:
+        """The tokens as they are."""
+        return self.exact[role]
+
+
 def ring_runs(start: int, count: int, ring: int, offset: int) -> list[slice]:
     """`count` slots of a ring of `ring` slots that begins at `offset`, from ring slot `start` on, as slices."""
     head = min(count, ring - start)
@@ -86,21 +108,24 @@ def ring_runs(start: int, count: int, ring: int, offset: int) -> list[slice]:
 class QuantizedStates(torch.Tensor):
     """
     Stands for the keys or the values of a layer: a tensor of shape `[batch, num_key_value_heads, kv_len, head_dim]`
-    in the model's dtype, of which only the codes exist. Valid until the layer's next update.
+    in the model's dtype, of which only the codes exist, or whose quantising waits for the query that attends to it.
+    Valid until the layer's next update.
 
     Shape, dtype and device are answered as they are. `scaled_dot_product_attention` with both handles runs on the
     codes; the repetition of KV heads that transformers may do before it (index, expand, reshape) yields a handle
     again. Any other operation works on the dequantised tensor, made for that operation alone.
 
     Args:
-        states (`LayerStates`): what the layer holds.
+        states (`LayerStates` or `ExactStates`): what the layer holds.
         role (`str`): `"keys"` or `"values"`.
         repeats (`int`): every head stands for so many consecutive query heads.
         shape (`tuple[int, ...]`, *optional*): while heads are being repeated, the shape of that step.
     """
 
     @staticmethod
-    def __new__(cls, states: LayerStates, role: str, repeats: int = 1, shape: tuple[int, ...] | None = None):
+    def __new__(
+        cls, states: LayerStates | ExactStates, role: str, repeats: int = 1, shape: tuple[int, ...] | None = None
+    ):
         exact = states.exact[role]
         handle = torch.Tensor._make_wrapper_subclass(
             cls, shape or states.shape(role), dtype=exact.dtype, device=exact.device, requires_grad=False
@@ -118,8 +143,9 @@ class QuantizedStates(torch.Tensor):
         return plain.reshape(self.shape)
 
     def __repr__(self, **kwargs) -> str:
-        nbits = self.states.quantizers[self.role].nbits
-        return f"QuantizedStates({self.role}, {nbits} bits, shape={list(self.shape)})"
+        exact = isinstance(self.states, ExactStates)
+        width = "exact" if exact else f"{self.states.quantizers[self.role].nbits} bits"
+        return f"QuantizedStates({self.role}, {width}, shape={list(self.shape)})"
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -129,20 +155,20 @@ class QuantizedStates(torch.Tensor):
                 return func(*args, **kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention:
             call = _attention_call(*args, **kwargs)
-            if call is not None:
+            if call is not None and isinstance(call["states"], LayerStates):
                 return ops.attention(**call)
+            if call is not None:
+                call["states"].observe(call["query"], call["attention_mask"])
         elif func in _REPEAT_STEPS and isinstance(args[0], cls) and not kwargs:
             handle = args[0]._repeat_step(func, args[1:])
             if handle is not None:
                 return handle
-        _log_dequantize(getattr(func, "__name__", str(func)))
-        return func(*_plain(args), **_plain(kwargs))
+        return func(*_plain(args, func), **_plain(kwargs, func))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         # reached where torch's C++ side skips the function override
-        _log_dequantize(str(func))
-        return func(*_plain(args), **_plain(kwargs or {}))
+        return func(*_plain(args, func), **_plain(kwargs or {}, func))
 
     def _repeat_step(self, func, args) -> "QuantizedStates | None":
         """One step of `repeat_kv`: x[:, :, None, :, :] -> expand -> reshape; `None` for anything else."""
@@ -175,14 +201,11 @@ def _attention_call(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> dict | None:
     """Arguments of `ops.attention` for a call of torch's attention, or `None` if only plain tensors will do."""
-    if (
-        not isinstance(key, QuantizedStates)
-        or not isinstance(value, QuantizedStates)
-        or key.states is not value.states
-    ):
+    if not isinstance(key, QuantizedStates) or not isinstance(value, QuantizedStates) or key.states is not value.states:
         return None
-    # torch aligns `is_causal` with the first key, so with a past it never means what a cache means
-    if dropout_p or is_causal or isinstance(query, QuantizedStates) or query.dim() != 4 or key.dim() != 4:
+    # torch aligns `is_causal` with the first key, so with codes it never means what a cache means
+    codes = isinstance(key.states, LayerStates)
+    if (codes and (dropout_p or is_causal)) or isinstance(query, QuantizedStates) or query.dim() != 4 or key.dim() != 4:
         return None
     if query.shape[1] != key.shape[1] and not enable_gqa:
         return None
@@ -204,5 +227,14 @@ def _log_dequantize(operation: str) -> None:
     )
 
 
-def _plain(tree):
-    return tree_map_only(QuantizedStates, QuantizedStates.dequantize, tree)
+def _plain(tree, func):
+    """Plain tensors in place of the handles, for `func`: whoever waits for a query learns that none was seen."""
+
+    def plain(handle: QuantizedStates) -> torch.Tensor:
+        if isinstance(handle.states, ExactStates):
+            handle.states.observe(None, None)
+        else:
+            _log_dequantize(getattr(func, "__name__", str(func)))
+        return handle.dequantize()
+
+    return tree_map_only(QuantizedStates, plain, tree)

@@ -7,6 +7,11 @@ from hf_turboquant import QuantizedStates, TurboQuantConfig, ops
 from hf_turboquant.layer import TurboQuantLayer
 
 
+def options(**options):
+    # conditioning has its own tests: there the first tokens wait for a query
+    return TurboQuantConfig(condition="none", **options)
+
+
 def states(tokens, batch=2, heads=2, head_dim=32, seed=0, value_dim=None):
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(batch, heads, tokens, head_dim, generator=generator)
@@ -29,7 +34,7 @@ def plain(handle):
 @pytest.mark.parametrize("window", (0, 5, 64))
 @pytest.mark.parametrize("pieces", ([200], [1] * 90, [100, 1, 1, 30, 1, 67], [2, 1, 197]))
 def test_exact_tokens_are_exact_and_the_rest_is_quantised_once(sinks, window, pieces):
-    layer = TurboQuantLayer(TurboQuantConfig(nbits=4, sink_length=sinks, residual_length=window), 0)
+    layer = TurboQuantLayer(options(nbits=4, sink_length=sinks, residual_length=window), 0)
     keys, values = states(sum(pieces))
     feed(layer, keys, values, pieces)
     length = sum(pieces)
@@ -45,11 +50,10 @@ def test_exact_tokens_are_exact_and_the_rest_is_quantised_once(sinks, window, pi
 
 
 def test_how_tokens_arrive_does_not_matter():
-    options = TurboQuantConfig(nbits=3, residual_length=16)
     keys, values = states(300, value_dim=64)
     held = []
     for pieces in ([300], [150, *[1] * 150], [7, 200, 93]):
-        layer = TurboQuantLayer(options, 0)
+        layer = TurboQuantLayer(options(nbits=3, residual_length=16), 0)
         feed(layer, keys, values, pieces)
         held.append((plain(layer.keys), plain(layer.values)))
     for other in held[1:]:
@@ -57,7 +61,7 @@ def test_how_tokens_arrive_does_not_matter():
 
 
 def test_the_first_prefill_returns_its_own_states():
-    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+    layer = TurboQuantLayer(options(residual_length=16), 0)
     keys, values = states(100)
     out = layer.update(keys, values)
     assert out[0] is keys and out[1] is values
@@ -65,7 +69,7 @@ def test_the_first_prefill_returns_its_own_states():
 
 
 def test_a_chunk_longer_than_the_window_is_read_exactly():
-    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+    layer = TurboQuantLayer(options(residual_length=16), 0)
     keys, values = states(300)
     out = feed(layer, keys, values, [200, 100])
     assert torch.equal(plain(out[0])[:, :, 200:], keys[:, :, 200:])
@@ -75,7 +79,7 @@ def test_a_chunk_longer_than_the_window_is_read_exactly():
 
 
 def test_pure_streaming_holds_nothing_exact():
-    layer = TurboQuantLayer(TurboQuantConfig(residual_length=0, sink_length=0), 0)
+    layer = TurboQuantLayer(options(residual_length=0, sink_length=0), 0)
     keys, values = states(140)
     out = feed(layer, keys, values, [100, 1, 39])
     assert layer.exact.nbytes == 0
@@ -84,7 +88,7 @@ def test_pure_streaming_holds_nothing_exact():
 
 
 def test_handles_see_what_was_there():
-    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+    layer = TurboQuantLayer(options(residual_length=16), 0)
     keys, values = states(120)
     handle = feed(layer, keys, values, [100, 1])[0]
     before = plain(handle)
@@ -95,7 +99,7 @@ def test_handles_see_what_was_there():
 
 @pytest.mark.parametrize("removed", (0, 1, 7, 16, 17, 60, 97, 98, 100, 500))
 def test_crop_keeps_the_rest_and_goes_on(removed):
-    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16, sink_length=3, nbits=8), 0)
+    layer = TurboQuantLayer(options(residual_length=16, sink_length=3, nbits=8), 0)
     keys, values = states(100)
     feed(layer, keys, values, [60, 30, *[1] * 10])
     before = plain(layer.keys)
@@ -117,7 +121,7 @@ def test_crop_keeps_the_rest_and_goes_on(removed):
 
 
 def test_appending_never_touches_earlier_codes():
-    layer = TurboQuantLayer(TurboQuantConfig(residual_length=8, nbits=4), 0)
+    layer = TurboQuantLayer(options(residual_length=8, nbits=4), 0)
     keys, values = states(400)
     feed(layer, keys, values, [300])
     complete_blocks = layer.codes["keys"].length // 128
@@ -128,7 +132,7 @@ def test_appending_never_touches_earlier_codes():
 
 
 def test_garbage_beyond_the_length_does_not_show():
-    layer = TurboQuantLayer(TurboQuantConfig(residual_length=8, nbits=3), 0)
+    layer = TurboQuantLayer(options(residual_length=8, nbits=3), 0)
     keys, values = states(200)
     feed(layer, keys, values, [150])
     clean = plain(layer.keys)
@@ -157,7 +161,7 @@ BAD_UPDATES = {
 
 @pytest.mark.parametrize("case", BAD_UPDATES)
 def test_bad_updates_change_nothing(case):
-    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 2)
+    layer = TurboQuantLayer(options(residual_length=16), 2)
     feed(layer, *states(100), [100])
     before = plain(layer.keys), plain(layer.values)
     (keys, values), message = BAD_UPDATES[case]
@@ -169,7 +173,7 @@ def test_bad_updates_change_nothing(case):
 
 
 def test_too_small_head_dim_is_refused_before_anything_is_made():
-    layer = TurboQuantLayer(TurboQuantConfig(), 0)
+    layer = TurboQuantLayer(options(), 0)
     with pytest.raises(ValueError, match="`head_dim` must be at least 16"):
         layer.update(*states(5, head_dim=8))
     assert not layer.is_initialized and layer.keys is None
@@ -177,7 +181,7 @@ def test_too_small_head_dim_is_refused_before_anything_is_made():
 
 @pytest.mark.parametrize("fails_at", (0, 1))
 def test_running_out_of_memory_changes_nothing(monkeypatch, fails_at):
-    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16, nbits=3), 0)
+    layer = TurboQuantLayer(options(residual_length=16, nbits=3), 0)
     keys, values = states(300)
     feed(layer, keys, values, [200])
     before = plain(layer.keys), plain(layer.values)
@@ -198,19 +202,19 @@ def test_running_out_of_memory_changes_nothing(monkeypatch, fails_at):
     assert torch.equal(plain(layer.keys), before[0]) and torch.equal(plain(layer.values), before[1])
     monkeypatch.undo()
     layer.update(keys[:, :, 200:], values[:, :, 200:])
-    fresh = TurboQuantLayer(TurboQuantConfig(residual_length=16, nbits=3), 0)
+    fresh = TurboQuantLayer(options(residual_length=16, nbits=3), 0)
     feed(fresh, keys, values, [300])
     assert torch.equal(plain(layer.keys), plain(fresh.keys)) and torch.equal(plain(layer.values), plain(fresh.values))
 
 
 def test_keys_and_values_cannot_be_assigned():
-    layer = TurboQuantLayer(TurboQuantConfig(), 0)
+    layer = TurboQuantLayer(options(), 0)
     with pytest.raises(ValueError, match="cannot be assigned"):
         layer.keys = torch.zeros(1)
 
 
 def test_reset_frees_everything():
-    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+    layer = TurboQuantLayer(options(residual_length=16), 0)
     feed(layer, *states(100), [100])
     layer.reset()
     assert layer.get_seq_length() == 0 and layer.keys is None and not layer.codes

@@ -115,6 +115,9 @@ T5 = {
     "num_attention_heads": LEFT_OUT,
 }
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+CHUNKED = ["chunked_attention", "full_attention"] * 2
+INDEX = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 16}
+MPT = {"d_model": 64, "n_heads": 4, "n_layers": 3, "hidden_size": LEFT_OUT, "num_hidden_layers": LEFT_OUT}
 HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 
 
@@ -315,6 +318,13 @@ ROWS = [
     Row("phi3", 3),
     # its attention is written out and knows no other names
     Row("falcon", 3, {"head_dim": LEFT_OUT}, attentions=("sdpa", "eager")),
+    # and with ALiBi its eager adds the bias before it scales, its sdpa after
+    Row("falcon_alibi", 3, {"head_dim": LEFT_OUT, "alibi": True}, model_type="falcon", attentions=("sdpa",)),
+    # written out too, but takes any name, so its mask has to be one to add
+    Row("mpt", 3, MPT, attentions=("eager", "turboquant"), dequantizes=("eager", "turboquant")),
+    Row("llama4", 2, typed(CHUNKED, attention_chunk_size=16, **MOE), model_type="llama4_text"),
+    # sparse attention: its layers hold an index beside keys and values
+    Row("deepseek_v32", 0, {**MLA, **MOE, **INDEX}, attentions=("sdpa", "eager")),
     Row("gpt2", 3, {"n_embd": 64, "n_head": 4, "n_layer": 3}),
     Row("gpt_neox", 3),
     # MLA caches latents, which a projection expands before anything attends
@@ -420,9 +430,14 @@ def disturb(cache) -> None:
                 setattr(layer, role, states + EIGHT_BITS * noise * states.norm(dim=-1, keepdim=True))
 
 
-def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative error of all logits together."""
-    return ((logits - expected).norm() / expected.norm()).item()
+def errors(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Relative error of the logits of each token, of shape `[tokens]`."""
+    return (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+
+
+def typical(errors: torch.Tensor) -> float:
+    # the geometric mean: a token whose attention is near a tie says more about the tie than about the codes
+    return errors.log().mean().exp().item()
 
 
 @pytest.fixture
@@ -452,17 +467,19 @@ def test_logits_from_codes(row, dequantized):
         assert len(compressed_layers(cache)) == row.compressed
         # the first prefill attends to what it has just computed
         assert torch.equal(logits[prompt], expected[prompt])
-        noise = difference(noisy[steps], expected[steps])
+        error = errors(logits[steps], expected[steps])
+        noise = typical(errors(noisy[steps], expected[steps]))
         if row.compressed:
-            assert noise / 3 < difference(logits[steps], expected[steps]) < 2 * noise
+            # what is wrong, not just inexact, is off by its own size
+            assert noise / 3 < typical(error) < 1.5 * noise and error.max() < 0.2
             assert bool(dequantized) == (attention in row.dequantizes)
         else:
             assert torch.equal(logits, expected)
         if attention in row.attentions:
             first = row.attentions[0]
-            assert difference(expected[real], full[first][real]) < ROUNDING
+            assert errors(expected[real], full[first][real]).max() < ROUNDING
             # a rounding error in front of the quantiser may turn a code over to its neighbour
-            assert difference(logits[steps], from_codes[first][steps]) < max(noise / 10, ROUNDING)
+            assert errors(logits[steps], from_codes[first][steps]).max() < max(noise / 5, ROUNDING)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -495,3 +512,10 @@ def test_small_window(row):
 def held_bytes(cache) -> int:
     leaves = [leaf for layer in cache.layers for leaf in tree_leaves(vars(layer))]
     return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def test_sparse_attention_is_refused():
+    row = next(row for row in ROWS if row.name == "deepseek_v32")
+    model = row.model("turboquant")
+    with pytest.raises(ValueError, match="does not know the `indices`"):
+        row.prefill_and_decode(model, row.full_cache(model.config))

@@ -142,9 +142,7 @@ def test_states_that_do_not_fit():
     quantizer = Quantizer.create(TurboQuantConfig(), "keys", 0, 64)
     buffer = quantizer.new_buffer(1, 2)
     for states in (torch.zeros(1, 2, 5, 32), torch.zeros(1, 3, 5, 64), torch.zeros(1, 2, 5, 64, dtype=torch.int32)):
-        with pytest.raises(
-            ValueError, match=r"`states` must be a floating-point tensor of shape \[1, 2, tokens, 64\]"
-        ):
+        with pytest.raises(ValueError, match=r"`states` must be a floating-point tensor of shape \[1, 2, tokens, 64\]"):
             ops.quantize(states, quantizer, buffer)
     assert buffer.length == 0
 

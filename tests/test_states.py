@@ -16,6 +16,7 @@ def handles():
     torch.manual_seed(0)
     layer = TurboQuantLayer(TurboQuantConfig(nbits=4, residual_length=16), 0)
     layer.update(torch.randn(2, 2, 100, 32), torch.randn(2, 2, 100, 32))
+    # the first tokens wait for a query, the next update stores them
     return layer.update(torch.randn(2, 2, 1, 32), torch.randn(2, 2, 1, 32))
 
 

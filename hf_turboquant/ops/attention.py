@@ -143,7 +143,7 @@ class AttentionCall:
         launch(
             (kernels.terms + self.splits - self.code_splits, self.padded_rows // 16, self.pairs),
             self.query,
-            keys.operators,
+            keys.query_operators(kernels.operator_dtype),
             keys.mean,
             self.operands,
             self.constants,
@@ -208,12 +208,12 @@ class AttentionCall:
         heads = self.groups * self.kv_heads
         # where the model wants it: heads next to each other
         out = query.new_empty((query.shape[0], self.query_length, heads, self.value_dim))
-        group = 1 if self.pairs * self.rows <= 512 else 4
-        kernels.combine(group, sinks is not None)(
-            (self.pairs * -(-self.rows // group), -(-self.value_dim // kernels.columns), 1),
+        launch = kernels.combine(self.pairs * self.rows, self.splits, sinks is not None)
+        launch(
+            (self.pairs * self.rows, -(-self.value_dim // launch.constants["COLUMNS"]), 1),
             self.partial,
             self.stats,
-            values.operators,
+            values.dual,
             values.mean,
             self.partial if sinks is None else sinks,
             out,
@@ -286,24 +286,35 @@ class _Constants:
         dual, mean = quantizer.dual.float(), quantizer.mean
         codebook = quantizer.codebook
         self.heads = dual.shape[0]
+        self._operators: dict[torch.dtype, torch.Tensor] = {}
         self.scale, self.offset = codebook.scale, codebook.offset
         table = np.zeros((2, 16), dtype=np.float32)
         if quantizer.role == "keys":
             # what a row of queries is multiplied with
-            operators = [dual.mT]
+            self.factors = [dual.mT]
             table[0, : 2**quantizer.nbits] = np.tile(codebook.levels, 2 ** (quantizer.nbits - quantizer.code_bits))
             if quantizer.sketch is not None:
-                operators.append((dual.double().mT @ quantizer.sketch.double().mT).float())
+                self.factors.append(dual.double().mT @ quantizer.sketch.double().mT)
                 # the sign is the highest bit of the code; the operand is 1 where it is minus
                 table[1, : 2**quantizer.code_bits] = 1
-            self.operators = torch.stack(operators).contiguous()
             self.tables = torch.from_numpy(table.astype(np.int8)).to(dual.device)
         else:
-            self.operators = dual.contiguous()
             table[0, : 2**quantizer.nbits] = codebook.levels + codebook.offset
             self.tables = torch.from_numpy(table).to(dual.device)
-        self.mean = self.operators if mean is None else mean.float().contiguous()
+        self.dual = dual.contiguous()
+        self.mean = self.dual if mean is None else mean.float().contiguous()
         self.mean_heads = 1 if mean is None else mean.shape[0]
+
+    def query_operators(self, dtype: torch.dtype) -> torch.Tensor:
+        """`[operators, passes, heads, head_dim, head_dim]`: see `prepare_kernel`."""
+        operators = self._operators.get(dtype)
+        if operators is None:
+            passes = []
+            for factor in self.factors:
+                high = factor.to(dtype)
+                passes.append([high] if dtype == torch.float32 else [high, ((factor - high.to(factor.dtype)) * 2048).to(dtype)])
+            operators = self._operators[dtype] = torch.stack([torch.stack(p) for p in passes]).contiguous()
+        return operators
 
 
 _CONSTANTS: WeakKeyDictionary[Quantizer, _Constants] = WeakKeyDictionary()
@@ -399,6 +410,7 @@ class _Kernels:
     def __init__(self, device, portable, query_dtype, exact_dtype, keys, values, mask_dtype, causal, softcap):
         key_bits, qjl, key_dim, key_mean, key_codebook = keys
         value_bits, value_dim, value_mean, value_codebook = values
+        exact_dot = tl.float32 if INTERPRETED or torch.float32 in (query_dtype, exact_dtype) else DTYPES[query_dtype]
         count = 2 if key_bits == 4 else 4
         # matrix products of int8 are 32 deep or more
         width = max(32, triton.next_power_of_2(key_dim // count))
@@ -406,8 +418,9 @@ class _Kernels:
         halves = 2 if value_bits == 3 else 1
         value_rows = max(16, triton.next_power_of_2(value_dim // halves))
         self.device = device
-        self.rows = PORTABLE_ROWS if portable else ROWS
+        self.rows = PORTABLE_ROWS if INTERPRETED or torch.version.hip else ROWS
         self.terms = 1 + qjl
+        self.operator_dtype = torch.float32 if exact_dot == tl.float32 else query_dtype
         self.operand_bytes = self.terms * 2 * count * width
         self.score_blocks = 4
         # a warp's share of a product is at least 16 tokens or 16 dimensions
@@ -418,7 +431,6 @@ class _Kernels:
             if portable
             else (key_snippet(key_bits, qjl, key_codebook), value_snippet(value_bits, value_codebook))
         )
-        exact_dot = tl.float32 if INTERPRETED or torch.float32 in (query_dtype, exact_dtype) else DTYPES[query_dtype]
         dot = tl.float32 if INTERPRETED else tl.float16
         mask = {
             "MASK": 0 if mask_dtype is None else 1 if mask_dtype == torch.bool else 2,
@@ -434,13 +446,14 @@ class _Kernels:
             "BITS": key_bits,
             "WIDTH": width,
             "TERMS": self.terms,
+            "PASSES": 1 if exact_dot == tl.float32 else 2,
             "TILE": EXACT_TILE,
             "MEAN": key_mean,
             **mask,
         }
-        last = {"DOT": exact_dot, "PRECISION": "ieee" if portable else "tf32x3", "ASM": not portable}
-        self.prepare = _Launcher(prepare_kernel, {**prepare, "SCORES": False, **last}, num_warps=4)
-        self.prepare_scores = _Launcher(prepare_kernel, {**prepare, "SCORES": True, **last}, num_warps=4)
+        last = {"DOT": exact_dot, "PRECISION": "tf32x3" if not portable and exact_dot == tl.float32 else "ieee", "ASM": not portable}
+        self.prepare = _Launcher(prepare_kernel, {**prepare, "SCORES": False, **last}, num_warps=8)
+        self.prepare_scores = _Launcher(prepare_kernel, {**prepare, "SCORES": True, **last}, num_warps=8)
         self.attend = _Launcher(
             attend_kernel,
             {
@@ -479,23 +492,28 @@ class _Kernels:
             num_stages=3,
         )
         self.warps = warps
-        self.columns = 32
-        self._combine_constants = {
-            "DIM": value_dim,
-            "DIM_PAD": triton.next_power_of_2(value_dim),
-            "COLUMNS": self.columns,
-        }
-        self._combine_last = {"SPLITS": MAX_SPLITS, "MEAN": value_mean, "ASM": not portable}
+        self.portable, self.value_dim, self.value_mean = portable, value_dim, value_mean
         self._combine: dict[tuple, _Launcher] = {}
         self._wave = None
         self._mask_dtype = mask_dtype or query_dtype
 
-    def combine(self, group: int, sinks: bool) -> _Launcher:
-        launcher = self._combine.get((group, sinks))
+    def combine(self, rows: int, splits: int, sinks: bool) -> _Launcher:
+        # few rows: many small programs
+        columns = min(32 if rows <= 128 else 64, triton.next_power_of_2(self.value_dim))
+        chunk = 16 if splits <= 16 else 64
+        launcher = self._combine.get((columns, chunk, sinks))
         if launcher is None:
-            constants = {**self._combine_constants, "GROUP": group, **self._combine_last}
-            constants = {name: constants.get(name, sinks) for name in _COMBINE_ORDER}
-            launcher = self._combine[group, sinks] = _Launcher(combine_kernel, constants, num_warps=4)
+            constants = {
+                "DIM": self.value_dim,
+                "DIM_PAD": triton.next_power_of_2(self.value_dim),
+                "COLUMNS": columns,
+                "CHUNK": chunk,
+                "MEAN": self.value_mean,
+                "SINKS": sinks,
+                "ASM": not self.portable,
+            }
+            launcher = _Launcher(combine_kernel, constants, num_warps=4 if chunk == 16 else 8)
+            self._combine[columns, chunk, sinks] = launcher
         return launcher
 
     @property
@@ -518,5 +536,4 @@ class _Kernels:
         return max(1, min(warps // self.warps, shared)) * properties.multi_processor_count
 
 
-_COMBINE_ORDER = ("DIM", "DIM_PAD", "COLUMNS", "GROUP", "SPLITS", "MEAN", "SINKS", "ASM")
 _kernels = lru_cache(maxsize=None)(_Kernels)

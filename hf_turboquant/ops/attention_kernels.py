@@ -22,11 +22,6 @@ from .codes import (
 
 # floor of the running maximum: finite, so that a row that has seen nothing yet subtracts to zero and not to NaN
 LOWEST = tl.constexpr(-1e30)
-# fp32 constants of a row: factor and offset of the product with the levels, the same of the signs, ⟨q, μ⟩
-CONSTANTS = tl.constexpr(8)
-LOG2E = tl.constexpr(1.4426950408889634)
-# largest integer of a quantised query: two int8 terms, 128 · high + low
-QUERY_MAX = tl.constexpr(16256.0)
 
 # arguments whose value no compiled kernel may depend on: the launchers reuse it for all of them
 INTEGERS = (
@@ -82,7 +77,7 @@ def prepare_kernel(
     query_length, groups, kv_heads, operator_heads, mean_heads, kv_len, recent_start, sink_length, ring, phase, slots,
     key_stride, value_stride, splits, code_splits, scaling, softcap, level_scale, level_offset,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr, MEAN: tl.constexpr,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, PASSES: tl.constexpr, TILE: tl.constexpr, MEAN: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SCORES: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -90,6 +85,9 @@ def prepare_kernel(
     Everything that does not need the codes. Grid (`TERMS` + chunks of `TILE` exact slots, tiles of 16 rows, batch · KV
     heads). The first `TERMS` programs turn the query, A⁻ᵀ q, and sketch it, κS A⁻ᵀ q, and write both as integers; each
     of the others attends to one chunk of exact tokens (with `SCORES`: writes its logits).
+
+    With `PASSES` 2 an operator is a sum of two matrices in the query's own 16 bits, the second times 2048: two products
+    of a 16-bit matrix product are as good as one in fp32, and faster.
 
     A query row becomes int8 `operands` `[TERMS, 2, COUNT · WIDTH]` (high and low term of every coordinate, in the
     order of `operand_position`), and fp32 `constants`, so that with integer products i of levels and j of signs
@@ -108,15 +106,23 @@ def prepare_kernel(
     query_offset += (row % query_length).to(tl.int64) * query_t
     padded_rows = tl.num_programs(1) * 16
     if task < TERMS:
-        CHUNK: tl.constexpr = 32
+        CHUNK: tl.constexpr = 64 if DIM_PAD <= 128 else 32
         d = tl.arange(0, DIM_PAD)
-        operator = operators + (task * operator_heads + head % operator_heads).to(tl.int64) * DIM * DIM
+        operator = operators + (task * PASSES * operator_heads + head % operator_heads).to(tl.int64) * DIM * DIM
         turned = tl.zeros([16, DIM_PAD], tl.float32)
+        rest = tl.zeros([16, DIM_PAD], tl.float32)
         for start in range(0, DIM, CHUNK):
             k = start + tl.arange(0, CHUNK)
             x = tl.load(query + query_offset[:, None] + k[None, :], mask=exists[:, None] & (k < DIM)[None, :], other=0)
-            m = tl.load(operator + k[:, None] * DIM + d[None, :], mask=(k < DIM)[:, None] & (d < DIM)[None, :], other=0)
-            turned = tl.dot(x.to(tl.float32), m, turned, input_precision=PRECISION)
+            x = x.to(operators.dtype.element_ty)
+            m_mask = (k < DIM)[:, None] & (d < DIM)[None, :]
+            m = tl.load(operator + k[:, None] * DIM + d[None, :], mask=m_mask, other=0)
+            turned = tl.dot(x, m, turned, input_precision=PRECISION)
+            if PASSES == 2:
+                low = operator + operator_heads.to(tl.int64) * DIM * DIM + k[:, None] * DIM + d[None, :]
+                rest = tl.dot(x, tl.load(low, mask=m_mask, other=0), rest)
+        turned += rest / 2048.0
+        # the largest integer that two int8 terms, 128 · high + low, hold with room for rounding
         step = tl.max(tl.abs(turned), axis=1) / 16256.0
         step = tl.where(step > 0, step, 1.0)
         integer, high, low = _round_query(turned, step)
@@ -157,6 +163,12 @@ def prepare_kernel(
         slot64 = slot.to(tl.int64)
         k_mask = (d < DIM)[:, None] & valid[None, :]
         k = tl.load(key_states + bh.to(tl.int64) * key_stride + slot64[None, :] * DIM + d[:, None], mask=k_mask, other=0)
+        if not SCORES:
+            # asked for before it is needed, so that both loads are under way together
+            v = tl.arange(0, VALUE_PAD)
+            v_mask = valid[:, None] & (v < VALUE_DIM)[None, :]
+            values = value_states + bh.to(tl.int64) * value_stride + slot64[:, None] * VALUE_DIM + v[None, :]
+            values = tl.load(values, mask=v_mask, other=0).to(DOT)
         logits = tl.dot(q, k.to(DOT), input_precision="ieee") * (scaling * 1.4426950408889634)
         logits = finish_logits(
             logits, position[None, :], row[:, None], bh, valid[None, :], mask_ptr, mask_b, mask_h, mask_t, mask_n,
@@ -169,10 +181,6 @@ def prepare_kernel(
         else:
             largest = tl.maximum(tl.max(logits, axis=1), LOWEST)
             weights = exp2(logits - largest[:, None], ASM)
-            v = tl.arange(0, VALUE_PAD)
-            v_mask = valid[:, None] & (v < VALUE_DIM)[None, :]
-            values = value_states + bh.to(tl.int64) * value_stride + slot64[:, None] * VALUE_DIM + v[None, :]
-            values = tl.load(values, mask=v_mask, other=0).to(DOT)
             out = tl.dot(weights.to(DOT), values, input_precision="ieee")
             at = flat_row * splits + code_splits + task - TERMS
             tl.store(partial + at[:, None] * VALUE_DIM + v[None, :], out, mask=exists[:, None] & (v < VALUE_DIM)[None, :])
@@ -312,61 +320,57 @@ def attend_kernel(
 def combine_kernel(
     partial, stats, dual, mean, sinks, out, rows, query_length, groups, kv_heads, dual_heads, mean_heads,
     splits, code_splits, out_b, out_h, out_t, level_scale,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
     MEAN: tl.constexpr, SINKS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """
-    Merges the splits by log-sum-exp and turns the part of the codes back, x̂ = ẑ Aᵀ⁻¹. Grid (batch · KV heads ·
-    ⌈R / GROUP⌉, ⌈DIM / COLUMNS⌉): a program makes `COLUMNS` columns of `GROUP` rows, one after the other.
+    Merges the splits by log-sum-exp, `CHUNK` at a time, and turns the part of the codes back, x̂ = A⁻¹ ẑ. Grid (batch ·
+    KV heads · R, ⌈DIM / COLUMNS⌉).
     """
-    row_groups = tl.cdiv(rows, GROUP)
-    bh = tl.program_id(0) // row_groups
+    bh = tl.program_id(0) // rows
+    row = tl.program_id(0) % rows
     head = bh % kv_heads
     k = tl.arange(0, DIM_PAD)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inner = k < DIM
-    outer = d < DIM
+    inner = (k < DIM)[None, :]
+    outer = (d < DIM)[None, :]
     matrix = dual + (head % dual_heads).to(tl.int64) * DIM * DIM + k[:, None] * DIM + d[None, :]
-    matrix = tl.load(matrix, mask=inner[:, None] & outer[None, :], other=0)
-    every = tl.arange(0, SPLITS)
-    CHUNK: tl.constexpr = 16
-    for i in tl.static_range(GROUP):
-        # a group that is not full makes its last row again
-        row = tl.minimum(tl.program_id(0) % row_groups * GROUP + i, rows - 1)
-        at = (bh.to(tl.int64) * rows + row) * splits
-        s_mask = every < splits
-        maxima = tl.load(stats + (at + every) * 2, mask=s_mask, other=LOWEST)
-        sums = tl.load(stats + (at + every) * 2 + 1, mask=s_mask, other=0)
-        largest = tl.max(maxima, axis=0)
-        total = 0.0
-        if SINKS:
-            sink = tl.load(sinks + head * groups + row // query_length).to(tl.float32) * LOG2E
-            largest = tl.maximum(largest, sink)
-            total = exp2(sink - largest, ASM)
-        mass = exp2(maxima - largest, ASM) * sums
-        total += tl.sum(mass, axis=0)
-        turned = tl.zeros([DIM_PAD], tl.float32)
-        for start in range(0, code_splits, CHUNK):
-            s = start + tl.arange(0, CHUNK)
-            here = s < code_splits
-            weight = exp2(tl.load(stats + (at + s) * 2, mask=here, other=LOWEST) - largest, ASM)
-            x = tl.load(partial + (at + s)[:, None] * DIM + k[None, :], mask=here[:, None] & inner[None, :], other=0)
-            turned += tl.sum(x * weight[:, None], axis=0)
-        result = tl.sum((turned * level_scale)[:, None] * matrix, axis=0)
+    matrix = tl.load(matrix, mask=(k < DIM)[:, None] & outer, other=0)
+    largest = LOWEST
+    total = 0.0
+    if SINKS:
+        largest = tl.load(sinks + head * groups + row // query_length).to(tl.float32) * 1.4426950408889634
+        total = 1.0
+    code_total = 0.0
+    turned = tl.zeros([CHUNK, DIM_PAD], tl.float32)
+    plain = tl.zeros([CHUNK, COLUMNS], tl.float32)
+    first = (bh.to(tl.int64) * rows + row) * splits
+    for start in range(0, splits, CHUNK):
+        s = start + tl.arange(0, CHUNK)
+        at = first + s
+        here = s < splits
+        coded = s < code_splits
+        x = tl.load(partial + at[:, None] * DIM + k[None, :], mask=coded[:, None] & inner, other=0)
+        y = tl.load(partial + at[:, None] * DIM + d[None, :], mask=(here & (s >= code_splits))[:, None] & outer, other=0)
+        maxima = tl.load(stats + at * 2, mask=here, other=-1e30)
+        masses = tl.load(stats + at * 2 + 1, mask=here, other=0)
+        new_largest = tl.maximum(largest, tl.max(maxima, axis=0))
+        decay = exp2(largest - new_largest, ASM)
+        weight = exp2(maxima - new_largest, ASM)
+        largest = new_largest
+        total = total * decay + tl.sum(weight * masses, axis=0)
         if MEAN:
-            mu = tl.load(mean + head % mean_heads * DIM + d, mask=outer, other=0)
-            result += mu * tl.sum(tl.where(every < code_splits, mass, 0.0), axis=0)
-        for start in range(code_splits, splits, CHUNK):
-            s = start + tl.arange(0, CHUNK)
-            here = s < splits
-            weight = exp2(tl.load(stats + (at + s) * 2, mask=here, other=LOWEST) - largest, ASM)
-            x = tl.load(partial + (at + s)[:, None] * DIM + d[None, :], mask=here[:, None] & outer[None, :], other=0)
-            result += tl.sum(x * weight[:, None], axis=0)
-        # a row that may attend to nothing is zero
-        result = tl.where(total > 0, result / total, 0.0)
-        offset = (bh // kv_heads).to(tl.int64) * out_b + (head * groups + row // query_length).to(tl.int64) * out_h
-        offset += row % query_length * out_t
-        tl.store(out + offset + d, result.to(out.dtype.element_ty), mask=outer)
+            code_total = code_total * decay + tl.sum(tl.where(coded, weight * masses, 0.0), axis=0)
+        turned = turned * decay + x * weight[:, None]
+        plain = plain * decay + y * weight[:, None]
+    result = tl.sum((tl.sum(turned, axis=0) * level_scale)[:, None] * matrix, axis=0) + tl.sum(plain, axis=0)
+    if MEAN:
+        result += code_total * tl.load(mean + head % mean_heads * DIM + d, mask=d < DIM, other=0)
+    # a row that may attend to nothing is zero
+    result = tl.where(total > 0, result / total, 0.0)
+    offset = (bh // kv_heads).to(tl.int64) * out_b + (head * groups + row // query_length).to(tl.int64) * out_h
+    offset += row % query_length * out_t
+    tl.store(out + offset + d, result.to(out.dtype.element_ty), mask=d < DIM)
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)

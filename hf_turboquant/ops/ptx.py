@@ -59,11 +59,11 @@ def value_snippet(nbits: int, codebook: Codebook) -> tuple[str, str]:
         body = _nibble_signs() + ["shr.b32 h, m, 16;"]
         for selector, sign in (("m", "x"), ("h", "y")):
             body += [
-                f"prmt.b32 a, {_word(low, 0)}, {_word(low, 4)}, {selector};",
-                f"prmt.b32 b, {_word(high, 0)}, {_word(high, 4)}, {selector};",
-                f"lop3.b32 b, {sign}, 0x80808080, b, 0xea;",
-                "prmt.b32 OUT, a, b, 0x5140;",
-                "prmt.b32 OUT, a, b, 0x7362;",
+                f"prmt.b32 u, {_word(low, 0)}, {_word(low, 4)}, {selector};",
+                f"prmt.b32 v, {_word(high, 0)}, {_word(high, 4)}, {selector};",
+                f"lop3.b32 v, {sign}, 0x80808080, v, 0xea;",
+                "prmt.b32 OUT, u, v, 0x5140;",
+                "prmt.b32 OUT, u, v, 0x7362;",
             ]
         return _assemble(body, 4, 1)
     selectors = _selectors(nbits)
@@ -71,10 +71,10 @@ def value_snippet(nbits: int, codebook: Codebook) -> tuple[str, str]:
     for row in selectors.registers:
         for selector in row:
             body += [
-                f"prmt.b32 a, {_word(low, 0)}, {_word(low, 4)}, {selector};",
-                f"prmt.b32 b, {_word(high, 0)}, {_word(high, 4)}, {selector};",
-                "prmt.b32 OUT, a, b, 0x5140;",
-                "prmt.b32 OUT, a, b, 0x7362;",
+                f"prmt.b32 u, {_word(low, 0)}, {_word(low, 4)}, {selector};",
+                f"prmt.b32 v, {_word(high, 0)}, {_word(high, 4)}, {selector};",
+                "prmt.b32 OUT, u, v, 0x5140;",
+                "prmt.b32 OUT, u, v, 0x7362;",
             ]
     return _assemble(body, 8 * len(selectors.registers), selectors.inputs)
 
@@ -172,5 +172,5 @@ def _assemble(body: list[str], outputs: int, inputs: int) -> tuple[str, str]:
         text = text.replace("OUT", f"${i}", 1)
     for i in range(inputs):
         text = text.replace(f"IN{i}", f"${outputs + i}")
-    names = "a,b,c,d,g,h,m,s,x,y," + ",".join(f"{name}{i}" for name in "pqrs" for i in range(2))
+    names = "a,b,c,d,g,h,m,s,u,v,x,y," + ",".join(f"{name}{i}" for name in "pqrs" for i in range(2))
     return "{\n.reg .b32 " + names + ";\n" + text + "\n}", ",".join(["=&r"] * outputs + ["r"] * inputs)

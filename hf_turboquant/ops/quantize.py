@@ -1,6 +1,5 @@
-"""Triton: rotate, code, sketch, pack and append in one launch; the maths is that of `reference.quantize`."""
+"""Quantises and appends by Triton: the launcher of `quantize_kernels`."""
 
-from contextlib import nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,293 +9,28 @@ import triton.language as tl
 from ..packing import BLOCK, plane_shapes
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
+from .quantize_kernels import quantize_kernel
 
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+INTERPRETED = not isinstance(quantize_kernel, triton.JITFunction)
 
-@triton.jit
-def _dims(columns, D: tl.constexpr, DP: tl.constexpr):
-    # a padded tile pads both halves of the dimensions: the 1-bit plane of values pairs d with d + D / 2
-    if D == DP:
-        dims = columns
-        valid = columns >= 0
-    else:
-        within = columns % (DP // 2)
-        dims = columns // (DP // 2) * (D // 2) + within
-        valid = within < D // 2
-    return dims, valid
-
-
-@triton.jit
-def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _precise_dot(x, matrix, acc, OPERAND: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x @ matrix, of shapes `[T, K]` and `[K, N]`: x as `TERMS` terms of `OPERAND`, the matrix as two."""
-    if OPERAND == tl.float32:
-        return tl.dot(x.to(tl.float32), matrix, acc, input_precision=PRECISION)
-    high = matrix.to(OPERAND)
-    low = (matrix - high.to(tl.float32)).to(OPERAND)
-    x_high = x.to(OPERAND)
-    acc = tl.dot(x_high, low, acc)
-    if TERMS == 2:
-        x_low = (x - x_high.to(tl.float32)).to(OPERAND)
-        acc = tl.dot(x_low, high, acc)
-    return tl.dot(x_high, high, acc)
-
-
-@triton.jit
-def _rotated(
-    states, strides, transform, mean, token, has_token,
-    T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """z = A (x - μ) of shape `[T, DP]`, fp32, zero where there is no token or dimension."""
-    dims, valid = _dims(tl.arange(0, DP), D, DP)
-    if T == 1:
-        products = tl.zeros((DP, BK), tl.float32)
-    else:
-        z = tl.zeros((T, DP), tl.float32)
-    for start in tl.range(0, D, BK):
-        k = start + tl.arange(0, BK)
-        mask = has_token[:, None] & (k < D)[None, :]
-        x = tl.load(states + token[:, None] * strides[2] + k[None, :] * strides[3], mask=mask, other=0.0)
-        if OPERAND == tl.float32 or T == 1:
-            x = x.to(tl.float32)
-            if mean is not None:
-                x = tl.where(mask, x - tl.load(mean + k, mask=k < D, other=0.0)[None, :], 0.0)
-        if T == 1:
-            mask = valid[:, None] & (k < D)[None, :]
-            matrix = tl.load(transform + dims[:, None] * D + k[None, :], mask=mask, other=0.0)
-            products += matrix * x
-        else:
-            mask = valid[None, :] & (k < D)[:, None]
-            matrix = tl.load(transform + dims[None, :] * D + k[:, None], mask=mask, other=0.0)
-            z = _precise_dot(x, matrix, z, OPERAND, 1, PRECISION)
-    if T == 1:
-        z = tl.sum(products, axis=1)[None, :]
-    return z
-
-
-@triton.jit
-def _sketched(
-    r, sketch, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
-    T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """S r over the columns of r from `FIRST` on, of shape `[T, DP]`. Only its sign counts, so scales are free."""
-    e, e_valid = _dims(tl.arange(0, DP), D, DP)
-    d, d_valid = _dims(FIRST + tl.arange(0, COLUMNS), D, DP)
-    if T == 1:
-        mask = e_valid[:, None] & d_valid[None, :]
-        matrix = tl.load(sketch + e[:, None] * D + d[None, :], mask=mask, other=0.0)
-        return tl.sum(matrix * r, axis=1)[None, :]
-    mask = e_valid[None, :] & d_valid[:, None]
-    matrix = tl.load(sketch + e[None, :] * D + d[:, None], mask=mask, other=0.0)
-    # both factors are far under one: the scales keep their low terms clear of fp16's subnormals
-    return _precise_dot(r * 256, matrix * 256, tl.zeros((T, DP), tl.float32), OPERAND, 2, PRECISION)
-
-
-@triton.jit
-def _nearest(y, boundaries, centroids, CODE_BITS: tl.constexpr):
-    """Codes (int32) and values of the nearest centroids; a codebook is symmetric, so |y| meets half the boundaries."""
-    HALF: tl.constexpr = 1 << (CODE_BITS - 1)
-    # sign and magnitude at 4 bits, ascending below
-    SMALLEST: tl.constexpr = 0 if CODE_BITS == 4 else HALF
-    size = tl.abs(y)
-    # one select per boundary finds both: the index rides in the last three bits of the value, under 2^-20 of it
-    best = tl.zeros(y.shape, tl.int32) + (tl.load(centroids + SMALLEST).to(tl.int32, bitcast=True) & -8)
-    for i in tl.static_range(1, HALF):
-        value = tl.load(centroids + SMALLEST + i).to(tl.int32, bitcast=True)
-        best = tl.where(size > tl.load(boundaries + HALF + i - 1), (value & -8) | i, best)
-    index, value = best & 7, best.to(tl.float32, bitcast=True)
-    negative = y <= 0
-    if CODE_BITS == 4:
-        codes = tl.where(negative, index + HALF, index)
-    else:
-        codes = tl.where(negative, HALF - 1 - index, HALF + index)
-    return codes, tl.where(negative, -value, value)
-
-
-@triton.jit
-def _merge(pointers, packed, mask, shared):
-    # bits 0-7 of `packed` are new, bits 8-15 say which of them count; the others belong to earlier tokens
-    old = tl.load(pointers, mask=mask & (tl.zeros((1, 1), tl.int32) < shared), other=0).to(tl.int32)
-    tl.store(pointers, (packed | (old & ~(packed >> 8))).to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def _store_keys(
-    plane, fields, block, base, shared, keep,
-    WIDTH: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
-    """Packs fields `[T, DP]` of tokens `base` on of a block; see the bit pictures in `packing`."""
-    COUNT: tl.constexpr = 8 // WIDTH if WIDTH > 1 else 4
-    position = base + tl.arange(0, T)
-    column = tl.arange(0, DP)
-    offset, valid = _dims(tl.arange(0, DP // COUNT), D // COUNT, DP // COUNT)
-    if WIDTH > 1:
-        packed = tl.sum(tl.reshape(fields << (WIDTH * (column % COUNT))[None, :], (T, DP // COUNT, COUNT)), axis=2)
-        pointers = plane + (block * 128 + position)[:, None] * (D // COUNT) + offset[None, :]
-        tl.store(pointers, packed.to(tl.uint8), mask=keep[:, None] & valid[None, :])
-    else:
-        # tokens r and r + 64 share a byte
-        PAIR: tl.constexpr = 2 if T == 128 else 1
-        shift = (column % 2 + column % 4 // 2 * 4)[None, :] + (2 - position // 64 * 2)[:, None]
-        packed = tl.sum(tl.reshape(fields << shift, (PAIR, T // PAIR, DP // 4, 4)), axis=3)
-        packed = tl.sum(packed, axis=0)
-        row = base % 64 + tl.arange(0, T // PAIR)
-        pointers = plane + (block * 64 + row)[:, None] * (D // 4) + offset[None, :]
-        _merge(pointers, packed, (row >= 0)[:, None] & valid[None, :], shared)
-
-
-@triton.jit
-def _store_values(
-    plane, fields, block, base, shared, WIDTH: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
-):
-    """As `_store_keys`, for values: a byte holds tokens of one dimension (at one bit, of two)."""
-    TILE: tl.constexpr = T > 1
-    column = tl.arange(0, DP)
-    position = base + tl.arange(0, T)
-    odd = position % 2
-    high = position // 64
-    if WIDTH == 4:
-        # h j ih il d -> d | j h ih
-        packed = tl.reshape(fields << (4 * odd)[:, None], (2, 16, 2, 2, DP) if TILE else (1, 1, 1, 1, DP))
-        packed = tl.permute(tl.sum(packed, axis=3), (3, 1, 0, 2))
-        BYTES: tl.constexpr = 64
-        first = base % 64 // 4 * 4 + base // 64 * 2 + base // 2 % 2
-    else:
-        # oh ol j ih il (h) d -> (h) d | j ol ih
-        BYTES: tl.constexpr = 32
-        first = base % 32 // 4 * 4 + base // 32 % 2 * 2 + base // 2 % 2
-        if WIDTH == 2:
-            shift = (4 * odd + 2 * high)[:, None]
-            packed = tl.reshape(fields << shift, (2, 2, 8, 2, 2, DP) if TILE else (1, 1, 1, 1, 1, DP))
-        else:
-            shift = (4 * odd + high)[:, None] + (2 - column // (DP // 2) * 2)[None, :]
-            packed = tl.reshape(fields << shift, (2, 2, 8, 2, 2, 2, DP // 2) if TILE else (1, 1, 1, 1, 1, 2, DP // 2))
-            packed = tl.sum(packed, axis=5)
-        packed = tl.permute(tl.sum(tl.sum(packed, axis=4), axis=0), (3, 1, 0, 2))
-    ROWS: tl.constexpr = DP if WIDTH > 1 else DP // 2
-    D_ROWS: tl.constexpr = D if WIDTH > 1 else D // 2
-    packed = tl.reshape(packed, (ROWS, BYTES if TILE else 1))
-    if WIDTH > 1:
-        row, valid = _dims(tl.arange(0, ROWS), D, DP)
-    else:
-        row = tl.arange(0, ROWS)
-        valid = row < D_ROWS
-    byte = first + tl.arange(0, BYTES if TILE else 1)
-    pointers = plane + (block * D_ROWS + row)[:, None] * BYTES + byte[None, :]
-    _merge(pointers, packed, valid[:, None] & (byte >= 0)[None, :], shared)
-
-
-@triton.jit
-def _append(args, length, tokens, blocks, heads, SPEC: tl.constexpr, T: tl.constexpr):
-    """Quantises the tokens of one tile of one sequence: program (tile, batch · heads + head)."""
-    states, strides, buffers, constants = args
-    planes, scales, residual_norms = buffers
-    transform, transform_stride, mean, mean_stride, sketch, boundaries, centroids = constants
-    KEYS: tl.constexpr = SPEC[0]
-    NBITS: tl.constexpr = SPEC[1]
-    RESCALED: tl.constexpr = SPEC[2]
-    D: tl.constexpr = SPEC[3]
-    DP: tl.constexpr = SPEC[4]
-    BK: tl.constexpr = SPEC[5]
-    OPERAND: tl.constexpr = SPEC[6]
-    SKETCH_OPERAND: tl.constexpr = SPEC[7]
-    PRECISION: tl.constexpr = SPEC[8]
-    CODE_BITS: tl.constexpr = NBITS if sketch is None else NBITS - 1
-
-    sequence = tl.program_id(1).to(tl.int64)
-    batch, head = sequence // heads, sequence % heads
-    first = (length // T + tl.program_id(0)) * T
-    position = first + tl.arange(0, T)
-    token = (position - length).to(tl.int64)
-    # tokens after the last one are coded too: what lies beyond the length is undefined
-    new = token >= 0
-    has_token = new & (token < tokens)
-    block = sequence * blocks + first // 128
-    if T == 128:
-        base = 0
-    else:
-        base = first % 128
-
-    z = _rotated(
-        states + batch * strides[0] + head * strides[1], strides, transform + head * transform_stride,
-        mean if mean is None else mean + head * mean_stride, token, has_token, T, D, DP, BK, OPERAND, PRECISION,
-    )  # fmt: skip
-    norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
-    # a zero vector has no direction: any will do, its scale is zero
-    y = z * (1 / tl.maximum(norm, 1.1754943508222875e-38))[:, None]
-    codes, nearest = _nearest(y, boundaries, centroids, CODE_BITS)
-    scale = norm
-    if RESCALED:
-        scale = tl.where(norm == 0, norm, norm / tl.sum(y * nearest, axis=1))
-    scale_offset = block * 128 + base + tl.arange(0, T)
-    tl.store(scales + scale_offset, scale.to(scales.dtype.element_ty, fp_downcast_rounding="rtne"), mask=has_token)
-    if sketch is not None:
-        _, valid = _dims(tl.arange(0, DP), D, DP)
-        r = tl.where(valid[None, :], y - nearest, 0.0)
-        residual_norm = norm * tl.sqrt_rn(tl.sum(r * r, axis=1))
-        residual_norm = residual_norm.to(residual_norms.dtype.element_ty, fp_downcast_rounding="rtne")
-        tl.store(residual_norms + scale_offset, residual_norm, mask=has_token)
-        if DP == 256:
-            left, right = _halves(r, T, DP)
-            product = _sketched(left, sketch, 0, 128, T, D, DP, SKETCH_OPERAND, PRECISION)
-            product += _sketched(right, sketch, 128, 128, T, D, DP, SKETCH_OPERAND, PRECISION)
-        else:
-            product = _sketched(r, sketch, 0, DP, T, D, DP, SKETCH_OPERAND, PRECISION)
-        codes = tl.where(product >= 0, codes | (1 << CODE_BITS), codes)
-
-    # positive if bytes of this tile hold earlier tokens too
-    if T == 128:
-        shared = length - first
-    else:
-        shared = 1
-    if NBITS == 3:
-        low = tl.where(new[:, None], (codes & 3) | (3 << 8), 0)
-        high = tl.where(new[:, None], (codes >> 2) | (1 << 8), 0)
-        if KEYS:
-            _store_keys(planes[0], low, block, base, shared, has_token, 2, T, D, DP)
-            _store_keys(planes[1], high, block, base, shared, has_token, 1, T, D, DP)
-        else:
-            _store_values(planes[0], low, block, base, shared, 2, T, D, DP)
-            _store_values(planes[1], high, block, base, shared, 1, T, D, DP)
-    else:
-        fields = tl.where(new[:, None], codes | ((1 << NBITS) - 1 << 8), 0)
-        if KEYS:
-            _store_keys(planes[0], fields, block, base, shared, has_token, NBITS, T, D, DP)
-        else:
-            _store_values(planes[0], fields, block, base, shared, NBITS, T, D, DP)
-
-
-@triton.jit(do_not_specialize=["length", "tokens", "blocks", "heads"])
-def _quantize_kernel(
-    first, second, length, tokens, blocks, heads, FIRST: tl.constexpr, SECOND: tl.constexpr, T: tl.constexpr
-):
-    if SECOND is None:
-        _append(first, length, tokens, blocks, heads, FIRST, T)
-    elif tl.program_id(2) == 0:
-        _append(first, length, tokens, blocks, heads, FIRST, T)
-    else:
-        _append(second, length, tokens, blocks, heads, SECOND, T)
-
-
-INTERPRETED = not isinstance(_quantize_kernel, triton.JITFunction)
-
-# the constants of a quantizer as kernel arguments, by the dtype of the states
-_PREPARED: WeakKeyDictionary[Quantizer, dict] = WeakKeyDictionary()
+# what the launcher needs of a quantizer, by the dtype of the states and the tile
+_prepared: WeakKeyDictionary[Quantizer, dict] = WeakKeyDictionary()
+# compiled kernels by everything that Triton would look at: looking it up here takes a third of the time
+_compiled: dict[tuple, object] = {}
+_specifications: dict[tuple, tuple] = {}
 
 
 def supports(states: torch.Tensor, quantizer: Quantizer) -> str | None:
-    """Why `states` cannot be quantised by these kernels; `None` if they can."""
-    if quantizer.nbits not in (2, 3, 4) or quantizer.code_bits == 0:
-        return f"kernels pack 2, 3 or 4 bits, not {quantizer.nbits}"
+    """`None` if the kernel can quantise these states, else the reason why not, in words."""
+    if quantizer.nbits not in (2, 3, 4) or not quantizer.code_bits:
+        return f"the kernel writes 2, 3 and 4 bits, and the {quantizer.role} have {quantizer.nbits}"
     if quantizer.head_dim % 16 or quantizer.head_dim > 256:
-        return f"kernels need a head_dim that is a multiple of 16 up to 256, not {quantizer.head_dim}"
-    if states.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"kernels read fp32, fp16 and bf16, not {states.dtype}"
+        return f"the kernel takes a head_dim of 16 to 256 in steps of 16, and the states have {quantizer.head_dim}"
+    if states.dtype not in DTYPES:
+        return f"the states are {states.dtype}"
     if states.device.type != ("cpu" if INTERPRETED else "cuda"):
-        return f"the tensors are on {states.device.type}" + (" and kernels are interpreted" if INTERPRETED else "")
+        return f"the tensors are on {states.device.type}" + (", and Triton interprets" if INTERPRETED else "")
     return None
 
 
@@ -311,77 +45,99 @@ def quantize_pair(
     quantizers: tuple[Quantizer, Quantizer],
     buffers: tuple[TokenBuffer, TokenBuffer],
 ) -> None:
-    """[`quantize`] for the keys and values of one layer, with equal batch, heads, tokens and lengths: one launch."""
-    _launch((key_states, value_states), quantizers, buffers)
+    """
+    [`quantize`] for the keys and the values of one layer: one launch for one token, else two.
+
+    Both have the same batch, heads, tokens and device, and their buffers the same length and capacity; lengths change
+    last, both or none.
+    """
+    length = buffers[0].length
+    if key_states.shape[2] == 1:
+        _launch((key_states, value_states), quantizers, buffers)
+        return
+    try:
+        quantize(key_states, quantizers[0], buffers[0])
+        quantize(value_states, quantizers[1], buffers[1])
+    except BaseException:
+        buffers[0].length = length
+        raise
 
 
 def _launch(states, quantizers, buffers) -> None:
     batch, heads, tokens, _ = states[0].shape
-    length = buffers[0].length
     if not states[0].numel():
         return
-    tile = 1 if tokens == 1 else BLOCK
-    sides, specs, warps = [], [], 4
-    for x, quantizer, buffer in zip(states, quantizers, buffers, strict=True):
-        planes, constants, (spec, spec_warps) = _prepare(quantizer, x.dtype, tile)
-        tensors = buffer.tensors
-        outputs = tuple(tensors[name] for name in planes), tensors["scales"], tensors.get("residual_norms")
-        sides.append((x, x.stride(), outputs, constants))
-        specs.append(spec)
-        warps = max(warps, spec_warps)
-    grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(sides))
     device = states[0].device
-    with nullcontext() if INTERPRETED or device.index == torch.cuda.current_device() else torch.cuda.device(device):
-        _quantize_kernel[grid](
-            sides[0],
-            sides[1] if len(sides) > 1 else None,
-            length,
-            tokens,
-            buffers[0].capacity // BLOCK,
-            heads,
-            FIRST=specs[0],
-            SECOND=specs[1] if len(specs) > 1 else None,
-            T=tile,
-            num_warps=warps,
-        )
+    if not INTERPRETED and device.index != torch.cuda.current_device():
+        # Triton launches on the current device
+        with torch.cuda.device(device):
+            _launch(states, quantizers, buffers)
+        return
+    length = buffers[0].length
+    tile = 1 if tokens == 1 else BLOCK
+    sides, specs, key = [None, None], [None, None], [device.index]
+    for i, (x, quantizer, buffer) in enumerate(zip(states, quantizers, buffers, strict=True)):
+        planes, constants, specs[i], options = _prepare(quantizer, x.dtype, tile)
+        strides = x.stride()
+        outputs = [buffer[name] for name in planes], buffer["scales"], buffer.tensors.get("residual_norms")
+        sides[i] = (x, strides, (tuple(outputs[0]), *outputs[1:]), constants)
+        key += (id(specs[i]), x.dtype, quantizer.mean is None, quantizer.scale is None, strides, x.data_ptr() % 16)
+    key = tuple(key)
+    grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(states))
+    args = (*sides, length, tokens, buffers[0].capacity // BLOCK, heads, *specs, tile)
+    if key in _compiled:
+        _compiled[key][grid](*args)
+    else:
+        kernel = quantize_kernel[grid](*args, **options)
+        if not INTERPRETED:
+            _compiled[key] = kernel
     for buffer in buffers:
         buffer.length += tokens
 
 
 def _prepare(quantizer: Quantizer, dtype: torch.dtype, tile: int):
-    """Names of the planes, the constants as the kernel takes them, and its compile-time specification and warps."""
-    prepared = _PREPARED.setdefault(quantizer, {})
+    """Names of the planes, the constants as the kernel takes them, its specification and how it is launched."""
+    prepared = _prepared.setdefault(quantizer, {})
     if (dtype, tile) not in prepared:
-        q = quantizer
-        names = tuple(name for name in plane_shapes(q.nbits, q.role, q.head_dim))
-        transform = q.transform.contiguous()
-        mean = None if q.mean is None else q.mean.contiguous()
-        constants = (
-            transform,
-            q.head_dim**2 if transform.shape[0] > 1 else 0,
-            mean,
-            0 if mean is None or mean.shape[0] == 1 else q.head_dim,
-            None if q.sketch is None else q.sketch.contiguous(),
-            q.boundaries,
-            q.centroids,
-        )
-        prepared[dtype, tile] = names, constants, _specification(q, dtype, tile)
+        planes = tuple(plane_shapes(quantizer.nbits, quantizer.role, quantizer.head_dim))
+        by_head = []
+        for x in (quantizer.transform, quantizer.mean, quantizer.scale):
+            # those that all heads share have a stride of zero
+            by_head += (None, 0) if x is None else (x.contiguous(), x[0].numel() if len(x) > 1 else 0)
+        sketch = None if quantizer.sketch is None else quantizer.sketch.contiguous()
+        constants = (*by_head, sketch, quantizer.boundaries, quantizer.centroids)
+        prepared[dtype, tile] = planes, constants, *_specify(quantizer, dtype, tile)
     return prepared[dtype, tile]
 
 
-def _specification(quantizer: Quantizer, dtype: torch.dtype, tile: int):
+def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple, dict]:
     head_dim = quantizer.head_dim
     padded = triton.next_power_of_2(head_dim)
     operand = sketch_operand = tl.float32
     precision = "ieee"
     if not INTERPRETED and tile > 1:
-        # tf32 with three products is as good as fp32
+        # three products in tf32 are as good as fp32
         precision, sketch_operand = "tf32x3", tl.float16
-        if quantizer.mean is None and dtype != torch.float32:
-            # such states are exact in their own dtype, and the matrix nearly so as two terms
-            operand = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
-    chunk = min(padded, 128) if tile == 1 else min(head_dim & -head_dim, 64 if padded < 256 else 32)
-    return (
-        quantizer.role == "keys", quantizer.nbits, quantizer.estimator == "rescaled", head_dim, padded, chunk, operand,
-        sketch_operand, precision,
-    ), 4 if padded <= 64 else 8  # fmt: skip
+        if quantizer.mean is None:
+            # such states are exact in their own dtype, and the matrix nearly so as the sum of two
+            operand = DTYPES[dtype]
+    if tile == 1:
+        chunk = min(padded, 128)
+    else:
+        chunk = min(head_dim & -head_dim, 64 if padded < 256 else 32)
+    specification = (
+        quantizer.role == "keys",
+        quantizer.nbits,
+        quantizer.estimator,
+        head_dim,
+        padded,
+        chunk,
+        operand,
+        sketch_operand,
+        precision,
+    )
+    # two programs share a multiprocessor where registers allow
+    small = padded <= 128 and (tile == 1 or quantizer.sketch is None)
+    options = {"num_warps": 4 if small else 8, "num_stages": 2 if small else 3}
+    # one object for equal specifications: its id is part of the key
+    return _specifications.setdefault(specification, specification), options

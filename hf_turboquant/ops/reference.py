@@ -27,6 +27,8 @@ def encode(states: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, di
     x = states.float()
     if quantizer.mean is not None:
         x = x - quantizer.mean
+    if quantizer.scale is not None:
+        x = x * quantizer.scale
     z = x @ quantizer.transform.mT
     norms = torch.linalg.vector_norm(z, dim=-1)
     # a zero vector has no direction: any will do, its scale is zero
@@ -93,6 +95,7 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
         stop = min(start + TILE, buffer.length)
         codes, scales = codes_of(buffer, quantizer, start, stop)
         x = decode(codes, scales, quantizer) @ quantizer.dual
+        x = x if quantizer.scale is None else x / quantizer.scale
         out[:, :, start:stop] = x if quantizer.mean is None else x + quantizer.mean
 
 
@@ -155,7 +158,7 @@ def _pieces(query, states, scaling, softcap):
     for position, run in states.exact_runs():
         values = states.exact["values"][:, :, run].float()
         yield position, finish(rows @ states.exact["keys"][:, :, run].float().mT), values, False
-    turned = rows @ quantizer.dual.mT
+    turned = (rows if quantizer.scale is None else rows / quantizer.scale) @ quantizer.dual.mT
     sketched = None if quantizer.sketch is None else turned @ quantizer.sketch.mT
     offset = 0.0 if quantizer.mean is None else (rows * quantizer.mean).sum(-1, keepdim=True)
     length = states.codes["keys"].length

@@ -1,0 +1,210 @@
+"""What the first tokens teach the quantiser of keys, and that nothing but their precision changes."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
+from hf_turboquant.conditioning import QueryEnergy, condition, valid_tokens
+from hf_turboquant.layer import TurboQuantLayer
+from hf_turboquant.quantizer import Quantizer
+
+
+def skewed_states(tokens, batch=1, heads=2, seed=0):
+    """Keys far from the origin with unequal channels, and queries that look at other channels."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.logspace(-1, 1, 64)
+    mean = 20 * torch.randn(heads, 1, 64, generator=torch.Generator().manual_seed(99))
+    keys = mean + spread * torch.randn(batch, heads, tokens, 64, generator=generator)
+    query = torch.randn(batch, 2 * heads, tokens, 64, generator=generator) / spread
+    return query, keys, torch.randn(batch, heads, tokens, 64, generator=generator)
+
+
+def plain_quantizer(**options):
+    return Quantizer.create(TurboQuantConfig(**options), "keys", 0, 64)
+
+
+def energy_of(query, heads=2, valid=None):
+    energy = QueryEnergy(heads, 64, query.device)
+    energy.add(query, valid)
+    return energy.total
+
+
+def test_the_scale_is_optimal():
+    query, keys, _ = skewed_states(2000)
+    quantizer, kind = condition(plain_quantizer(), keys, energy_of(query), None)
+    assert kind == "attention" and quantizer.scale.shape == quantizer.mean.shape == (2, 1, 64)
+    torch.testing.assert_close(quantizer.mean, keys.mean((0, 2)).unsqueeze(1))
+    # the optimality condition: t⁴ E k² = E q² in every channel, up to one factor
+    key_energy = (keys - keys.mean(2, keepdim=True)).square().mean((0, 2))
+    query_energy = query.square().mean((0, 2)).view(2, 2, 64).mean(1)
+    balance = quantizer.scale.squeeze(1) ** 4 * key_energy / query_energy
+    assert (balance / balance.mean(-1, keepdim=True) - 1).abs().max() < 1e-3
+
+    # and no other scale does better
+    def cost(scale):
+        return (query_energy / scale**2).sum() * (scale**2 * key_energy).sum()
+
+    best = quantizer.scale.squeeze(1)
+    for seed in range(20):
+        other = best * (0.1 * torch.randn(best.shape, generator=torch.Generator().manual_seed(seed))).exp()
+        assert cost(other) > cost(best)
+
+
+@pytest.mark.parametrize("estimator", ("qjl", "rescaled", "mse"))
+def test_scores_stay_what_they_were_and_get_better(estimator):
+    query, keys, values = skewed_states(800)
+    errors = {}
+    for kind in ("none", "center", "attention"):
+        layer = TurboQuantLayer(
+            TurboQuantConfig(nbits=3, key_estimator=estimator, residual_length=32, condition=kind), 0
+        )
+        sdpa(query[:, :, :700], *layer.update(keys[:, :, :700], values[:, :, :700]), enable_gqa=True)
+        handle = layer.update(keys[:, :, 700:710], values[:, :, 700:710])[0]
+        assert layer.condition == kind
+        exact = query[:, :, -5:] @ keys[:, :, :710].repeat_interleave(2, dim=1).mT
+        logits = ops.scores(query[:, :, -5:], handle.states, scaling=1.0)
+        dequantized = query[:, :, -5:] @ handle.dequantize().repeat_interleave(2, dim=1).mT
+        # scores from the codes and from dequantised keys are one thing, mean and scale included
+        torch.testing.assert_close(logits, dequantized, rtol=1e-3, atol=1e-2)
+        assert torch.allclose(logits[..., :4], exact[..., :4], atol=1e-2)
+        assert torch.allclose(logits[..., -32:], exact[..., -32:], atol=1e-2)
+        errors[kind] = (logits - exact).norm().item()
+    assert errors["attention"] < 0.5 * errors["center"] < 0.25 * errors["none"]
+
+
+def test_attention_of_all_paths_agrees_after_conditioning():
+    query, keys, values = skewed_states(400, batch=2)
+    layer = TurboQuantLayer(TurboQuantConfig(nbits=4, residual_length=16), 0)
+    sdpa(query[:, :, :300], *layer.update(keys[:, :, :300], values[:, :, :300]), enable_gqa=True)
+    handles = layer.update(keys[:, :, 300:301], values[:, :, 300:301])
+    assert layer.condition == "attention"
+    out = ops.attention(query[:, :, 300:301], handles[0].states, scaling=0.1, softcap=5.0)
+    logits = query[:, :, 300:301] @ handles[0].dequantize().repeat_interleave(2, dim=1).mT * 0.1
+    # softcap sees the absolute logit: the mean must not be left out
+    expected = (5 * torch.tanh(logits / 5)).softmax(-1) @ handles[1].dequantize().repeat_interleave(2, dim=1)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_first_prefill_is_quantised_once_its_query_was_seen():
+    query, keys, values = skewed_states(300)
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+    handles = layer.update(keys, values)
+    assert all(isinstance(handle, QuantizedStates) for handle in handles)
+    assert layer.get_seq_length() == 300 and layer.codes["keys"].length == 0
+    out = sdpa(query, *handles, is_causal=True, enable_gqa=True)
+    # attention itself was exact
+    assert torch.equal(out, sdpa(query, keys, values, is_causal=True, enable_gqa=True))
+    assert layer.codes["keys"].length == 280 and layer.pending is None and layer.condition == "attention"
+
+
+@pytest.mark.parametrize("step", (lambda handle: handle.mT, lambda handle: handle.repeat_interleave(2, dim=1)))
+def test_without_a_query_keys_are_centred(step):
+    _, keys, values = skewed_states(300)
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+    step(layer.update(keys, values)[0])
+    assert layer.condition == "center" and layer.codes["keys"].length == 280
+    assert "centred" in repr(layer)
+
+
+def test_an_update_stores_what_nobody_looked_at():
+    _, keys, values = skewed_states(300)
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+    layer.update(keys[:, :, :200], values[:, :, :200])
+    layer.update(keys[:, :, 200:], values[:, :, 200:])
+    assert layer.condition == "center" and layer.get_seq_length() == 300
+
+
+def test_streaming_collects_queries_until_the_first_token_leaves():
+    query, keys, values = skewed_states(300)
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=96, sink_length=4), 0)
+    for start in range(0, 128, 16):
+        piece = slice(start, start + 16)
+        handles = layer.update(keys[:, :, piece], values[:, :, piece])
+        sdpa(query[:, :, piece], *handles, enable_gqa=True)
+        if start < 96 - 16:
+            assert layer.condition is None
+    assert layer.condition == "attention" and layer.get_seq_length() == 128
+
+
+def test_padding_does_not_count():
+    query, keys, values = skewed_states(300, batch=2)
+    padded_query, padded_keys = query.clone(), keys.clone()
+    padded_query[0, :, :150], padded_keys[0, :, :150] = 1e4, 1e4
+    valid = torch.ones(2, 300, dtype=torch.bool)
+    valid[0, :150] = False
+    causal = torch.ones(300, 300, dtype=torch.bool).tril() & valid[:, None, None, :]
+    quantizers = []
+    for mask in (causal, torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)):
+        layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+        sdpa(padded_query, *layer.update(padded_keys, values), attn_mask=mask, enable_gqa=True)
+        quantizers.append(layer.quantizers["keys"])
+    rows = torch.cat([keys[0, :, 150:], keys[1, :, 4:]], dim=1)
+    for quantizer in quantizers:
+        torch.testing.assert_close(quantizer.mean, rows.mean(1, keepdim=True), rtol=1e-3, atol=1e-2)
+        assert torch.equal(quantizer.scale, quantizers[0].scale)
+        assert quantizer.scale.max() / quantizer.scale.min() > 50
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        (lambda q, k: (q, k[:, :, :30]), "none"),
+        (lambda q, k: (q, torch.full_like(k, torch.nan)), "none"),
+        (lambda q, k: (torch.full_like(q, torch.inf), k), "center"),
+        (lambda q, k: (torch.zeros_like(q), k), "center"),
+        (lambda q, k: (q, torch.ones_like(k)), "center"),
+        (lambda q, k: (q, torch.where(torch.arange(64) == 3, 7.0, k)), "attention"),
+    ],
+    ids=("short", "nan keys", "inf queries", "zero queries", "constant keys", "constant channel"),
+)
+def test_degenerate_statistics_fall_back(spoil, kind):
+    query, keys, _ = skewed_states(200)
+    query, keys = spoil(query, keys)
+    quantizer, got = condition(plain_quantizer(), keys, energy_of(query), None)
+    assert got == kind
+    assert (quantizer.mean is None) == (kind == "none") and (quantizer.scale is None) == (kind != "attention")
+    if kind == "attention":
+        assert quantizer.scale.isfinite().all() and quantizer.scale.max() / quantizer.scale.min() < 1e3
+
+
+def test_masks_that_say_nothing():
+    assert valid_tokens(None, 5) is None
+    assert valid_tokens(torch.ones(1, 1, 1, 3, dtype=torch.bool), 5) is None
+
+
+CONFIG = LlamaConfig(
+    hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=32, vocab_size=99, eos_token_id=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("implementation", "expected"), [("sdpa", "attention"), ("turboquant", "attention"), ("eager", "center")]
+)
+@pytest.mark.parametrize("padded", (False, True))
+def test_models_show_their_queries(implementation, expected, padded):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
+    model.set_attn_implementation(implementation)
+    ids, mask = torch.randint(3, 99, (2, 100)), torch.ones(2, 100, dtype=torch.long)
+    mask[0, : 9 if padded else 0] = 0
+    cache = TurboQuantCache(CONFIG, residual_length=8)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    assert [layer.condition for layer in cache.layers] == [expected] * 2
+    assert {"attention": "conditioned", "center": "centred"}[expected] in repr(cache)
+
+
+def test_it_travels_with_the_cache_and_reset_forgets_it():
+    query, keys, values = skewed_states(300)
+    layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
+    sdpa(query, *layer.update(keys, values), enable_gqa=True)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin.quantizers["keys"].scale, layer.quantizers["keys"].scale)
+    assert torch.equal(twin.keys.dequantize(), layer.keys.dequantize())
+    layer.reset()
+    assert layer.condition is None and layer.query_energy is None and layer.pending is None
