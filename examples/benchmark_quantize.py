@@ -26,7 +26,10 @@ kernels = import_module("hf_turboquant.ops.quantize")
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration. `pieces` are the lengths of successive appends, `per_head` a mean, scale and transform per head."""
+    """
+    One configuration: `pieces` are the lengths of successive appends; `per_head` gives every head a mean, a scale and a
+    transform of its own.
+    """
 
     role: str = "keys"
     nbits: int = 4

@@ -30,7 +30,7 @@ from transformers import DynamicCache
 import hf_turboquant
 from hf_turboquant import TurboQuantCache
 
-COLUMNS = "keys", "bits", "perplexity", "KL (nats)", "top-1", "compression"
+COLUMNS = "keys", "condition", "bits", "perplexity", "KL (nats)", "top-1", "compression"
 
 
 @dataclass
@@ -94,7 +94,7 @@ def measure(
         windows (`torch.Tensor`): token ids of shape `[windows, length]`.
         configurations (`list[dict]`): options of `TurboQuantCache`, one dict for each cache.
         block (`int`): tokens fed at a time.
-        batch (`int`): windows fed at a time; changes nothing but speed and memory.
+        batch (`int`): windows fed at a time; they share a cache, whose constants then weigh less in its compression.
         advance (`Callable`): called with the number of tokens done, after every block of every cache.
 
     Returns:
@@ -122,7 +122,8 @@ def measure(
 
 def rows(configurations: list[dict], qualities: list[Quality]) -> list[tuple[str, ...]]:
     """The cells below `COLUMNS`."""
-    labels = [("full cache", "")] + [(options["key_estimator"], str(options["nbits"])) for options in configurations]
+    labels = [("full cache", "", "")]
+    labels += [(options["key_estimator"], options["condition"], str(options["nbits"])) for options in configurations]
     return [
         (*label, f"{q.perplexity:.2f}", f"{q.kl:.4f}", f"{q.agreement:.3f}", f"{q.compression_ratio:.2f}")
         for label, q in zip(labels, qualities, strict=True)
@@ -147,10 +148,15 @@ def main():
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="of keys and of values")
     estimators = ["qjl", "rescaled", "mse"]
     parser.add_argument("--key-estimators", nargs="+", choices=estimators, default=estimators)
+    conditions = ["attention", "center", "none"]
+    parser.add_argument("--conditions", nargs="+", choices=conditions, default=["attention"])
     args = parser.parse_args()
 
     configurations = [
-        {"key_estimator": estimator, "nbits": nbits} for estimator in args.key_estimators for nbits in args.bits
+        {"key_estimator": estimator, "condition": condition, "nbits": nbits}
+        for condition in args.conditions
+        for estimator in args.key_estimators
+        for nbits in args.bits
     ]
     console = Console()
     with console.status("loading the model"):

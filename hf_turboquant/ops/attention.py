@@ -500,7 +500,7 @@ class _Kernels:
     def combine(self, rows: int, splits: int, sinks: bool) -> _Launcher:
         # few rows: many small programs
         columns = min(32 if rows <= 128 else 64, triton.next_power_of_2(self.value_dim))
-        chunk = 16 if splits <= 16 else 64
+        chunk = 16 if splits <= 16 else 32
         launcher = self._combine.get((columns, chunk, sinks))
         if launcher is None:
             constants = {

@@ -118,8 +118,9 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
     if not INTERPRETED and tile > 1:
         # three products in tf32 are as good as fp32
         precision, sketch_operand = "tf32x3", tl.float16
-        if quantizer.mean is None:
-            # such states are exact in their own dtype, and the matrix nearly so as the sum of two
+        if quantizer.mean is None and (quantizer.scale is None or dtype != torch.float16):
+            # such states are exact in their own dtype, and the matrix nearly so as the sum of two; a scale may take it
+            # out of fp16's range
             operand = DTYPES[dtype]
     if tile == 1:
         chunk = min(padded, 128)
@@ -136,8 +137,9 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
         sketch_operand,
         precision,
     )
-    # two programs share a multiprocessor where registers allow
-    small = padded <= 128 and (tile == 1 or quantizer.sketch is None)
+    # two programs share a multiprocessor where registers and shared memory allow
+    exact = operand != tl.float32
+    small = padded <= 128 and (tile == 1 or (quantizer.sketch is None and exact))
     options = {"num_warps": 4 if small else 8, "num_stages": 2 if small else 3}
     # one object for equal specifications: its id is part of the key
     return _specifications.setdefault(specification, specification), options

@@ -221,7 +221,8 @@ def _append(args, length, tokens, blocks, heads, SPEC: tl.constexpr, T: tl.const
     z = _rotated(
         states + batch * strides[0] + head * strides[1], strides, transform + head * transform_stride,
         mean if mean is None else mean + head * mean_stride,
-        factors if factors is None else factors + head * factors_stride, token, has_token, T, D, DP, BK, OPERAND, PRECISION,
+        factors if factors is None else factors + head * factors_stride,
+        token, has_token, T, D, DP, BK, OPERAND, PRECISION,
     )  # fmt: skip
     norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
     # a zero vector has no direction: any will do, its scale is zero

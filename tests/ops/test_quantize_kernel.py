@@ -41,10 +41,18 @@ def codes_of(quantizer, buffer, stop=None):
 
 
 @pytest.mark.parametrize("nbits", [2, 3, 4])
-@pytest.mark.parametrize("head_dim", [64, 80])
 @pytest.mark.parametrize(
-    "role, estimator",
-    [("keys", "qjl"), ("keys", "rescaled"), ("keys", "mse"), ("values", "rescaled"), ("values", "mse")],
+    "role, estimator, head_dim",
+    [
+        ("keys", "qjl", 64),
+        ("keys", "rescaled", 64),
+        ("keys", "mse", 64),
+        ("values", "rescaled", 64),
+        ("values", "mse", 64),
+        # padded to 128
+        ("keys", "qjl", 80),
+        ("values", "rescaled", 80),
+    ],
 )
 def test_every_width_role_and_estimator(role, estimator, head_dim, nbits):
     assert_right(Case(role, nbits, estimator, head_dim, torch.float32, heads=2))
@@ -90,7 +98,7 @@ def assert_right(case: Case):
 
 
 @pytest.mark.parametrize("role, nbits", [("keys", 3), ("keys", 4), ("values", 2), ("values", 3), ("values", 4)])
-@pytest.mark.parametrize("offset", [1, 63, 64, 100, 127, 128, 165])
+@pytest.mark.parametrize("offset", [1, 63, 64, 127, 165])
 def test_earlier_tokens_are_untouched(role, nbits, offset):
     case = Case(role, nbits, "rescaled", 64, torch.float32, heads=2)
     states = random_states(case, offset + 201, batch=2)

@@ -1,0 +1,178 @@
+"""
+What a whole decode step costs through each cache: host time, GPU time, memory, and what fits.
+
+    python examples/benchmark_generate.py
+    python examples/benchmark_generate.py --contexts 8192 --batches 1 --caches dynamic turboquant-4
+
+The model has random weights in the shape of Llama-3.1-8B: speed does not depend on what they are. Caches are filled
+with random states layer by layer, which is what a prefill leaves; the prefill itself is timed apart.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+
+import torch
+import transformers
+from rich.progress import track
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
+
+from hf_turboquant import TurboQuantCache
+from hf_turboquant.layer import TurboQuantLayer
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 262144,
+}
+CACHES = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "quanto-4": lambda config: QuantizedCache("quanto", config, nbits=4),
+    "hqq-4": lambda config: QuantizedCache("hqq", config, nbits=4, axis_key=1, axis_value=1),
+    "turboquant-4": lambda config: TurboQuantCache(config, nbits=4),
+    "turboquant-4-rescaled": lambda config: TurboQuantCache(config, nbits=4, key_estimator="rescaled"),
+    "turboquant-3": lambda config: TurboQuantCache(config, nbits=3),
+    "turboquant-2": lambda config: TurboQuantCache(config, nbits=2),
+}
+MARKDOWN_COLUMNS = ("batch × context", "cache", "step (ms)", "GPU busy (ms)", "peak memory (GB)", "cache (GB)")
+
+
+def fill(cache, config, batch: int, context: int) -> None:
+    """Random keys and values of `context` tokens in every layer, as a prefill leaves them."""
+    for layer_idx in range(config.num_hidden_layers):
+        shape = (batch, config.num_key_value_heads, context, config.head_dim)
+        keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        cache.update(keys, values, layer_idx)
+        layer = cache.layers[layer_idx]
+        if isinstance(layer, TurboQuantLayer):
+            # what attention would do: show a query
+            layer.settle(keys[:, :, -64:].repeat_interleave(4, dim=1))
+
+
+def cache_bytes(cache) -> int:
+    if isinstance(cache, TurboQuantCache):
+        return cache.memory().total_bytes
+    return sum(t.nbytes for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t))
+
+
+@torch.inference_mode()
+def decode(model, make_cache, batch: int, context: int, steps: int) -> tuple[str, ...]:
+    """Wall time and GPU time of a decode step after `context` tokens, peak memory, bytes of the cache."""
+    cache = make_cache(model.config)
+    fill(cache, model.config, batch, context)
+    torch.cuda.reset_peak_memory_stats()
+    token = torch.randint(0, model.config.vocab_size, (batch, 1), device="cuda")
+    times_ms = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(token, past_key_values=cache)
+        torch.cuda.synchronize()
+        times_ms.append((time.perf_counter() - start) * 1e3)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(3):
+            model(token, past_key_values=cache)
+        torch.cuda.synchronize()
+    busy_ms = sum(event.self_device_time_total for event in profiler.key_averages()) / 3e3
+    peak = torch.cuda.max_memory_allocated()
+    return (
+        f"{statistics.median(times_ms[2:]):.1f}",
+        f"{busy_ms:.1f}",
+        f"{peak / 1e9:.1f}",
+        f"{cache_bytes(cache) / 1e9:.2f}",
+    )
+
+
+@torch.inference_mode()
+def prefill_ms(model, make_cache, context: int) -> float:
+    """Median time of a prefill of one sequence, the first run (which compiles) not counted."""
+    ids = torch.randint(0, model.config.vocab_size, (1, context), device="cuda")
+    times_ms = []
+    for _ in range(4):
+        cache = make_cache(model.config)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        torch.cuda.synchronize()
+        times_ms.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times_ms[1:])
+
+
+def fits(model, make_cache, batch: int, context: int) -> bool:
+    try:
+        decode(model, make_cache, batch, context, 3)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return True
+
+
+def largest_batch(model, make_cache, context: int, start: int) -> int:
+    """The largest batch, in steps of an eighth, that decodes."""
+    batch = start
+    while fits(model, make_cache, batch, context):
+        batch += max(1, batch // 8)
+    while batch > 1 and not fits(model, make_cache, batch, context):
+        batch -= max(1, batch // 16)
+    return batch
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Decode steps of an 8B-shaped model through each cache, on a GPU.")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--max-tokens", type=int, default=2**18, help="skip larger batch × context")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[8192], help="contexts whose prefill is timed")
+    parser.add_argument("--largest-batch", type=int, default=0, help="find the largest batch at this context")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a GPU is needed: on a CPU these times say nothing")
+
+    config = LlamaConfig(**LLAMA_8B, attn_implementation="sdpa")
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).eval()
+    print(
+        f"Llama-3.1-8B shape, random bf16 weights, sdpa (flash or cuDNN) on {torch.cuda.get_device_name()}; "
+        f"torch {torch.__version__}, transformers {transformers.__version__}; median of {args.steps} steps, eager\n"
+    )
+    print(f"| {' | '.join(MARKDOWN_COLUMNS)} |\n|{'---|' * len(MARKDOWN_COLUMNS)}", flush=True)
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    # without the math backend: a fall-back to it would be an unfair baseline
+    with sdpa_kernel(backends):
+        shapes = [(b, c) for b in args.batches for c in args.contexts if b * c <= args.max_tokens]
+        for batch, context in track(shapes, description="decode steps", transient=True):
+            for name in args.caches:
+                try:
+                    cells = decode(model, CACHES[name], batch, context, args.steps)
+                except (ImportError, ValueError, torch.OutOfMemoryError) as error:
+                    cells = (str(error).splitlines()[0][:60], "", "", "")
+                gc.collect()
+                torch.cuda.empty_cache()
+                print(f"| {batch} × {context:,} | {name} | {' | '.join(cells)} |", flush=True)
+        for context in args.prefill:
+            for name in args.caches:
+                try:
+                    print(f"prefill of {context:,} tokens, {name}: {prefill_ms(model, CACHES[name], context):.0f} ms")
+                except (ImportError, ValueError, torch.OutOfMemoryError) as error:
+                    print(f"prefill of {context:,} tokens, {name}: {str(error).splitlines()[0][:60]}")
+        if args.largest_batch:
+            for name in args.caches:
+                batch = largest_batch(model, CACHES[name], args.largest_batch, 16 if name == "dynamic" else 64)
+                print(f"largest batch at {args.largest_batch:,} tokens, {name}: {batch}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
