@@ -267,7 +267,9 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"{torch.cuda.get_device_name()}, copy {copy / 1e12:.2f} TB/s, torch {torch.__version__}, ", end="")
     print(f"triton {triton.__version__}, commit {commit or 'unknown'}, fp16, one query, medians under CUDA graphs")
-    print("| shape | format | best fp16 us | codes + combine us | ratio | TB/s | of copy | whole call us | ratio | error |")
+    print(
+        "| shape | format | best fp16 us | codes + combine us | ratio | TB/s | of copy | whole call us | ratio | error |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in arguments.only:
         shape = SHAPES[name]

@@ -228,7 +228,7 @@ class Layer:
 
     def pair(self) -> None:
         self._rewind()
-        kernels.quantize_pair(*self.states, self.quantizers, self.buffers)
+        kernels.quantize_pair(self.states, self.quantizers, self.buffers)
 
     def torch(self) -> None:
         self._rewind()

@@ -154,26 +154,27 @@ class TurboQuantLayer(DynamicLayer):
         quantized = sinks + self.codes["keys"].length
         # everything that can fail for want of memory comes first; codes beyond a buffer's length don't count
         self.exact.reserve(min(after, sinks + window), limit=sinks + window)
-        undo = self.codes["keys"].length, self.quantizers, self.condition
+        undo = self.quantizers, self.condition
         try:
-            if after - window > quantized and self.condition is None:
-                self._freeze_condition(states["keys"], valid)
-            for role in ROLES:
-                leaving = self._exact_pieces(role, quantized, min(before, after - window))
-                leaving.append(states[role][:, :, max(quantized - before, 0) : max(after - window - before, 0)])
-                leaving = [piece for piece in leaving if piece.shape[2]]
-                if leaving:
-                    leaving = torch.cat(leaving, dim=2) if len(leaving) > 1 else leaving[0]
-                    ops.quantize(leaving, self.quantizers[role], self.codes[role], self.config.backend)
+            if after - window > quantized:
+                if self.condition is None:
+                    self._freeze_condition(states["keys"], valid)
+                leaving = {role: self._leaving(states[role], role, quantized, after - window) for role in ROLES}
+                ops.quantize_pair(leaving, self.quantizers, self.codes, self.config.backend)
         except BaseException:
-            length, self.quantizers, self.condition = undo
-            for role in ROLES:
-                self.codes[role].length = length
+            self.quantizers, self.condition = undo
             raise
         for role in ROLES:
             for start, stop in ((before, min(after, sinks)), (max(before, sinks, after - window), after)):
                 self._write_exact(role, start, states[role][:, :, max(start - before, 0) : max(stop - before, 0)])
         self.length = after
+
+    def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
+        """The tokens at positions `start` to `stop`: from the recent window, then from the new ones."""
+        pieces = self._exact_pieces(role, start, min(self.length, stop))
+        if stop > self.length:
+            pieces.append(states[:, :, max(start - self.length, 0) : stop - self.length])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
     def _freeze_condition(self, new_keys: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Decides the conditioning of keys, once, from all tokens so far but the sinks: they are all still exact."""

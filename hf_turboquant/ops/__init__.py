@@ -36,17 +36,7 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, ba
         `ValueError`: `states` does not fit the quantizer or the buffer, or the backend cannot do it. The buffer is left
             as it was.
     """
-    batch, heads, head_dim = (*buffer["scales"].shape[:2], quantizer.head_dim)
-    if (
-        states.dim() != 4
-        or states.shape != (batch, heads, states.shape[2], head_dim)
-        or not states.is_floating_point()
-    ):
-        raise ValueError(
-            f"`states` must be a floating-point tensor of shape [{batch}, {heads}, tokens, {head_dim}], "
-            f"got {states.dtype} of shape {list(states.shape)}."
-        )
-    kernel = _pick(backend, states.device, quantize_kernels, "quantize", states, quantizer)
+    kernel = _pick_quantize(states, quantizer, buffer, backend)
     buffer.reserve(buffer.length + states.shape[2])
     before = buffer.length
     try:
@@ -55,6 +45,43 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, ba
         # codes beyond the length don't count, so putting it back undoes whatever was written
         buffer.length = before
         raise
+
+
+def quantize_pair(states, quantizers, buffers, backend: str = "auto") -> None:
+    """
+    [`quantize`] for the keys and the values of one layer, both or none; for one token in a single launch.
+
+    Args:
+        states, quantizers, buffers (`dict`): by role, `"keys"` and `"values"`, of equally many tokens.
+
+    Raises:
+        `ValueError`: as `quantize`.
+    """
+    pairs = [(states[role], quantizers[role], buffers[role]) for role in ("keys", "values")]
+    kernels = [_pick_quantize(*pair, backend) for pair in pairs]
+    before = [buffer.length for _, _, buffer in pairs]
+    try:
+        for (new, _, buffer), length in zip(pairs, before, strict=True):
+            buffer.reserve(length + new.shape[2])
+        if kernels[0] is kernels[1] and kernels[0] is not reference.quantize:
+            quantize_kernels.quantize_pair(*zip(*pairs, strict=True))
+        else:
+            for kernel, pair in zip(kernels, pairs, strict=True):
+                kernel(*pair)
+    except BaseException:
+        for (_, _, buffer), length in zip(pairs, before, strict=True):
+            buffer.length = length
+        raise
+
+
+def _pick_quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, backend: str):
+    batch, heads, head_dim = (*buffer["scales"].shape[:2], quantizer.head_dim)
+    if states.dim() != 4 or states.shape != (batch, heads, states.shape[2], head_dim) or not states.is_floating_point():
+        raise ValueError(
+            f"`states` must be a floating-point tensor of shape [{batch}, {heads}, tokens, {head_dim}], "
+            f"got {states.dtype} of shape {list(states.shape)}."
+        )
+    return _pick(backend, states.device, quantize_kernels, "quantize", states, quantizer)
 
 
 def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> None:

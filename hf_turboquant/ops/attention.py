@@ -312,7 +312,9 @@ class _Constants:
             passes = []
             for factor in self.factors:
                 high = factor.to(dtype)
-                passes.append([high] if dtype == torch.float32 else [high, ((factor - high.to(factor.dtype)) * 2048).to(dtype)])
+                passes.append(
+                    [high] if dtype == torch.float32 else [high, ((factor - high.to(factor.dtype)) * 2048).to(dtype)]
+                )
             operators = self._operators[dtype] = torch.stack([torch.stack(p) for p in passes]).contiguous()
         return operators
 
@@ -451,7 +453,11 @@ class _Kernels:
             "MEAN": key_mean,
             **mask,
         }
-        last = {"DOT": exact_dot, "PRECISION": "tf32x3" if not portable and exact_dot == tl.float32 else "ieee", "ASM": not portable}
+        last = {
+            "DOT": exact_dot,
+            "PRECISION": "tf32x3" if not portable and exact_dot == tl.float32 else "ieee",
+            "ASM": not portable,
+        }
         self.prepare = _Launcher(prepare_kernel, {**prepare, "SCORES": False, **last}, num_warps=8)
         self.prepare_scores = _Launcher(prepare_kernel, {**prepare, "SCORES": True, **last}, num_warps=8)
         self.attend = _Launcher(

@@ -162,7 +162,9 @@ def prepare_kernel(
         q = tl.load(query + query_offset[:, None] + d[None, :], mask=q_mask, other=0).to(DOT)
         slot64 = slot.to(tl.int64)
         k_mask = (d < DIM)[:, None] & valid[None, :]
-        k = tl.load(key_states + bh.to(tl.int64) * key_stride + slot64[None, :] * DIM + d[:, None], mask=k_mask, other=0)
+        k = tl.load(
+            key_states + bh.to(tl.int64) * key_stride + slot64[None, :] * DIM + d[:, None], mask=k_mask, other=0
+        )
         if not SCORES:
             # asked for before it is needed, so that both loads are under way together
             v = tl.arange(0, VALUE_PAD)
@@ -183,7 +185,9 @@ def prepare_kernel(
             weights = exp2(logits - largest[:, None], ASM)
             out = tl.dot(weights.to(DOT), values, input_precision="ieee")
             at = flat_row * splits + code_splits + task - TERMS
-            tl.store(partial + at[:, None] * VALUE_DIM + v[None, :], out, mask=exists[:, None] & (v < VALUE_DIM)[None, :])
+            tl.store(
+                partial + at[:, None] * VALUE_DIM + v[None, :], out, mask=exists[:, None] & (v < VALUE_DIM)[None, :]
+            )
             tl.store(stats + at * 2, largest, mask=exists)
             tl.store(stats + at * 2 + 1, tl.sum(weights, axis=1), mask=exists)
 
@@ -351,7 +355,9 @@ def combine_kernel(
         here = s < splits
         coded = s < code_splits
         x = tl.load(partial + at[:, None] * DIM + k[None, :], mask=coded[:, None] & inner, other=0)
-        y = tl.load(partial + at[:, None] * DIM + d[None, :], mask=(here & (s >= code_splits))[:, None] & outer, other=0)
+        y = tl.load(
+            partial + at[:, None] * DIM + d[None, :], mask=(here & (s >= code_splits))[:, None] & outer, other=0
+        )
         maxima = tl.load(stats + at * 2, mask=here, other=-1e30)
         masses = tl.load(stats + at * 2 + 1, mask=here, other=0)
         new_largest = tl.maximum(largest, tl.max(maxima, axis=0))

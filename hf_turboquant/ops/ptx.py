@@ -109,7 +109,9 @@ class _selectors:
         self.lines = []
         self.registers = []
         # where the high bits of even and odd codes of the two tokens or rows lie in a nibble of the 1-bit plane
-        for i, (even, odd) in enumerate((("mov.b32 c, IN2", "shr.b32 d, IN2, 1"), ("shl.b32 c, IN2, 2", "shl.b32 d, IN2, 1"))):
+        for i, (even, odd) in enumerate(
+            (("mov.b32 c, IN2", "shr.b32 d, IN2, 1"), ("shl.b32 c, IN2, 2", "shl.b32 d, IN2, 1"))
+        ):
             p, q, r, s = (f"{name}{i}" for name in "pqrs")
             self.lines += [
                 f"{even};",

@@ -40,27 +40,20 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) ->
 
 
 def quantize_pair(
-    key_states: torch.Tensor,
-    value_states: torch.Tensor,
+    states: tuple[torch.Tensor, torch.Tensor],
     quantizers: tuple[Quantizer, Quantizer],
     buffers: tuple[TokenBuffer, TokenBuffer],
 ) -> None:
     """
     [`quantize`] for the keys and the values of one layer: one launch for one token, else two.
 
-    Both have the same batch, heads, tokens and device, and their buffers the same length and capacity; lengths change
-    last, both or none.
+    Both have the same batch, heads, tokens and device, and their buffers the same length and capacity.
     """
-    length = buffers[0].length
-    if key_states.shape[2] == 1:
-        _launch((key_states, value_states), quantizers, buffers)
-        return
-    try:
-        quantize(key_states, quantizers[0], buffers[0])
-        quantize(value_states, quantizers[1], buffers[1])
-    except BaseException:
-        buffers[0].length = length
-        raise
+    if states[0].shape[2] == 1:
+        _launch(states, quantizers, buffers)
+    else:
+        for one in zip(states, quantizers, buffers, strict=True):
+            quantize(*one)
 
 
 def _launch(states, quantizers, buffers) -> None:

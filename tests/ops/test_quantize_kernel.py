@@ -160,7 +160,7 @@ def test_pair():
     for buffer in buffers:
         buffer.reserve(132)
     for keys, values in zip(*(x.split((2, 129, 1), dim=2) for x in states), strict=True):
-        kernels.quantize_pair(keys, values, quantizers, buffers)
+        kernels.quantize_pair((keys, values), quantizers, buffers)
     for quantizer, buffer, single in zip(quantizers, buffers, singles, strict=True):
         (codes, scales), (expected, expected_scales) = codes_of(quantizer, buffer), codes_of(*single)
         assert buffer.length == 132 and torch.equal(codes, expected)
@@ -183,7 +183,7 @@ def test_failure_leaves_the_lengths(monkeypatch):
     for tokens in (1, 2):
         keys, values = (x[:, :, :tokens] for x in states)
         with pytest.raises(RuntimeError, match="out of memory"):
-            kernels.quantize_pair(keys, values, quantizers, buffers)
+            kernels.quantize_pair((keys, values), quantizers, buffers)
         assert [buffer.length for buffer in buffers] == [3, 3]
 
 
