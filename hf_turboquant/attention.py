@@ -2,16 +2,21 @@
 
 import torch
 from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from . import ops
-from .states import ExactStates, QuantizedStates
+from .states import ExactStates, are_pair
 
 NAME = "turboquant"
 
 # rows of queries whose logits are alive at a time where torch's own attention has no equivalent
 QUERY_TILE = 256
+
+# arguments of sparse attention (DSA, MiniMax M3) and of Inkling 2 that change what is attended to: passed over, they
+# would make a silently different model
+_SELECTIONS = {"indices", "block_indices", "sinks"}
 
 
 def turboquant_attention_forward(
@@ -47,6 +52,12 @@ def turboquant_attention_forward(
     Returns:
         The output, of shape `[batch, query_length, num_attention_heads, head_dim]`, and the probabilities or `None`.
     """
+    for name in _SELECTIONS & kwargs.keys():
+        if kwargs[name] is not None:
+            raise ValueError(
+                f"`attn_implementation='turboquant'` does not know the `{name}` that {type(module).__name__} attends "
+                "with. Load the model with another, such as 'eager'."
+            )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query_length = query.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -56,10 +67,10 @@ def turboquant_attention_forward(
         attention_mask = create_position_bias_mask(position_bias, attention_mask, is_causal, query, key)
         is_causal = False
     options = {"scaling": scaling, "attention_mask": attention_mask, "is_causal": is_causal, "softcap": softcap}
-    if isinstance(key, QuantizedStates) and isinstance(key.states, ExactStates):
+    if are_pair(key, value) and isinstance(key.states, ExactStates):
         key.states.observe(query, attention_mask)
         key, value = key.dequantize(), value.dequantize()
-    if isinstance(key, QuantizedStates):
+    if are_pair(key, value):
         out = ops.attention(query, key.states, sinks=s_aux, **options)
         weights = _probabilities(ops.scores(query, key.states, **options), s_aux) if output_attentions else None
     elif softcap is None and s_aux is None and not output_attentions:
@@ -103,7 +114,17 @@ def _probabilities(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Te
     return torch.where(logits.amax(-1, keepdim=True) == -torch.inf, 0.0, logits.softmax(-1))
 
 
+def turboquant_mask(*args, config=None, **kwargs) -> torch.Tensor | None:
+    """
+    The mask of `sdpa`; that of `eager` for models without sdpa: they may add it to logits of their own making, and a
+    boolean one would mask nothing there.
+    """
+    model = MODEL_MAPPING.get(type(config), None) or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    function = sdpa_mask if getattr(model, "_supports_sdpa", True) else eager_mask
+    return function(*args, config=config, **kwargs)
+
+
 def register() -> None:
     """Makes `attn_implementation="turboquant"` known to transformers, with its mask: without one, masks get lost."""
     ALL_ATTENTION_FUNCTIONS.register(NAME, turboquant_attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, turboquant_mask)

@@ -5,9 +5,10 @@ from collections import Counter
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from .config import TurboQuantConfig
+from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
 from .memory import MemoryReport
 
@@ -37,9 +38,11 @@ class TurboQuantCache(DynamicCache):
         if config is None:
             self.layer_class_to_replicate = self._next_layer
         for index, layer in enumerate(self.layers):
-            # subclasses of DynamicLayer bring windows or states of their own
+            # other subclasses of DynamicLayer bring windows or states of their own
             if type(layer) is DynamicLayer:
                 self.layers[index] = self._layer(index)
+            elif type(layer) is LinearAttentionAndFullAttentionLayer and index not in self.skipped:
+                self.layers[index] = TurboQuantHybridLayer(self.options, index, layer.number_of_states)
 
     def _resolve_skip_layers(self) -> frozenset[int]:
         count, skipped = len(self.layers), self.options.skip_layers
@@ -83,11 +86,10 @@ TurboQuantCache.__signature__ = inspect.Signature(
 
 
 def _layer_memory(layer) -> MemoryReport:
-    if not isinstance(layer, TurboQuantLayer):
-        held = _tensor_bytes(vars(layer))
+    # a compressed layer has its tokens in buffers: its own tensors are recurrent states, and tokens not yet stored
+    held = _tensor_bytes(vars(layer))
+    if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:
         return MemoryReport(other_bytes=held, full_bytes=held)
-    if not layer.is_initialized:
-        return MemoryReport()
     codes = scales = allocated = 0
     for buffer in layer.codes.values():
         used = buffer.used_nbytes
@@ -105,7 +107,8 @@ def _layer_memory(layer) -> MemoryReport:
         exact_bytes=exact,
         slack_bytes=allocated + layer.exact.nbytes - codes - scales - exact,
         constants_bytes=sum(quantizer.nbytes for quantizer in layer.quantizers.values()),
-        full_bytes=token_bytes * layer.length,
+        other_bytes=held,
+        full_bytes=token_bytes * layer.length + held,
     )
 
 

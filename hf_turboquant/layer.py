@@ -37,7 +37,7 @@ class TurboQuantLayer(DynamicLayer):
         c = self.config
         keys, values = f"keys {c.key_bits} bits {c.key_estimator}", f"values {c.value_bits} bits {c.value_estimator}"
         conditioned = {None: "", "none": "", "center": ", centred", "attention": ", conditioned"}[self.condition]
-        return f"TurboQuantLayer({keys}{conditioned}, {values})"
+        return f"{type(self).__name__}({keys}{conditioned}, {values})"
 
     def reset(self) -> None:
         """Forgets all tokens and frees their memory."""

@@ -66,6 +66,14 @@ class LayerStates:
         batch, heads, _, head_dim = self.exact[role].shape
         return batch, heads, self.kv_len, head_dim
 
+    def same_tokens(self, other: "LayerStates") -> bool:
+        """Whether both read the same tensors: cross-attention asks a layer for its keys and its values one by one."""
+        return (
+            (self.kv_len, self.phase) == (other.kv_len, other.phase)
+            and self.exact is other.exact
+            and all(self.codes[role].tensors is other.codes[role].tensors for role in self.codes)
+        )
+
     def dequantize(self, role: str) -> torch.Tensor:
         """All keys or values in the model's dtype, of shape `[batch, num_key_value_heads, kv_len, head_dim]`."""
         exact = self.exact[role]
@@ -159,6 +167,11 @@ class QuantizedStates(torch.Tensor):
                 return ops.attention(**call)
             if call is not None:
                 call["states"].observe(call["query"], call["attention_mask"])
+        elif func is torch.Tensor.to and isinstance(args[0], cls):
+            # models that share a layer's states move them to where they are already
+            like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
+            if like.to(*args[1:], **kwargs) is like:
+                return args[0]
         elif func in _REPEAT_STEPS and isinstance(args[0], cls) and not kwargs:
             handle = args[0]._repeat_step(func, args[1:])
             if handle is not None:
@@ -194,6 +207,16 @@ class QuantizedStates(torch.Tensor):
         return QuantizedStates(self.states, self.role, repeats, shape)
 
 
+def are_pair(key, value) -> bool:
+    """Whether these are the handles of the keys and the values of the same tokens, as they came from the cache."""
+    if not isinstance(key, QuantizedStates) or not isinstance(value, QuantizedStates):
+        return False
+    if (key.role, value.role) != ("keys", "values"):
+        return False
+    both_codes = isinstance(key.states, LayerStates) and isinstance(value.states, LayerStates)
+    return key.states is value.states or (both_codes and key.states.same_tokens(value.states))
+
+
 _REPEAT_STEPS = {torch.Tensor.__getitem__, torch.Tensor.expand, torch.Tensor.reshape}
 
 
@@ -201,13 +224,14 @@ def _attention_call(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> dict | None:
     """Arguments of `ops.attention` for a call of torch's attention, or `None` if only plain tensors will do."""
-    if not isinstance(key, QuantizedStates) or not isinstance(value, QuantizedStates) or key.states is not value.states:
+    if not are_pair(key, value):
         return None
     # torch aligns `is_causal` with the first key, so with codes it never means what a cache means
     codes = isinstance(key.states, LayerStates)
     if (codes and (dropout_p or is_causal)) or isinstance(query, QuantizedStates) or query.dim() != 4 or key.dim() != 4:
         return None
-    if query.shape[1] != key.shape[1] and not enable_gqa:
+    # torch lets all queries share a single head of keys
+    if key.shape[1] not in (1, query.shape[1]) and not enable_gqa:
         return None
     return {
         "query": query,
