@@ -84,6 +84,8 @@ def measure(
     configurations: list[dict],
     block: int = 32,
     batch: int = 4,
+    prefill: int | None = None,
+    score_from: int = 0,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> list[Quality]:
     """
@@ -94,7 +96,9 @@ def measure(
         windows (`torch.Tensor`): token ids of shape `[windows, length]`.
         configurations (`list[dict]`): options of `TurboQuantCache`, one dict for each cache.
         block (`int`): tokens fed at a time.
-        batch (`int`): windows fed at a time; they share a cache, whose constants then weigh less in its compression.
+        batch (`int`): windows fed at a time; they share a cache, its conditioning and its constants.
+        prefill (`int`, *optional*): tokens of the first block, if it is another.
+        score_from (`int`): position of the first block whose predictions count.
         advance (`Callable`): called with the number of tokens done, after every block of every cache.
 
     Returns:
@@ -104,16 +108,18 @@ def measure(
     for ids in windows.to(model.device).split(batch):
         caches = [DynamicCache(config=model.config)]
         caches += [TurboQuantCache(model.config, **options) for options in configurations]
-        for start in range(0, ids.shape[1], block):
-            inputs = ids[:, start : start + block]
+        starts = [0, *range(block if prefill is None else prefill, ids.shape[1], block)]
+        for start, stop in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
+            inputs = ids[:, start:stop]
             # the window's last token has no next one
-            targets = ids[:, start + 1 : start + block + 1]
+            targets = ids[:, start + 1 : stop + 1]
             full = None
             for cache, quality in zip(caches, qualities, strict=True):
                 logits = model(inputs, past_key_values=cache).logits[:, : targets.shape[1]]
                 log_probs = logits.float().log_softmax(-1)
                 full = log_probs if full is None else full
-                quality.add(full, log_probs, targets)
+                if start >= score_from:
+                    quality.add(full, log_probs, targets)
                 advance(inputs.numel())
         for cache, quality in zip(caches[1:], qualities[1:], strict=True):
             quality.compression_ratio = cache.memory().compression_ratio
@@ -144,6 +150,8 @@ def main():
     parser.add_argument("--window", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--windows", type=int, default=4, help="number of windows")
     parser.add_argument("--block", type=int, default=32, help="tokens fed at a time")
+    parser.add_argument("--prefill", type=int, help="tokens of the first block (default: as the others)")
+    parser.add_argument("--score-from", type=int, default=0, help="count blocks from this position on")
     parser.add_argument("--batch", type=int, default=4, help="windows fed at a time")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="of keys and of values")
     estimators = ["qjl", "rescaled", "mse"]
@@ -174,13 +182,23 @@ def main():
         description = f"{len(configurations)} caches and the full one"
         task = progress.add_task(description, total=windows.numel() * (1 + len(configurations)))
         qualities = measure(
-            model, windows, configurations, args.block, args.batch, lambda tokens: progress.advance(task, tokens)
+            model,
+            windows,
+            configurations,
+            args.block,
+            args.batch,
+            args.prefill,
+            args.score_from,
+            lambda tokens: progress.advance(task, tokens),
         )
 
     where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine() + " CPU"
     conditions = (
         f"{Path(args.model or 'SmolLM2-135M-Instruct').name} in {str(model.dtype).removeprefix('torch.')} on {where}; "
-        f"{args.text.name}, {args.windows} × {args.window:,} tokens from its start in blocks of {args.block}; "
+        f"{args.text.name}, {args.windows} × {args.window:,} tokens from its start in blocks of {args.block}"
+        + (f" after a prefill of {args.prefill}" if args.prefill else "")
+        + (f", scored from position {args.score_from:,}" if args.score_from else "")
+        + "; "
         "compression against a full cache in that dtype; "
         f"hf_turboquant {hf_turboquant.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}."
