@@ -146,6 +146,7 @@ def markdown(table_rows: list[tuple[str, ...]], conditions: str) -> str:
 def main():
     parser = argparse.ArgumentParser(description="Perplexity, KL and top-1 agreement of compressed against full cache.")
     parser.add_argument("--model", help="a Hub name or a local folder (default: SmolLM2-135M-Instruct from PyPI)")
+    parser.add_argument("--dtype", help="of the model, such as float32 (default: float32 on CPU, bfloat16 elsewhere)")
     parser.add_argument("--text", type=Path, required=True, help="any text file; its first windows are used")
     parser.add_argument("--window", type=int, default=2048, help="tokens in a window")
     parser.add_argument("--windows", type=int, default=4, help="number of windows")
@@ -168,7 +169,7 @@ def main():
     ]
     console = Console()
     with console.status("loading the model"):
-        model, tokenizer = load(args.model)
+        model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype))
     windows = split_windows(tokenizer, args.text.read_text(encoding="utf-8"), args.window, args.windows)
 
     columns = (

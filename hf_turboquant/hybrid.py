@@ -60,9 +60,9 @@ class TurboQuantHybridLayer(LinearAttentionAndFullAttentionLayer, TurboQuantLaye
         TurboQuantLayer.reorder_cache(self, beam_idx)
 
     def offload(self) -> None:
-        """Moves codes, exact tokens and states to the CPU."""
+        """As `TurboQuantLayer.offload`; the recurrent states stay, because they are needed before the next `update`."""
         TurboQuantLayer.offload(self)
 
     def prefetch(self) -> None:
-        """Moves codes, exact tokens and states back to the layer's device."""
+        """As `TurboQuantLayer.prefetch`."""
         TurboQuantLayer.prefetch(self)

@@ -115,21 +115,32 @@ class TurboQuantLayer(DynamicLayer):
         """
         self._check(key_states, value_states)
         self.settle()
-        if not self.is_initialized:
+        fresh = not self.is_initialized
+        if fresh:
             self.lazy_initialization(key_states, value_states)
         self._fetch()
         states = {"keys": key_states, "values": value_states}
         before = self.length
         if self.condition is None and self.config.condition == "attention":
-            self.pending = states
             exact = states if before == 0 else {r: torch.cat([self._exact(r), states[r]], dim=2) for r in ROLES}
             waiting = ExactStates(exact, self.settle)
-            return tuple(QuantizedStates(waiting, role) for role in ROLES)
-        self._store(states)
+            handles = tuple(QuantizedStates(waiting, role) for role in ROLES)
+            self.pending = states
+            return handles
+        # what attention reads of a long chunk takes memory: before anything changes
+        long_chunk = before > 0 and 0 < self.config.residual_length < key_states.shape[2]
+        exact = self._exact_with_chunk(states) if long_chunk else None
+        try:
+            self._store(states)
+        except BaseException:
+            # a smaller batch may come next
+            if fresh:
+                TurboQuantLayer.reset(self)
+            raise
         if before == 0:
             return key_states, value_states
-        if 0 < self.config.residual_length < self.length - before:
-            return self._states_with_chunk(before, states)
+        if long_chunk:
+            return self._states_with_chunk(before, exact)
         return self._states()
 
     def settle(self, query: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
@@ -145,12 +156,20 @@ class TurboQuantLayer(DynamicLayer):
             return
         kv_len = self.length + self.pending["keys"].shape[2]
         valid = valid_tokens(attention_mask, kv_len)
+        before = self.query_energy
         if query is not None:
-            if self.query_energy is None:
-                self.query_energy = QueryEnergy(self.pending["keys"].shape[1], query.shape[3], query.device)
+            energy = QueryEnergy(self.pending["keys"].shape[1], query.shape[3], query.device)
             # in the first prefill queries are padded as keys are; later ones are tokens
-            self.query_energy.add(query, valid if query.shape[2] == kv_len else None)
-        self._store(self.pending, valid)
+            energy.add(query, valid if query.shape[2] == kv_len else None)
+            if before is not None:
+                energy.total += before.total
+            self.query_energy = energy
+        try:
+            self._store(self.pending, valid)
+        except BaseException:
+            # a query seen twice would count twice
+            self.query_energy = before
+            raise
         self.pending = None
         if self.offload_due:
             self.offload()
@@ -260,11 +279,14 @@ class TurboQuantLayer(DynamicLayer):
         window, quantized = self.config.residual_length, self.codes["keys"].length
         return self._handles(self.exact.tensors, quantized, window, quantized % window if window else 0)
 
-    def _states_with_chunk(self, before: int, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _exact_with_chunk(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The sinks held so far and behind them the new tokens, which may fill further sinks."""
+        sinks = min(self.length, self.config.sink_length)
+        return {role: torch.cat([self.exact[role][:, :, :sinks], states[role]], dim=2) for role in ROLES}
+
+    def _states_with_chunk(self, before: int, exact: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Handles that read the tokens before the chunk from the sinks and codes, and the chunk itself exactly."""
         sinks = self.config.sink_length
-        skip = max(sinks - before, 0)
-        exact = {role: torch.cat([self.exact[role][:, :, :sinks], states[role][:, :, skip:]], dim=2) for role in ROLES}
         if before <= sinks:
             return tuple(exact[role] for role in ROLES)
         return self._handles(exact, before - sinks, self.length - before, 0)

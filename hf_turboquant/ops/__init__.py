@@ -134,6 +134,8 @@ def attention(
         `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
     """
     _check_query(query, states, attention_mask)
+    if not query.numel():
+        return query.new_empty((*query.shape[:3], states.shape("values")[-1]))
     options = {
         "scaling": scaling,
         "attention_mask": attention_mask,

@@ -1,27 +1,23 @@
-"""Attention and scores straight from the codes: the launchers of `attention_kernels`."""
+"""Attention and scores straight from the codes: three launches of the kernels, or two."""
 
-from functools import cache, lru_cache
-from weakref import WeakKeyDictionary
-
-import numpy as np
 import torch
-import triton
-import triton.language as tl
 
 from ..packing import BLOCK
 from ..quantizer import Quantizer
-from .attention_kernels import attend_kernel, combine_kernel, prepare_kernel, scores_kernel
-from .ptx import key_snippet, value_snippet
+from .attention_plan import (
+    DTYPES,
+    EXACT_TILE,
+    INTERPRETED,
+    MAX_SPLITS,
+    ROWS,
+    constants_of,
+    count_splits,
+    is_portable,
+    kernels_for,
+    scratch_of,
+)
 
 LOG2E = 1.4426950408889634
-# a combine program reads the maxima of all splits at once
-MAX_SPLITS = 256
-# exact slots of one program
-EXACT_TILE = 64
-# rows of one matrix product: 8 is the narrowest of NVIDIA's, 16 what every GPU has
-ROWS, PORTABLE_ROWS = 8, 16
-DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 def supports(query: torch.Tensor, states, **_) -> str | None:
@@ -105,28 +101,39 @@ class AttentionCall:
         self.lengths = (self.query_length, self.groups, self.kv_heads, states.kv_len, states.sink_length, length)
         self.slots = min(states.sink_length + states.ring, states.exact["keys"].shape[2])
         self.value_dim = values.head_dim
-        self.key_constants, self.value_constants = _constants(keys), _constants(values)
+        self.key_constants, self.value_constants = constants_of(keys), constants_of(values)
         self.key_planes = _planes(keys, key_codes) + (key_codes.get("residual_norms", scales),)
         self.value_planes = _planes(values, value_codes)
         self.mask, self.mask_strides, mask_kind = _mask(attention_mask, self.query)
         self.softcap = 1.0 if softcap is None else softcap * LOG2E
-        self.kernels = _kernels(
+        self.kernels = kernels_for(
             query.device,
-            _is_portable(query.device) if portable is None else portable,
+            is_portable(query.device) if portable is None else portable,
             query.dtype,
             states.exact["keys"].dtype,
-            (keys.nbits, keys.estimator == "qjl", keys.head_dim, keys.mean is not None, keys.codebook),
+            (
+                keys.nbits,
+                keys.estimator == "qjl",
+                keys.head_dim,
+                keys.scale is not None,
+                keys.mean is not None,
+                keys.codebook,
+            ),
             (values.nbits, values.head_dim, values.mean is not None, values.codebook),
             mask_kind,
             # the last query sees everything
             is_causal and self.query_length > 1,
             softcap is not None,
+            self.rows <= ROWS // 2,
         )
         self.row_tiles = -(-self.rows // self.kernels.rows)
         # one call's splits are those of the codes, then those of the exact tokens
-        self.code_splits = _splits(self.kernels.wave, self.pairs * self.row_tiles, self.blocks)
-        self.splits = self.code_splits - (-self.slots // EXACT_TILE)
-        scratch = _scratch(query.device)
+        exact_splits = -(-self.slots // EXACT_TILE)
+        self.code_splits = count_splits(
+            self.kernels.wave, self.pairs * self.row_tiles, self.blocks, max(MAX_SPLITS - exact_splits, 16)
+        )
+        self.splits = self.code_splits + exact_splits
+        scratch = scratch_of(query.device)
         results = self.pairs * self.rows * self.splits
         self.partial = scratch.get("partial", results * self.value_dim)
         self.stats = scratch.get("stats", results * 2)
@@ -144,6 +151,7 @@ class AttentionCall:
             (kernels.terms + self.splits - self.code_splits, self.padded_rows // 16, self.pairs),
             self.query,
             keys.query_operators(kernels.operator_dtype),
+            keys.inverse_scale,
             keys.mean,
             self.operands,
             self.constants,
@@ -159,6 +167,7 @@ class AttentionCall:
             self.groups,
             self.kv_heads,
             keys.heads,
+            keys.scale_heads,
             keys.mean_heads,
             states.kv_len,
             states.recent_start,
@@ -213,7 +222,7 @@ class AttentionCall:
             (self.pairs * self.rows, -(-self.value_dim // launch.constants["COLUMNS"]), 1),
             self.partial,
             self.stats,
-            values.dual,
+            values.dual_operator(kernels.dual_dtype),
             values.mean,
             self.partial if sinks is None else sinks,
             out,
@@ -277,269 +286,3 @@ class _NoGuard:
 
 
 _NO_GUARD = _NoGuard()
-
-
-class _Constants:
-    """The constants of a quantizer as the kernels read them."""
-
-    def __init__(self, quantizer: Quantizer):
-        dual, mean = quantizer.dual.float(), quantizer.mean
-        codebook = quantizer.codebook
-        self.heads = dual.shape[0]
-        self._operators: dict[torch.dtype, torch.Tensor] = {}
-        self.scale, self.offset = codebook.scale, codebook.offset
-        table = np.zeros((2, 16), dtype=np.float32)
-        if quantizer.role == "keys":
-            # what a row of queries is multiplied with
-            self.factors = [dual.mT]
-            table[0, : 2**quantizer.nbits] = np.tile(codebook.levels, 2 ** (quantizer.nbits - quantizer.code_bits))
-            if quantizer.sketch is not None:
-                self.factors.append(dual.double().mT @ quantizer.sketch.double().mT)
-                # the sign is the highest bit of the code; the operand is 1 where it is minus
-                table[1, : 2**quantizer.code_bits] = 1
-            self.tables = torch.from_numpy(table.astype(np.int8)).to(dual.device)
-        else:
-            table[0, : 2**quantizer.nbits] = codebook.levels + codebook.offset
-            self.tables = torch.from_numpy(table).to(dual.device)
-        self.dual = dual.contiguous()
-        self.mean = self.dual if mean is None else mean.float().contiguous()
-        self.mean_heads = 1 if mean is None else mean.shape[0]
-
-    def query_operators(self, dtype: torch.dtype) -> torch.Tensor:
-        """`[operators, passes, heads, head_dim, head_dim]`: see `prepare_kernel`."""
-        operators = self._operators.get(dtype)
-        if operators is None:
-            passes = []
-            for factor in self.factors:
-                high = factor.to(dtype)
-                passes.append(
-                    [high] if dtype == torch.float32 else [high, ((factor - high.to(factor.dtype)) * 2048).to(dtype)]
-                )
-            operators = self._operators[dtype] = torch.stack([torch.stack(p) for p in passes]).contiguous()
-        return operators
-
-
-_CONSTANTS: WeakKeyDictionary[Quantizer, _Constants] = WeakKeyDictionary()
-
-
-def _constants(quantizer: Quantizer) -> _Constants:
-    constants = _CONSTANTS.get(quantizer)
-    if constants is None:
-        constants = _CONSTANTS[quantizer] = _Constants(quantizer)
-    return constants
-
-
-class _Scratch:
-    """Memory between the launches of a call, shared by all layers of one device and stream."""
-
-    dtypes = {"operands": torch.int8}
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.tensors: dict[str, torch.Tensor] = {}
-        # a captured graph may go on writing to what was outgrown
-        self.outgrown: list[torch.Tensor] = []
-
-    def get(self, name: str, size: int) -> torch.Tensor:
-        tensor = self.tensors.get(name)
-        if tensor is None or tensor.numel() < size:
-            if tensor is not None:
-                self.outgrown.append(tensor)
-            dtype = self.dtypes.get(name, torch.float32)
-            tensor = torch.empty(max(2**18, triton.next_power_of_2(size)), dtype=dtype, device=self.device)
-            self.tensors[name] = tensor
-        return tensor
-
-
-_SCRATCH: dict[tuple, _Scratch] = {}
-
-
-def _scratch(device: torch.device) -> _Scratch:
-    key = (device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0)
-    scratch = _SCRATCH.get(key)
-    if scratch is None:
-        scratch = _SCRATCH[key] = _Scratch(device)
-    return scratch
-
-
-@cache
-def _is_portable(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip:
-        return True
-    return torch.cuda.get_device_capability(device) < (8, 0)
-
-
-@cache
-def _splits(wave: int, programs: int, blocks: int) -> int:
-    """Splits of a sequence of `blocks` blocks so that `programs * splits` fills whole waves of `wave` programs."""
-    best = 1
-    for waves in (1, 2, 3, 4):
-        splits = waves * wave // programs
-        if splits and splits * programs > 0.9 * waves * wave:
-            best = splits
-            break
-        best = max(best, splits)
-    # two blocks at least: a program has to start, load its query and store what it found
-    return max(min(best, -(-blocks // 2), MAX_SPLITS - 64), min(blocks, 1))
-
-
-class _Launcher:
-    """A kernel with its compile-time arguments, compiled on the first call; later calls skip Triton's dispatch."""
-
-    def __init__(self, kernel, constants: dict, **options):
-        self.kernel, self.constants, self.options = kernel, constants, options
-        self.compiled = None
-        self.values = tuple(constants.values())
-
-    def compile(self, *args):
-        if self.compiled is None and not INTERPRETED:
-            self.compiled = self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
-            self.compiled._init_handles()
-        return self.compiled
-
-    def __call__(self, grid: tuple[int, int, int], *args) -> None:
-        if INTERPRETED:
-            self.kernel[grid](*args, **self.constants)
-            return
-        if self.compiled is None:
-            self.compile(*args)
-        self.compiled[grid](*args, *self.values)
-
-
-class _Kernels:
-    """The kernels of one configuration: everything that is known at compile time, and what follows from it."""
-
-    def __init__(self, device, portable, query_dtype, exact_dtype, keys, values, mask_dtype, causal, softcap):
-        key_bits, qjl, key_dim, key_mean, key_codebook = keys
-        value_bits, value_dim, value_mean, value_codebook = values
-        exact_dot = tl.float32 if INTERPRETED or torch.float32 in (query_dtype, exact_dtype) else DTYPES[query_dtype]
-        count = 2 if key_bits == 4 else 4
-        # matrix products of int8 are 32 deep or more
-        width = max(32, triton.next_power_of_2(key_dim // count))
-        parts = 2 if value_bits == 4 else 4
-        halves = 2 if value_bits == 3 else 1
-        value_rows = max(16, triton.next_power_of_2(value_dim // halves))
-        self.device = device
-        self.rows = PORTABLE_ROWS if INTERPRETED or torch.version.hip else ROWS
-        self.terms = 1 + qjl
-        self.operator_dtype = torch.float32 if exact_dot == tl.float32 else query_dtype
-        self.operand_bytes = self.terms * 2 * count * width
-        self.score_blocks = 4
-        # a warp's share of a product is at least 16 tokens or 16 dimensions
-        warps = max(1, min(4, 128 // parts // 16, value_rows // 16))
-        empty = ("", "")
-        key_text, value_text = (
-            (empty, empty)
-            if portable
-            else (key_snippet(key_bits, qjl, key_codebook), value_snippet(value_bits, value_codebook))
-        )
-        dot = tl.float32 if INTERPRETED else tl.float16
-        mask = {
-            "MASK": 0 if mask_dtype is None else 1 if mask_dtype == torch.bool else 2,
-            "CAUSAL": causal,
-            "SOFTCAP": softcap,
-        }
-        codes = {"DIM": key_dim, "WIDTH": width, "KEY_BITS": key_bits, "QJL": qjl}
-        prepare = {
-            "DIM": key_dim,
-            "DIM_PAD": count * width,
-            "VALUE_DIM": value_dim,
-            "VALUE_PAD": triton.next_power_of_2(value_dim),
-            "BITS": key_bits,
-            "WIDTH": width,
-            "TERMS": self.terms,
-            "PASSES": 1 if exact_dot == tl.float32 else 2,
-            "TILE": EXACT_TILE,
-            "MEAN": key_mean,
-            **mask,
-        }
-        last = {
-            "DOT": exact_dot,
-            "PRECISION": "tf32x3" if not portable and exact_dot == tl.float32 else "ieee",
-            "ASM": not portable,
-        }
-        self.prepare = _Launcher(prepare_kernel, {**prepare, "SCORES": False, **last}, num_warps=8)
-        self.prepare_scores = _Launcher(prepare_kernel, {**prepare, "SCORES": True, **last}, num_warps=8)
-        self.attend = _Launcher(
-            attend_kernel,
-            {
-                **codes,
-                "VALUE_DIM": value_dim,
-                "VALUE_ROWS": value_rows,
-                "VALUE_BITS": value_bits,
-                "PARTS": parts,
-                "ROWS": self.rows,
-                "MEAN": key_mean,
-                **mask,
-                "DOT": dot,
-                "ASM": not portable,
-                "KEY_SNIPPET": key_text[0],
-                "KEY_CONSTRAINTS": key_text[1],
-                "VALUE_SNIPPET": value_text[0],
-                "VALUE_CONSTRAINTS": value_text[1],
-            },
-            num_warps=warps,
-            num_stages=3,
-        )
-        self.scores = _Launcher(
-            scores_kernel,
-            {
-                **codes,
-                "PARTS": 2,
-                "ROWS": self.rows,
-                "MEAN": key_mean,
-                **mask,
-                "ASM": not portable,
-                "SNIPPET": key_text[0],
-                "CONSTRAINTS": key_text[1],
-                "BLOCKS": self.score_blocks,
-            },
-            num_warps=4,
-            num_stages=3,
-        )
-        self.warps = warps
-        self.portable, self.value_dim, self.value_mean = portable, value_dim, value_mean
-        self._combine: dict[tuple, _Launcher] = {}
-        self._wave = None
-        self._mask_dtype = mask_dtype or query_dtype
-
-    def combine(self, rows: int, splits: int, sinks: bool) -> _Launcher:
-        # few rows: many small programs
-        columns = min(32 if rows <= 128 else 64, triton.next_power_of_2(self.value_dim))
-        chunk = 16 if splits <= 16 else 32
-        launcher = self._combine.get((columns, chunk, sinks))
-        if launcher is None:
-            constants = {
-                "DIM": self.value_dim,
-                "DIM_PAD": triton.next_power_of_2(self.value_dim),
-                "COLUMNS": columns,
-                "CHUNK": chunk,
-                "MEAN": self.value_mean,
-                "SINKS": sinks,
-                "ASM": not self.portable,
-            }
-            launcher = _Launcher(combine_kernel, constants, num_warps=4 if chunk == 16 else 8)
-            self._combine[columns, chunk, sinks] = launcher
-        return launcher
-
-    @property
-    def wave(self) -> int:
-        """Programs of `attend` that the device runs at a time."""
-        if self._wave is None:
-            self._wave = 8 if INTERPRETED else self._count_wave()
-        return self._wave
-
-    def _count_wave(self) -> int:
-        byte, wide = torch.uint8, torch.float32
-        scale = torch.bfloat16
-        pointers = (torch.int8, wide, byte, byte, scale, scale, torch.int8, byte, byte, scale, wide)
-        compiled = self.attend.compile(*pointers, self._mask_dtype, wide, wide, *[1] * 16, 1.0)
-        properties = torch.cuda.get_device_properties(self.device)
-        # registers come in steps of 8 per thread, and each quarter of a multiprocessor has a quarter of them
-        registers = -(-compiled.n_regs // 8) * 8 * properties.warp_size
-        warps = 4 * (properties.regs_per_multiprocessor // 4 // registers)
-        shared = properties.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024)
-        return max(1, min(warps // self.warps, shared)) * properties.multi_processor_count
-
-
-_kernels = lru_cache(maxsize=None)(_Kernels)

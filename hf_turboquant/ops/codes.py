@@ -170,21 +170,6 @@ def key_dots(
 
 
 @triton.jit
-def key_logits(dots, scales, residual_norms, constants, PARTS: tl.constexpr, QJL: tl.constexpr, MEAN: tl.constexpr):
-    """Logits (in powers of two) from `dots` and the rows' affine `constants`: see `prepare_kernel`."""
-    out = ()
-    for p in tl.static_range(PARTS):
-        logits = (dots[p] * constants[0] + constants[1]) * scales[p].to(tl.float32)[:, None]
-        if QJL:
-            correction = dots[PARTS + p] * constants[2] + constants[3]
-            logits += correction * residual_norms[p].to(tl.float32)[:, None]
-        if MEAN:
-            logits += constants[4]
-        out = out + (logits,)
-    return out
-
-
-@triton.jit
 def load_scales(scales, block, PARTS: tl.constexpr, ASM: tl.constexpr):
     """The scales of one block, `PARTS` tensors of `[128 / PARTS]`, in their stored dtype."""
     out = ()
@@ -200,7 +185,7 @@ def value_levels(
     SNIPPET: tl.constexpr, CONSTRAINTS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """
-    One block of values as operands `[ROWS, 128 / PARTS]` of dtype `DOT`: levels plus offset.
+    One block of values as operands `[ROWS, 128 / PARTS]` of dtype `DOT`: levels plus offset, or in int8 just levels.
 
     Args:
         table (pointer to fp32): value of every code; read without `ASM` only.
@@ -222,8 +207,10 @@ def value_levels(
     if ASM:
         if BITS == 3:
             out = tl.inline_asm_elementwise(
-                SNIPPET, CONSTRAINTS, [a, b, c], dtype=(tl.float16,) * (2 * PARTS), is_pure=True, pack=4
+                SNIPPET, CONSTRAINTS, [a, b, c], dtype=(tl.int8,) * (2 * PARTS), is_pure=True, pack=4
             )
+        elif DOT == tl.int8:
+            out = tl.inline_asm_elementwise(SNIPPET, CONSTRAINTS, [a], dtype=(tl.int8,) * PARTS, is_pure=True, pack=4)
         else:
             out = tl.inline_asm_elementwise(
                 SNIPPET, CONSTRAINTS, [a], dtype=(tl.float16,) * PARTS, is_pure=True, pack=4

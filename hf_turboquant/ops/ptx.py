@@ -16,13 +16,14 @@ from ..codebook import Codebook
 
 
 @cache
-def key_snippet(nbits: int, qjl: bool, codebook: Codebook) -> tuple[str, str]:
+def level_snippet(nbits: int, qjl: bool, codebook: Codebook) -> tuple[str, str]:
     """
-    Words of keys -> int8 operands: the levels and, with `qjl`, 1 where the sign of the sketch is minus.
+    Words of keys, or of values below 4 bits -> int8 operands: the levels and, with `qjl`, 1 where the sign of the
+    sketch is minus.
 
-    Inputs: one word of the 4-bit or 2-bit plane; at 3 bits the words of two tokens of the 2-bit plane and the word of
-    the 1-bit plane that belongs to both. Outputs, for one token and then the other: levels (two registers at 4 bits,
-    else four), then as many of signs.
+    Inputs: one word of the 4-bit or 2-bit plane; at 3 bits the words of two rows of the 2-bit plane (tokens r and
+    r + 64 of keys, dims d and d + head_dim / 2 of values) and the word of the 1-bit plane that belongs to both.
+    Outputs, for one row and then the other: levels (two registers at 4 bits, else four), then as many of signs.
 
     Returns:
         The assembly and its constraints, for `tl.inline_asm_elementwise(..., pack=4)`.
@@ -44,39 +45,21 @@ def key_snippet(nbits: int, qjl: bool, codebook: Codebook) -> tuple[str, str]:
 
 
 @cache
-def value_snippet(nbits: int, codebook: Codebook) -> tuple[str, str]:
-    """
-    Words of values -> fp16 operands, `levels + offset`, exactly.
-
-    Inputs: one word of the 4-bit or 2-bit plane; at 3 bits the words of rows d and d + head_dim / 2 of the 2-bit plane
-    and the word of the 1-bit plane. Outputs, for one row and then the other: two fp16 operands of two registers at
-    4 bits, else four.
-    """
+def value_snippet(codebook: Codebook) -> tuple[str, str]:
+    """Words of 4-bit values -> two fp16 operands of two registers, `levels + offset`, exactly."""
     halves = (codebook.levels.astype(np.float16) + np.float16(codebook.offset)).view(np.uint16)
     low, high = (halves & 255).astype(np.uint8), (halves >> 8).astype(np.uint8)
-    if nbits == 4:
-        # codes 0-7 are the magnitudes; bit 3 of the nibble becomes the sign bit of the high byte
-        body = _nibble_signs() + ["shr.b32 h, m, 16;"]
-        for selector, sign in (("m", "x"), ("h", "y")):
-            body += [
-                f"prmt.b32 u, {_word(low, 0)}, {_word(low, 4)}, {selector};",
-                f"prmt.b32 v, {_word(high, 0)}, {_word(high, 4)}, {selector};",
-                f"lop3.b32 v, {sign}, 0x80808080, v, 0xea;",
-                "prmt.b32 OUT, u, v, 0x5140;",
-                "prmt.b32 OUT, u, v, 0x7362;",
-            ]
-        return _assemble(body, 4, 1)
-    selectors = _selectors(nbits)
-    body = list(selectors.lines)
-    for row in selectors.registers:
-        for selector in row:
-            body += [
-                f"prmt.b32 u, {_word(low, 0)}, {_word(low, 4)}, {selector};",
-                f"prmt.b32 v, {_word(high, 0)}, {_word(high, 4)}, {selector};",
-                "prmt.b32 OUT, u, v, 0x5140;",
-                "prmt.b32 OUT, u, v, 0x7362;",
-            ]
-    return _assemble(body, 8 * len(selectors.registers), selectors.inputs)
+    body = _nibble_signs() + ["shr.b32 h, m, 16;"]
+    # codes 0-7 are the magnitudes; bit 3 of the nibble becomes the sign bit of the high byte
+    for selector, sign in (("m", "x"), ("h", "y")):
+        body += [
+            f"prmt.b32 a, {_word(low, 0)}, {_word(low, 4)}, {selector};",
+            f"prmt.b32 b, {_word(high, 0)}, {_word(high, 4)}, {selector};",
+            f"lop3.b32 b, {sign}, 0x80808080, b, 0xea;",
+            "prmt.b32 OUT, a, b, 0x5140;",
+            "prmt.b32 OUT, a, b, 0x7362;",
+        ]
+    return _assemble(body, 4, 1)
 
 
 def operand_offsets(nbits: int) -> tuple[int, list[int], int]:
@@ -174,5 +157,5 @@ def _assemble(body: list[str], outputs: int, inputs: int) -> tuple[str, str]:
         text = text.replace("OUT", f"${i}", 1)
     for i in range(inputs):
         text = text.replace(f"IN{i}", f"${outputs + i}")
-    names = "a,b,c,d,g,h,m,s,u,v,x,y," + ",".join(f"{name}{i}" for name in "pqrs" for i in range(2))
+    names = "a,b,c,d,g,h,m,s,x,y," + ",".join(f"{name}{i}" for name in "pqrs" for i in range(2))
     return "{\n.reg .b32 " + names + ";\n" + text + "\n}", ",".join(["=&r"] * outputs + ["r"] * inputs)

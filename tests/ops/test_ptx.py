@@ -12,7 +12,7 @@ if importlib.util.find_spec("triton") is None:
 import torch
 
 from hf_turboquant.codebook import lloyd_max
-from hf_turboquant.ops.ptx import key_snippet, operand_offsets, value_snippet
+from hf_turboquant.ops.ptx import level_snippet, operand_offsets, value_snippet
 from hf_turboquant.packing import pack
 
 OPERATIONS = {
@@ -91,10 +91,10 @@ def test_keys(nbits, qjl, head_dim):
     wide = planes["plane4" if nbits == 4 else "plane2"]
     if nbits == 3:
         tokens = [np.arange(64), np.arange(64, 128)]
-        registers = run(key_snippet(nbits, qjl, codebook), [wide[:64], wide[64:], planes["plane1"]])
+        registers = run(level_snippet(nbits, qjl, codebook), [wide[:64], wide[64:], planes["plane1"]])
     else:
         tokens = [np.arange(128)]
-        registers = run(key_snippet(nbits, qjl, codebook), [wide])
+        registers = run(level_snippet(nbits, qjl, codebook), [wide])
     stride, first, step = operand_offsets(nbits)
     dims = np.arange(head_dim // stride)[:, None] * stride + np.arange(4) * step
     for rows in tokens:
@@ -116,20 +116,26 @@ def test_values(nbits, head_dim):
     codebook = lloyd_max(nbits, head_dim)
     codes = random_codes(nbits, head_dim)
     planes = {name: words(plane[0]) for name, plane in pack(codes, nbits, "values").items()}
-    wide = planes["plane4" if nbits == 4 else "plane2"]
-    if nbits == 3:
+    dims = [np.arange(head_dim)]
+    if nbits == 4:
+        registers = run(value_snippet(codebook), [planes["plane4"]])
+    elif nbits == 2:
+        registers = run(level_snippet(nbits, False, codebook), [planes["plane2"]])
+    else:
         half = head_dim // 2
         dims = [np.arange(half), np.arange(half, head_dim)]
-        registers = run(value_snippet(nbits, codebook), [wide[:half], wide[half:], planes["plane1"]])
-    else:
-        dims = [np.arange(head_dim)]
-        registers = run(value_snippet(nbits, codebook), [wide])
+        wide = planes["plane2"]
+        registers = run(level_snippet(nbits, False, codebook), [wide[:half], wide[half:], planes["plane1"]])
     parts = 2 if nbits == 4 else 4
     for rows in dims:
         for part in range(parts):
             # a word holds four tokens of every part
-            got = operands([registers.pop(0), registers.pop(0)], "<f2").reshape(len(rows), -1, 4)
+            if nbits == 4:
+                got = operands([registers.pop(0), registers.pop(0)], "<f2")
+            else:
+                got = operands([registers.pop(0)], "i1")
             tokens = part * (128 // parts) + np.arange(128 // parts).reshape(-1, 4)
             code = codes.numpy().T[rows][:, tokens]
-            np.testing.assert_array_equal(got, codebook.levels[code] + codebook.offset)
+            expected = codebook.levels[code] + codebook.offset
+            np.testing.assert_array_equal(got.reshape(expected.shape), expected)
     assert not registers

@@ -1,0 +1,129 @@
+"""
+Read a long text once, save its compressed cache, and ask about it from other processes.
+
+    python examples/long_document_qa.py
+    python examples/long_document_qa.py --text report.txt --save report
+    python examples/long_document_qa.py --load report --question "What was decided?"
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from generate import PROMPT
+from load_model import load
+from rich.console import Console
+from rich.markup import escape
+
+from hf_turboquant import TurboQuantCache
+
+QUESTIONS = ["Who built the lighthouse?", "Who was the first keeper?", "When did electricity reach the point?"]
+TEXT, CACHE = "text.txt", "cache"
+
+
+def encode(tokenizer, text: str, question: str) -> list[torch.Tensor]:
+    """Token ids, each of shape `[1, tokens]`, of what all questions share and of what follows it."""
+    content, mark = f"{text}\n\nAnswer from this text in one sentence. ", "<question>"
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": content + mark}]
+        content = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # the last one: the text may hold the mark as well
+        content, rest = content.rsplit(mark, 1)
+    else:
+        rest = "\n"
+    # apart, so that the shared tokens never depend on the question
+    pieces = content, question + rest
+    return [tokenizer(piece, add_special_tokens=False, return_tensors="pt")["input_ids"] for piece in pieces]
+
+
+@torch.no_grad()
+def save(model, tokenizer, text: str, folder: Path, console: Console) -> None:
+    """Reads the text through the model and writes it and its cache to `folder`."""
+    ids, _ = encode(tokenizer, text, "")
+    cache = TurboQuantCache(model.config)
+    start = time.perf_counter()
+    model(ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    cache.save_pretrained(folder / CACHE)
+    (folder / TEXT).write_text(text, encoding="utf-8")
+    elapsed_s = time.perf_counter() - start
+    stored = sum(path.stat().st_size for path in (folder / CACHE).iterdir())
+    full = cache.memory().full_bytes
+    console.print(
+        f"{ids.shape[1]:,} tokens read and saved in {elapsed_s:.1f} s: {stored:,} bytes on disk, a DynamicCache holds "
+        f"{full:,} ({full / stored:.2f} times as many)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def answer(model, tokenizer, folder: Path, question: str, max_new_tokens: int, console: Console) -> None:
+    """Loads the cache and has the model read nothing but the question."""
+    start = time.perf_counter()
+    cache = TurboQuantCache.from_pretrained(folder / CACHE, config=model.config, device=model.device)
+    loaded_s = time.perf_counter() - start
+    pieces = encode(tokenizer, (folder / TEXT).read_text(encoding="utf-8"), question)
+    ids = torch.cat(pieces, dim=1).to(model.device)
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    reply = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    console.print(f"\n[bold]{escape(question)}[/bold]\n{escape(reply)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[dim]{pieces[0].shape[1]:,} tokens loaded in {loaded_s:.2f} s, {pieces[1].shape[1]} read[/dim]",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Read a text once, save its compressed cache, ask about it from other processes. With no "
+        "arguments: all of that with a short text, in a temporary folder."
+    )
+    parser.add_argument("--model", help="a Hub name or a local folder (default: SmolLM2-135M-Instruct from PyPI)")
+    parser.add_argument("--text", type=Path, help="the text file to read (default: a text about a lighthouse)")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="where its cache goes")
+    parser.add_argument("--load", type=Path, metavar="DIR", help="a saved cache to ask")
+    parser.add_argument("--question", action="append", help="may be given several times")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    args = parser.parse_args()
+    if args.load and (args.save or args.text):
+        parser.error("give --load with --question, or --text with --save")
+    if args.load and not args.question:
+        parser.error("--load needs a --question")
+    if args.text and not args.save:
+        parser.error("--text needs a place: give --save DIR")
+    if args.question and not args.load:
+        parser.error("a --question is asked of a saved cache: give --load DIR")
+
+    console = Console()
+    with console.status("loading the model"):
+        model, tokenizer = load(args.model)
+    if args.load:
+        for question in args.question:
+            answer(model, tokenizer, args.load, question, args.max_new_tokens, console)
+        return
+    text = args.text.read_text(encoding="utf-8") if args.text else PROMPT
+    if args.save:
+        save(model, tokenizer, text, args.save, console)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, tokenizer, text, Path(folder), console)
+        # a new process, to show that nothing is left over from this one
+        command = [sys.executable, __file__, "--load", folder, "--max-new-tokens", str(args.max_new_tokens)]
+        command += [word for question in QUESTIONS for word in ("--question", question)]
+        command += ["--model", args.model] if args.model else []
+        subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""What is known before a call: compiled kernels, the constants of quantizers, memory between launches."""
+
+from functools import cache
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from ..quantizer import Quantizer
+from .attention_kernels import attend_kernel, combine_kernel
+from .prepare_kernel import prepare_kernel
+from .ptx import level_snippet, value_snippet
+from .scores_kernel import scores_kernel
+
+# more would take `combine_kernel` more than one step
+MAX_SPLITS = 64
+# exact slots of one program
+EXACT_TILE = 64
+# rows of one matrix product: 8 is the narrowest of NVIDIA's, 16 what every GPU has
+ROWS, PORTABLE_ROWS = 8, 16
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+class QuantizerConstants:
+    """The constants of a quantizer as the kernels read them."""
+
+    def __init__(self, quantizer: Quantizer):
+        dual, mean = quantizer.dual.float(), quantizer.mean
+        codebook = quantizer.codebook
+        self.heads = dual.shape[0]
+        self._operators: dict[torch.dtype, torch.Tensor] = {}
+        self.scale, self.offset = codebook.scale, codebook.offset
+        table = np.zeros((2, 16), dtype=np.float32)
+        if quantizer.role == "keys":
+            # what a row of queries is multiplied with
+            self.factors = [dual.mT]
+            table[0, : 2**quantizer.nbits] = np.tile(codebook.levels, 2 ** (quantizer.nbits - quantizer.code_bits))
+            if quantizer.sketch is not None:
+                self.factors.append(dual.double().mT @ quantizer.sketch.double().mT)
+                # the sign is the highest bit of the code; the operand is 1 where it is minus
+                table[1, : 2**quantizer.code_bits] = 1
+            self.tables = torch.from_numpy(table.astype(np.int8)).to(dual.device)
+        else:
+            table[0, : 2**quantizer.nbits] = codebook.levels + codebook.offset
+            self.tables = torch.from_numpy(table).to(dual.device)
+        self.dual = dual.contiguous()
+        self.mean = self.dual if mean is None else mean.float().contiguous()
+        self.mean_heads = 1 if mean is None else mean.shape[0]
+        scale = quantizer.scale
+        self.inverse_scale = self.dual if scale is None else scale.float().reciprocal().contiguous()
+        self.scale_heads = 1 if scale is None else scale.shape[0]
+
+    def dual_operator(self, dtype: torch.dtype) -> torch.Tensor:
+        """A⁻ᵀ in another dtype."""
+        dual = self._operators.get(dtype)
+        if dual is None:
+            dual = self._operators[dtype] = self.dual.to(dtype)
+        return dual
+
+    def query_operators(self, dtype: torch.dtype) -> torch.Tensor:
+        """`[operators, passes, heads, head_dim, head_dim]`: see `prepare_kernel`."""
+        operators = self._operators.get(dtype)
+        if operators is None:
+            passes = []
+            for factor in self.factors:
+                high = factor.to(dtype)
+                passes.append(
+                    [high] if dtype == torch.float32 else [high, ((factor - high.to(factor.dtype)) * 2048).to(dtype)]
+                )
+            operators = self._operators[dtype] = torch.stack([torch.stack(p) for p in passes]).contiguous()
+        return operators
+
+
+CONSTANTS: WeakKeyDictionary[Quantizer, QuantizerConstants] = WeakKeyDictionary()
+
+
+def constants_of(quantizer: Quantizer) -> QuantizerConstants:
+    constants = CONSTANTS.get(quantizer)
+    if constants is None:
+        constants = CONSTANTS[quantizer] = QuantizerConstants(quantizer)
+    return constants
+
+
+class Scratch:
+    """Memory between the launches of a call, shared by all layers of one device and stream."""
+
+    dtypes = {"operands": torch.int8}
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.tensors: dict[str, torch.Tensor] = {}
+        # a captured graph may go on writing to what was outgrown
+        self.outgrown: list[torch.Tensor] = []
+
+    def get(self, name: str, size: int) -> torch.Tensor:
+        tensor = self.tensors.get(name)
+        if tensor is None or tensor.numel() < size:
+            if tensor is not None:
+                self.outgrown.append(tensor)
+            dtype = self.dtypes.get(name, torch.float32)
+            tensor = torch.empty(max(2**18, triton.next_power_of_2(size)), dtype=dtype, device=self.device)
+            self.tensors[name] = tensor
+        return tensor
+
+
+SCRATCH: dict[tuple, Scratch] = {}
+
+
+def scratch_of(device: torch.device) -> Scratch:
+    key = (device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0)
+    scratch = SCRATCH.get(key)
+    if scratch is None:
+        scratch = SCRATCH[key] = Scratch(device)
+    return scratch
+
+
+@cache
+def is_portable(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip:
+        return True
+    return torch.cuda.get_device_capability(device) < (8, 0)
+
+
+@cache
+def count_splits(wave: int, programs: int, blocks: int, limit: int) -> int:
+    """Splits of `blocks` blocks so that `programs * splits` fills whole waves of `wave` programs, at most `limit`."""
+    best = 1
+    for waves in (1, 2, 3, 4):
+        splits = waves * wave // programs
+        best = max(best, splits)
+        if splits * programs > 0.9 * waves * wave:
+            break
+    # two blocks at least: a program has to start, load its query and store what it found
+    return min(best, -(-blocks // 2), limit)
+
+
+class Launcher:
+    """A kernel with its compile-time arguments, compiled on the first call; later calls skip Triton's dispatch."""
+
+    def __init__(self, kernel, constants: dict, **options):
+        self.kernel, self.constants, self.options = kernel, constants, options
+        self.compiled = None
+        self.values = tuple(constants.values())
+
+    def compile(self, *args):
+        if self.compiled is None and not INTERPRETED:
+            self.compiled = self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
+            self.compiled._init_handles()
+        return self.compiled
+
+    def __call__(self, grid: tuple[int, int, int], *args) -> None:
+        if INTERPRETED:
+            self.kernel[grid](*args, **self.constants)
+            return
+        if self.compiled is None:
+            self.compile(*args)
+        self.compiled[grid](*args, *self.values)
+
+
+class Kernels:
+    """The kernels of one configuration: everything that is known at compile time, and what follows from it."""
+
+    def __init__(self, device, portable, query_dtype, exact_dtype, keys, values, mask_dtype, causal, softcap, few_rows):
+        key_bits, qjl, key_dim, key_scale, key_mean, key_codebook = keys
+        value_bits, value_dim, value_mean, value_codebook = values
+        exact_dot = tl.float32 if INTERPRETED or torch.float32 in (query_dtype, exact_dtype) else DTYPES[query_dtype]
+        count = 2 if key_bits == 4 else 4
+        # matrix products of int8 are 32 deep or more
+        width = max(32, triton.next_power_of_2(key_dim // count))
+        parts = 2 if value_bits == 4 else 4
+        halves = 2 if value_bits == 3 else 1
+        value_rows = max(16, triton.next_power_of_2(value_dim // halves))
+        self.device = device
+        self.rows = PORTABLE_ROWS if INTERPRETED or torch.version.hip else ROWS
+        self.terms = 1 + qjl
+        self.operator_dtype = torch.float32 if exact_dot == tl.float32 else query_dtype
+        self.operand_bytes = self.terms * 2 * count * width
+        self.score_blocks = 4
+        # a warp's share of a product is at least 16 tokens or 16 dimensions
+        warps = max(1, min(4, 128 // parts // 16, value_rows // 16))
+        # int8 values cost fewer instructions than fp16; their weights cost more, at 4 bits too much if not folded
+        int8 = not portable and (value_bits < 4 or few_rows)
+        if portable:
+            key_text = value_text = ("", "")
+        else:
+            key_text = level_snippet(key_bits, qjl, key_codebook)
+            value_text = level_snippet(value_bits, False, value_codebook) if int8 else value_snippet(value_codebook)
+        dot = tl.float32 if INTERPRETED else tl.int8 if int8 else tl.float16
+        mask = {
+            "MASK": 0 if mask_dtype is None else 1 if mask_dtype == torch.bool else 2,
+            "CAUSAL": causal,
+            "SOFTCAP": softcap,
+        }
+        codes = {"DIM": key_dim, "WIDTH": width, "KEY_BITS": key_bits, "QJL": qjl}
+        prepare = {
+            "DIM": key_dim,
+            "DIM_PAD": count * width,
+            "VALUE_DIM": value_dim,
+            "VALUE_PAD": triton.next_power_of_2(value_dim),
+            "BITS": key_bits,
+            "WIDTH": width,
+            "TERMS": self.terms,
+            "PASSES": 1 if exact_dot == tl.float32 else 2,
+            "TILE": EXACT_TILE,
+            "SCALE": key_scale,
+            "MEAN": key_mean,
+            **mask,
+        }
+        last = {
+            "DOT": exact_dot,
+            "PRECISION": "tf32x3" if not portable and exact_dot == tl.float32 else "ieee",
+            "ASM": not portable,
+        }
+        self.prepare = Launcher(prepare_kernel, {**prepare, "SCORES": False, **last}, num_warps=8)
+        self.prepare_scores = Launcher(prepare_kernel, {**prepare, "SCORES": True, **last}, num_warps=8)
+        self.attend = Launcher(
+            attend_kernel,
+            {
+                **codes,
+                "VALUE_DIM": value_dim,
+                "VALUE_ROWS": value_rows,
+                "VALUE_BITS": value_bits,
+                "PARTS": parts,
+                "ROWS": self.rows,
+                "FOLD": dot == tl.int8 and few_rows,
+                "MEAN": key_mean,
+                **mask,
+                "DOT": dot,
+                "ASM": not portable,
+                "KEY_SNIPPET": key_text[0],
+                "KEY_CONSTRAINTS": key_text[1],
+                "VALUE_SNIPPET": value_text[0],
+                "VALUE_CONSTRAINTS": value_text[1],
+            },
+            num_warps=warps,
+            num_stages=3,
+        )
+        self.scores = Launcher(
+            scores_kernel,
+            {
+                **codes,
+                "PARTS": 2,
+                "ROWS": self.rows,
+                "MEAN": key_mean,
+                **mask,
+                "ASM": not portable,
+                "SNIPPET": key_text[0],
+                "CONSTRAINTS": key_text[1],
+                "BLOCKS": self.score_blocks,
+            },
+            num_warps=4,
+            num_stages=3,
+        )
+        self.warps = warps
+        self.portable, self.value_dim, self.value_mean = portable, value_dim, value_mean
+        # half the bytes of a matrix that every row reads, at an error below the output's own rounding
+        self.dual_dtype = torch.float32 if exact_dot == tl.float32 else torch.float16
+        self._combine: dict[tuple, Launcher] = {}
+        self._wave = None
+        self._mask_dtype = mask_dtype or query_dtype
+
+    def combine(self, rows: int, splits: int, sinks: bool) -> Launcher:
+        """`combine_kernel` for so many rows and splits."""
+        chunk = 16 if splits <= 16 else 32 if splits <= 32 else 64
+        # few rows: many small programs; many rows: each reads all partial sums fewer times
+        columns = 32 if rows * self.value_dim <= 2**13 else 64 if self.value_dim <= 128 else 128
+        launcher = self._combine.get((columns, chunk, sinks))
+        if launcher is None:
+            constants = {
+                "DIM": self.value_dim,
+                "DIM_PAD": triton.next_power_of_2(self.value_dim),
+                "COLUMNS": columns,
+                "CHUNK": chunk,
+                "MEAN": self.value_mean,
+                "SINKS": sinks,
+                "ASM": not self.portable,
+            }
+            warps = 4 if chunk * self.value_dim <= 2048 else 8
+            launcher = self._combine[columns, chunk, sinks] = Launcher(combine_kernel, constants, num_warps=warps)
+        return launcher
+
+    @property
+    def wave(self) -> int:
+        """Programs of `attend` that the device runs at a time."""
+        if self._wave is None:
+            self._wave = 8 if INTERPRETED else self._count_wave()
+        return self._wave
+
+    def _count_wave(self) -> int:
+        byte, wide = torch.uint8, torch.float32
+        scale = torch.bfloat16
+        pointers = (torch.int8, wide, byte, byte, scale, scale, torch.int8, byte, byte, scale, wide)
+        compiled = self.attend.compile(*pointers, self._mask_dtype, wide, wide, *[1] * 16, 1.0)
+        properties = torch.cuda.get_device_properties(self.device)
+        # registers come in steps of 8 per thread, and each quarter of a multiprocessor has a quarter of them
+        registers = -(-compiled.n_regs // 8) * 8 * properties.warp_size
+        warps = 4 * (properties.regs_per_multiprocessor // 4 // registers)
+        shared = properties.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024)
+        return max(1, min(warps // self.warps, shared)) * properties.multi_processor_count
+
+
+kernels_for = cache(Kernels)

@@ -1,0 +1,74 @@
+"""Triton functions that turn products of codes and queries into logits; logits are in powers of two."""
+
+import triton
+import triton.language as tl
+
+from .codes import exp2
+
+# floor of the running maximum: finite, so that a row that has seen nothing yet subtracts to zero and not to NaN
+LOWEST = tl.constexpr(-1e30)
+
+# arguments whose value no compiled kernel may depend on: the launchers reuse it for all of them
+INTEGERS = (
+    "query_b query_h query_t mask_b mask_h mask_t mask_n query_length groups kv_heads operator_heads mean_heads "
+    "scale_heads "
+    "dual_heads kv_len recent_start sink_length ring phase slots length key_stride value_stride splits code_splits "
+    "key_blocks value_blocks row_tiles padded_rows rows out_b out_h out_t"
+).split()
+UNALIGNED = ["query", "mask_ptr", "sinks"]
+
+
+@triton.jit
+def load_constants(constants, row, QJL: tl.constexpr, MEAN: tl.constexpr):
+    out = ()
+    for i in tl.static_range(5):
+        if i < 2 or (QJL and i < 4) or (MEAN and i == 4):
+            out = out + (tl.load(constants + row * 8 + i)[None, :],)
+        else:
+            out = out + (0.0,)
+    return out
+
+
+@triton.jit
+def key_logits(dots, scales, residual_norms, constants, PARTS: tl.constexpr, QJL: tl.constexpr, MEAN: tl.constexpr):
+    """Logits (in powers of two) from `dots` and the rows' affine `constants`: see `prepare_kernel`."""
+    out = ()
+    for p in tl.static_range(PARTS):
+        logits = (dots[p] * constants[0] + constants[1]) * scales[p].to(tl.float32)[:, None]
+        if QJL:
+            correction = dots[PARTS + p] * constants[2] + constants[3]
+            logits += correction * residual_norms[p].to(tl.float32)[:, None]
+        if MEAN:
+            logits += constants[4]
+        out = out + (logits,)
+    return out
+
+
+@triton.jit
+def finish_logits(
+    logits, position, row, bh, valid, mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, query_length, groups, kv_heads,
+    softcap, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """
+    Softcap, mask and length for logits at `position` × `row`, two index tensors of which one is a column and one a row.
+
+    Args:
+        valid (tensor of bool, of the shape of `position`): tokens that there are.
+        MASK: 0 none, 1 boolean (read as uint8), 2 additive.
+    """
+    if SOFTCAP:
+        # c tanh(x / c) = c - 2 c / (1 + e^(2 x / c)); the logits and the cap are both in powers of two
+        logits = softcap - 2.0 * softcap / (1.0 + exp2(logits * (2.0 * 1.4426950408889634 / softcap), ASM))
+    if MASK:
+        head = bh % kv_heads * groups + row // query_length
+        offset = (bh // kv_heads).to(tl.int64) * mask_b + head.to(tl.int64) * mask_h
+        offset = offset + (row % query_length).to(tl.int64) * mask_t + position.to(tl.int64) * mask_n
+        seen = valid & (row < groups * query_length)
+        value = tl.load(mask_ptr + offset, mask=seen, other=0)
+        if MASK == 1:
+            logits = tl.where(value != 0, logits, float("-inf"))
+        else:
+            logits += value.to(tl.float32) * 1.4426950408889634
+    if CAUSAL:
+        valid = valid & (position <= kv_len - query_length + row % query_length)
+    return tl.where(valid, logits, float("-inf"))

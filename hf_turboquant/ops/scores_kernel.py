@@ -1,0 +1,51 @@
+"""The kernel of the logits themselves."""
+
+import triton
+import triton.language as tl
+
+from .codes import key_dots, load_operands, load_scales, part_tokens
+from .logits import INTEGERS, UNALIGNED, finish_logits, key_logits, load_constants
+
+
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
+def scores_kernel(
+    operands, constants, key_wide, key_one, key_scales, key_residual_norms, key_tables, mask_ptr, out,
+    mask_b, mask_h, mask_t, mask_n, query_length, groups, kv_heads, kv_len, sink_length, length,
+    key_blocks, row_tiles, padded_rows, softcap,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, QJL: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, MEAN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    ASM: tl.constexpr, SNIPPET: tl.constexpr, CONSTRAINTS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Logits of `BLOCKS` blocks of keys, fp32 `[R, kv_len]`. Grid (chunks of blocks · row tiles, batch · KV heads)."""
+    tile = tl.program_id(0) % row_tiles
+    bh = tl.program_id(1)
+    bh64 = bh.to(tl.int64)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    padded_row = bh64 * padded_rows + row
+    COUNT: tl.constexpr = 2 if KEY_BITS == 4 else 4
+    SETS: tl.constexpr = (2 + 2 * QJL) * COUNT
+    q = load_operands(operands, padded_row, SETS * WIDTH, SETS, WIDTH)
+    c = load_constants(constants, padded_row, QJL, MEAN)
+    rows = groups * query_length
+    exists = row < rows
+    flat_row = bh64 * rows + row
+    first = tl.program_id(0) // row_tiles * BLOCKS
+    for block in range(first, tl.minimum(first + BLOCKS, (length + 127) // 128)):
+        ks = load_scales(key_scales, bh64 * key_blocks + block, PARTS, ASM)
+        norms = ks
+        if QJL:
+            norms = load_scales(key_residual_norms, bh64 * key_blocks + block, PARTS, ASM)
+        dots = key_dots(
+            key_wide, key_one, key_tables, bh64 * key_blocks + block, q,
+            DIM, WIDTH, KEY_BITS, QJL, PARTS, SNIPPET, CONSTRAINTS, ASM,
+        )  # fmt: skip
+        raw = key_logits(dots, ks, norms, c, PARTS, QJL, MEAN)
+        for p in tl.static_range(PARTS):
+            token = block * 128 + part_tokens(p, PARTS, ASM)
+            valid = token < length
+            logits = finish_logits(
+                raw[p], (sink_length + token)[:, None], row[None, :], bh, valid[:, None], mask_ptr, mask_b, mask_h,
+                mask_t, mask_n, kv_len, query_length, groups, kv_heads, softcap, MASK, CAUSAL, SOFTCAP, ASM,
+            )  # fmt: skip
+            to = out + flat_row[None, :] * kv_len + (sink_length + token)[:, None]
+            tl.store(to, logits * 0.6931471805599453, mask=valid[:, None] & exists[None, :])

@@ -1,0 +1,427 @@
+"""Saved caches: the same tokens afterwards, and one clear error for everything that is not as it was written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
+from transformers.cache_utils import DynamicLayer
+
+from hf_turboquant import TurboQuantCache, saving
+from hf_turboquant.hybrid import TurboQuantHybridLayer
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 99,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIG = LlamaConfig(num_hidden_layers=2, **TINY)
+FAMILIES = {
+    "llama": (LlamaForCausalLM, CONFIG),
+    # sliding windows of 16, one full layer of three
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            num_hidden_layers=3, sliding_window=16, layer_types=["sliding_attention"] * 2 + ["full_attention"], **TINY
+        ),
+    ),
+    "qwen3_next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig(
+            num_hidden_layers=4,
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+            **TINY,
+        ),
+    ),
+}
+OPTIONS = {"residual_length": 16, "nbits": 3, "seed": 5}
+
+
+def make_model(family):
+    kind, config = FAMILIES[family]
+    torch.manual_seed(0)
+    return kind(config).eval()
+
+
+def tokens(length, batch=2):
+    return torch.randint(3, 99, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def go_on(model, cache, steps=6):
+    """Logits of tokens that follow, one at a time: the codes grow meanwhile."""
+    with torch.no_grad():
+        return torch.stack([model(ids, past_key_values=cache).logits for ids in tokens(steps).split(1, dim=1)])
+
+
+def prefilled(model, length=150, **options):
+    cache = TurboQuantCache(model.config, **{**OPTIONS, **options})
+    with torch.no_grad():
+        model(tokens(length), past_key_values=cache)
+    return cache
+
+
+def filled(*lengths, **options):
+    """A cache without a model."""
+    cache = TurboQuantCache(CONFIG, **{**OPTIONS, **options})
+    generator = torch.Generator().manual_seed(0)
+    for length in lengths:
+        for layer in range(2):
+            cache.update(*torch.randn(2, 2, 2, length, 32, generator=generator), layer)
+    return cache
+
+
+def held(cache):
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def same(cache, other):
+    return all(
+        torch.equal(a[role] + 0, b[role] + 0) for a, b in zip(held(cache), held(other), strict=True) for role in (0, 1)
+    )
+
+
+@pytest.mark.parametrize("with_config", (True, False))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_cache_goes_on_as_the_saved_one(family, with_config, tmp_path):
+    model = make_model(family)
+    cache = prefilled(model)
+    cache.save_pretrained(tmp_path / "saved")
+    loaded = TurboQuantCache.from_pretrained(tmp_path / "saved", config=model.config if with_config else None)
+    assert repr(loaded) == repr(cache) and "conditioned" in repr(loaded)
+    assert loaded.layer_class_to_replicate is None
+    assert loaded.get_seq_length() == 150
+    compressed = [layer for layer in loaded.layers if hasattr(layer, "codes")]
+    assert compressed and all(layer.codes["keys"].length == 150 - 4 - 16 for layer in compressed)
+    assert torch.equal(go_on(model, loaded), go_on(model, cache))
+    # and not because nothing depends on the past
+    assert not torch.equal(go_on(model, loaded), go_on(model, TurboQuantCache(model.config)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_process_writes_the_same_tokens(family, tmp_path):
+    model = make_model(family)
+    cache = prefilled(model)
+    cache.save_pretrained(tmp_path / "saved")
+    ids = torch.cat([tokens(150), tokens(7)], dim=1)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12)
+    script = f"""
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_saving import make_model, tokens, TurboQuantCache
+model = make_model({family!r})
+cache = TurboQuantCache.from_pretrained({str(tmp_path / "saved")!r}, config=model.config)
+ids = torch.cat([tokens(150), tokens(7)], dim=1)
+out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12)
+print(out.tolist())
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert json.loads(out.stdout) == expected.tolist() and expected.shape[1] > 157
+
+
+@pytest.mark.parametrize(
+    ("lengths", "crop"),
+    [((7,), 0), ((20,), 0), ((150,), 0), ((100, 60), 0), ((300,), -60), ((150,), -100), ((150,), -147)],
+)
+@pytest.mark.parametrize("options", [{}, {"residual_length": 0, "sink_length": 0}, {"condition": "none"}], ids=str)
+def test_every_length(lengths, crop, options, tmp_path):
+    """Empty codes, full and half blocks, a ring that has turned, a ring with a hole after a crop."""
+    cache = filled(*lengths, **options)
+    cache.crop(crop)
+    cache.save_pretrained(tmp_path / "saved")
+    loaded = TurboQuantCache.from_pretrained(tmp_path / "saved")
+    assert loaded.options == cache.options and same(loaded, cache)
+    for each in (loaded, cache):
+        generator = torch.Generator().manual_seed(1)
+        for count in (1, 40):
+            each.update(*torch.randn(2, 2, 2, count, 32, generator=generator), 0)
+            each.layers[0].settle()
+    assert loaded.layers[0].codes["keys"].length == cache.layers[0].codes["keys"].length
+    assert same(loaded, cache)
+
+
+def test_queries_seen_before_the_first_code_are_kept(tmp_path):
+    model = make_model("llama")
+    cache = prefilled(model, length=70, residual_length=128)
+    assert cache.layers[0].condition is None and cache.layers[0].query_energy is not None
+    cache.save_pretrained(tmp_path / "saved")
+    loaded = TurboQuantCache.from_pretrained(tmp_path / "saved", config=model.config)
+    assert torch.equal(go_on(model, loaded, 80), go_on(model, cache, 80))
+    assert loaded.layers[1].condition == "attention"
+    assert torch.equal(loaded.layers[1].quantizers["keys"].scale, cache.layers[1].quantizers["keys"].scale)
+
+
+def test_tokens_that_wait_for_their_query_are_settled_first(tmp_path):
+    cache = filled(100)
+    assert cache.layers[0].pending is not None
+    cache.save_pretrained(tmp_path / "saved")
+    assert cache.layers[0].pending is None
+    assert same(TurboQuantCache.from_pretrained(tmp_path / "saved"), cache)
+
+
+def test_hybrid_and_skipped_layers(tmp_path):
+    cache = TurboQuantCache(skip_layers=(1,), **OPTIONS)
+    cache.layers = [TurboQuantHybridLayer(cache.options, 0, 2), DynamicLayer()]
+    for layer in range(2):
+        cache.update(*torch.randn(2, 2, 2, 90, 32), layer)
+    cache.update_conv_state(torch.randn(2, 8, 4), 0, state_idx=1)
+    cache.update_recurrent_state(torch.randn(2, 3, 5), 0, state_idx=1)
+    cache.save_pretrained(tmp_path / "saved")
+    loaded = TurboQuantCache.from_pretrained(tmp_path / "saved")
+    assert same(loaded, cache) and [type(layer) for layer in loaded.layers] == [TurboQuantHybridLayer, DynamicLayer]
+    ours, theirs = loaded.layers[0], cache.layers[0]
+    assert torch.equal(ours.conv_states[1], theirs.conv_states[1]) and ours.conv_states[0] is None
+    assert torch.equal(ours.recurrent_states[1], theirs.recurrent_states[1])
+    assert ours.has_previous_state == theirs.has_previous_state == {0: False, 1: True}
+    # without a config, layers go on being made as they come
+    loaded.update(*torch.randn(2, 2, 2, 3, 32), 2)
+    assert len(loaded) == 3 and hasattr(loaded.layers[2], "codes")
+
+
+def test_an_empty_cache(tmp_path):
+    for cache in (TurboQuantCache(CONFIG), TurboQuantCache()):
+        cache.save_pretrained(tmp_path / "saved")
+        loaded = TurboQuantCache.from_pretrained(tmp_path / "saved")
+        assert len(loaded) == len(cache) and loaded.get_seq_length() == 0
+
+
+def test_the_file_holds_the_used_tokens_and_no_rotation(tmp_path):
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=128)
+    cache, full = TurboQuantCache(config), DynamicCache(config=config)
+    states = torch.randn(2, 1, 2, 4096, 128, dtype=torch.float16)
+    for each in (cache, full):
+        each.update(*states, 0)
+    for token in states.split(1, dim=3)[:200]:
+        cache.update(*token, 0)
+        full.update(*token, 0)
+    cache.save_pretrained(tmp_path / "saved")
+    written = sum(path.stat().st_size for path in (tmp_path / "saved").iterdir())
+    assert full.layers[0].keys.nbytes * 2 > 3.3 * written
+    report = cache.memory()
+    assert report.slack_bytes > 0 and report.constants_bytes > 0
+    # the last block is whole, the json and a mean come on top
+    used = report.codes_bytes + report.scales_bytes + report.exact_bytes
+    assert used < written < used + 128 * 2 * 2 * 128 + 8000
+
+
+def test_a_saved_cache_is_replaced_and_nothing_else_is(tmp_path, monkeypatch):
+    folder = tmp_path / "saved"
+    filled(50).save_pretrained(folder)
+    cache = filled(80)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "save_file", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            cache.save_pretrained(folder)
+    assert TurboQuantCache.from_pretrained(folder).get_seq_length() == 50
+    cache.save_pretrained(folder)
+    assert TurboQuantCache.from_pretrained(folder).get_seq_length() == 80
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+    (tmp_path / "empty").mkdir()
+    cache.save_pretrained(tmp_path / "empty")
+    assert TurboQuantCache.from_pretrained(tmp_path / "empty").get_seq_length() == 80
+
+
+@pytest.mark.parametrize("name", ("notes.txt", "cache.json"))
+def test_what_is_not_ours_is_not_replaced(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="must be"):
+        filled(50).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "{}"
+
+
+def test_a_layer_that_cannot_be_saved_is_named(tmp_path):
+    class OddLayer(DynamicLayer):
+        pass
+
+    cache = filled(50)
+    cache.layers[1] = OddLayer()
+    with pytest.raises(ValueError, match="got OddLayer at layer 1"):
+        cache.save_pretrained(tmp_path / "saved")
+    cache.layers[1] = DynamicLayer()
+    cache.layers[1].odd = object()
+    with pytest.raises(ValueError, match="`layers.1.fields.odd` must be a tensor or a plain value"):
+        cache.save_pretrained(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def rewritten(folder, change, tensors=None):
+    """The json after `change`, with checksums that fit: only what it says can give it away."""
+    header = json.loads((folder / saving.HEADER).read_text())
+    if tensors is not None:
+        save_file(tensors, folder / saving.TENSORS)
+        header["tensors_sha256"] = saving._file_sha256(folder / saving.TENSORS)
+        header["tensors"] = {name: saving._describe(tensor) for name, tensor in tensors.items()}
+    change(header)
+    header["sha256"] = saving._sha256(header)
+    (folder / saving.HEADER).write_text(json.dumps(header))
+
+
+def cut(folder):
+    path = folder / saving.TENSORS
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(folder):
+    path = folder / saving.TENSORS
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+
+
+def edit(folder):
+    path = folder / saving.HEADER
+    path.write_text(path.read_text().replace('"length": 150', '"length": 149'))
+
+
+def in_tokens(name, value):
+    return lambda folder: rewritten(folder, lambda header: header["layers"][1]["tokens"].update({name: value}))
+
+
+def in_header(name, value):
+    return lambda folder: rewritten(folder, lambda header: header.update({name: value}))
+
+
+def in_options(name, value):
+    return lambda folder: rewritten(folder, lambda header: header["options"].update({name: value}))
+
+
+def in_tensor(name, change):
+    def apply(folder):
+        tensors = load_file(folder / saving.TENSORS)
+        tensors[name] = change(tensors[name])
+        rewritten(folder, lambda header: None, tensors)
+
+    return apply
+
+
+def pickled(folder):
+    torch.save({"a": torch.zeros(1)}, folder / saving.TENSORS)
+    rewritten(folder, lambda h: h.update(tensors_sha256=saving._file_sha256(folder / saving.TENSORS)))
+
+
+SCALES = "layers.1.tokens.codes.keys.scales"
+EXACT = "layers.1.tokens.exact.values"
+CORRUPTIONS = {
+    "constants missing": (in_tokens("constants", {"keys": [], "values": []}), "as `save_pretrained` writes it"),
+    "cut off": (cut, "must have the sha256"),
+    "a bit flipped": (flip, "must have the sha256"),
+    "json edited": (edit, "must be as it was written"),
+    "json cut off": (lambda f: (f / saving.HEADER).write_text('{"format'), "as `save_pretrained` writes it"),
+    "json a list": (lambda f: (f / saving.HEADER).write_text("[]"), "as `save_pretrained` writes it"),
+    "no json": (lambda f: (f / saving.HEADER).unlink(), "No such file"),
+    "no tensors": (lambda f: (f / saving.TENSORS).unlink(), "No such file"),
+    "foreign json": (in_header("format", "safetensors index"), "`format` must be 'hf_turboquant cache', got 'safe"),
+    "pickle": (pickled, "as `save_pretrained` writes it"),
+    "newer format": (in_header("format_version", 2), "must be at most 1, got 2.*Upgrade hf_turboquant"),
+    "format of no kind": (in_header("format_version", "one"), "as `save_pretrained` writes it"),
+    "unknown option": (in_options("bits_of_mind", 3), "bits_of_mind"),
+    "option out of range": (in_options("nbits", 99), "`nbits` must be an integer"),
+    "other widths": (in_options("key_bits", 4), "codes of keys must fit"),
+    "other seed": (in_options("seed", 6), "rotation and codebook of keys must fit"),
+    "other rotation": (in_options("rotation", "haar"), "rotation and codebook of keys must fit"),
+    "length": (in_tokens("length", 149), "exact keys must fit"),
+    "negative length": (in_tokens("length", -150), "length must fit"),
+    "codes": (in_tokens("quantized", 129), "length must fit|exact keys must fit"),
+    "length and codes": (in_tokens("quantized", 1300), "length must fit"),
+    "length no number": (in_tokens("length", "150"), "as `save_pretrained` writes it"),
+    "condition": (in_tokens("condition", "center"), "scale must fit"),
+    "unknown condition": (in_tokens("condition", "magic"), "mean must fit"),
+    "no mean": (in_tokens("mean", None), "mean must fit"),
+    "scales of another dtype": (in_tensor(SCALES, lambda t: t.float()), "codes of keys must fit"),
+    "scales of fewer blocks": (in_tensor(SCALES, lambda t: t[:, :, 1:].contiguous()), "codes of keys must fit"),
+    "exact tokens gone": (in_tensor(EXACT, lambda t: t[:, :, 1:].contiguous()), "exact values must fit"),
+    "exact values of another dtype": (in_tensor(EXACT, lambda t: t.half()), "exact values must fit"),
+    "tensor undeclared": (
+        lambda f: rewritten(f, lambda header: header["tensors"].pop(SCALES)),
+        "must hold the tensors that cache.json names",
+    ),
+    "unknown layer": (
+        lambda f: rewritten(f, lambda header: header["layers"][0].update(kind="OddLayer")),
+        "OddLayer",
+    ),
+    "unknown field": (
+        lambda f: rewritten(f, lambda header: header["layers"][0]["fields"].update(odd=1)),
+        "must have a field `odd`",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saving") / "saved"
+    prefilled(make_model("llama")).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_corruption(corruption, saved, tmp_path):
+    corrupt, message = CORRUPTIONS[corruption]
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    TurboQuantCache.from_pretrained(tmp_path)
+    corrupt(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        TurboQuantCache.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ("nothing there", "a model"))
+def test_folders_that_hold_no_cache(folder, tmp_path):
+    if folder == "a model":
+        make_model("llama").save_pretrained(tmp_path / folder)
+    with pytest.raises(ValueError, match="must be a folder as `save_pretrained` writes it"):
+        TurboQuantCache.from_pretrained(tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LlamaConfig(num_hidden_layers=3, **TINY), "its num_hidden_layers is 2, got 3"),
+        (LlamaConfig(num_hidden_layers=2, **{**TINY, "head_dim": 16}), "its head_dim is 32, got 16"),
+        (LlamaConfig(num_hidden_layers=2, **{**TINY, "num_key_value_heads": 4}), "its num_key_value_heads is 2, got 4"),
+        (FAMILIES["gemma3"][1], "its model_type is llama, got gemma3_text"),
+    ],
+)
+def test_another_model(config, message, saved):
+    with pytest.raises(ValueError, match=message):
+        TurboQuantCache.from_pretrained(saved, config=config)
+    with pytest.raises(ValueError, match="`config` must be the model's config, got str"):
+        TurboQuantCache.from_pretrained(saved, config="llama")
+    assert TurboQuantCache.from_pretrained(saved, config=CONFIG).get_seq_length() == 150
+
+
+@pytest.mark.parametrize("family", ("gemma3", "qwen3_next"))
+def test_layers_of_another_kind(family, tmp_path):
+    """A cache that was never told its model: the layers tell."""
+    kind, config = FAMILIES[family]
+    cache = TurboQuantCache(**OPTIONS)
+    for layer in range(config.num_hidden_layers):
+        cache.update(*torch.randn(2, 2, 2, 9, 32), layer)
+    cache.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="its layer 0 is .'TurboQuantLayer'"):
+        TurboQuantCache.from_pretrained(tmp_path / "saved", config=config)
+    with pytest.raises(ValueError, match="its number of layers is"):
+        TurboQuantCache.from_pretrained(tmp_path / "saved", config=CONFIG)
