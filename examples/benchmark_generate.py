@@ -129,8 +129,8 @@ def largest_batch(model, make_cache, context: int, start: int) -> int:
 
 def main():
     parser = argparse.ArgumentParser(description="Decode steps of an 8B-shaped model through each cache, on a GPU.")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 32768, 131072])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=2**18, help="skip larger batch × context")

@@ -8,6 +8,8 @@ from .quantizer import Quantizer
 
 # fewer tokens than this tell too little about the ones to come
 MIN_TOKENS = 64
+# statistics of so many tokens, evenly spaced, are as good as those of all, and take little memory
+MAX_TOKENS = 16_384
 # a channel counts as if it had at least this part of the average energy: keeps scales within a factor of ten
 MIN_ENERGY = 1e-4
 
@@ -29,7 +31,8 @@ class QueryEnergy:
             query (`torch.Tensor`): of shape `[batch, num_attention_heads, query_length, head_dim]`.
             valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, query_length]`; false for padding.
         """
-        energy = query.detach().float().square()
+        query, valid = _sample(query, valid)
+        energy = query.float().square()
         if valid is not None:
             energy = energy.masked_fill(~valid[:, None, :, None], 0)
         heads, head_dim = self.total.shape
@@ -57,29 +60,28 @@ def condition(
         The quantizer and what it does: `"attention"` (mean and scale), `"center"` (mean: no query was seen, or the
         statistics are degenerate) or `"none"` (under 64 tokens, or keys that are not finite).
     """
-    keys = keys.detach().float()
-    batch, _, tokens, _ = keys.shape
-    if valid is None:
-        weights, count = None, torch.tensor(float(batch * tokens))
-        mean = keys.mean((0, 2), keepdim=True)
-    else:
-        weights = valid[:, None, :, None].float()
-        count = weights.sum()
-        # where, not a product: padding may hold anything
-        mean = torch.where(weights > 0, keys, 0).sum((0, 2), keepdim=True) / count
-    if count < MIN_TOKENS or not mean.isfinite().all():
+    if keys.shape[0] * keys.shape[2] < MIN_TOKENS:
+        return quantizer, "none"
+    keys, valid = _sample(keys, valid)
+    keys = keys.float()
+    weights = keys.new_ones(1) if valid is None else valid[:, None, :, None].float()
+    count = weights.expand(keys.shape[0], 1, keys.shape[2], 1).sum()
+    # where, not a product: padding may hold anything
+    mean = torch.where(weights > 0, keys, 0).sum((0, 2), keepdim=True) / count
+    key_energy = torch.where(weights > 0, (keys - mean).square(), 0).sum((0, 2)) / count
+    scale = torch.ones_like(key_energy)
+    if query_energy is not None:
+        scale = (_floor(query_energy) / _floor(key_energy)).pow(0.25)
+        # the overall factor is free: keep norms where they were
+        scale = scale / scale.log().mean(-1, keepdim=True).exp()
+    # one look at the device for all that can be wrong
+    enough, centre, scales = torch.stack(
+        [count >= MIN_TOKENS, mean.isfinite().all(), (scale.isfinite() & (scale > 0)).all()]
+    ).tolist()
+    if not (enough and centre):
         return quantizer, "none"
     centred = replace(quantizer, mean=mean[0])
-    if query_energy is None:
-        return centred, "center"
-    deviation = (keys - mean).square()
-    deviation = deviation if weights is None else torch.where(weights > 0, deviation, 0)
-    key_energy = deviation.sum((0, 2)) / count
-    ratio = _floor(query_energy) / _floor(key_energy)
-    scale = ratio.pow(0.25)
-    # the overall factor is free: keep norms where they were
-    scale = scale / scale.log().mean(-1, keepdim=True).exp()
-    if not (scale.isfinite().all() and (scale > 0).all()):
+    if query_energy is None or not scales:
         return centred, "center"
     return replace(centred, scale=scale.unsqueeze(1)), "attention"
 
@@ -91,6 +93,12 @@ def valid_tokens(attention_mask: torch.Tensor | None, kv_len: int) -> torch.Tens
     last = attention_mask[:, 0, -1, :kv_len]
     # additive masks hide with the dtype's lowest value or -inf
     return last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+
+
+def _sample(states: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """At most `MAX_TOKENS` tokens of `[batch, heads, tokens, head_dim]`, evenly spaced, and which of them count."""
+    step = -(-states.shape[0] * states.shape[2] // MAX_TOKENS)
+    return states.detach()[:, :, :: max(step, 1)], None if valid is None else valid[:, :: max(step, 1)]
 
 
 def _floor(energy: torch.Tensor) -> torch.Tensor:

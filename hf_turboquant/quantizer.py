@@ -1,6 +1,7 @@
 """Quantizer: what it takes to turn the keys or the values of one layer into codes and back."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class Quantizer:
     def create(cls, config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device=None) -> "Quantizer":
         """
         The quantizer of one layer: the same for equal (`config.seed`, `layer_idx`, `role`, `head_dim`), whatever the
-        device and process.
+        device and process. Caches share it.
 
         Raises:
             `ValueError`: `head_dim` is under 16 or not a multiple of 8.
@@ -67,27 +68,11 @@ class Quantizer:
         nbits, estimator = (
             (config.key_bits, config.key_estimator) if role == "keys" else (config.value_bits, config.value_estimator)
         )
-        codebook = lloyd_max(nbits - 1 if estimator == "qjl" else nbits, head_dim)
-        plane_shapes(nbits, role, head_dim)
-        # numpy draws the same stream on every machine; torch's generators differ between devices
-        generator = np.random.default_rng([config.seed, layer_idx, ("keys", "values").index(role), head_dim])
-        rotation = _tensor(rotation_matrix(config.rotation, head_dim, generator)[None], device)
-        sketch = None
-        if estimator == "qjl":
-            sketch = _tensor(sketch_matrix(config.sketch, head_dim, generator), device)
-        return cls(
-            role=role,
-            nbits=nbits,
-            estimator=estimator,
-            codebook=codebook,
-            centroids=_tensor(codebook.centroids, device),
-            boundaries=_tensor(codebook.boundaries, device),
-            ranks_to_codes=torch.from_numpy(codebook.ranks_to_codes).to(device),
-            transform=rotation,
-            # the inverse transpose of a rotation is itself
-            dual=rotation,
-            sketch=sketch,
-        )
+        device = torch.device("cpu" if device is None else device)
+        return _create(nbits, estimator, config.sketch, config.rotation, config.seed, role, layer_idx, head_dim, device)
+
+    def __deepcopy__(self, memo) -> "Quantizer":
+        return self
 
     @property
     def head_dim(self) -> int:
@@ -104,10 +89,6 @@ class Quantizer:
         tensors = {id(t): t.nbytes for t in self.__dict__.values() if isinstance(t, torch.Tensor)}
         return sum(tensors.values())
 
-    def to(self, device) -> "Quantizer":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, torch.Tensor)})
-
     def new_buffer(self, batch: int, heads: int) -> TokenBuffer:
         """An empty buffer for the codes and scales of `batch * heads` sequences: see `packing` for the planes."""
         shapes = {
@@ -118,6 +99,31 @@ class Quantizer:
         if self.estimator == "qjl":
             shapes["residual_norms"] = (scale_dtype, (BLOCK,))
         return TokenBuffer(shapes, BLOCK, batch, heads, self.transform.device)
+
+
+# a prefill of another sequence finds what the last one made: drawing matrices takes longer than quantising with them
+@lru_cache(maxsize=1024)
+def _create(nbits, estimator, sketch, rotation, seed, role, layer_idx, head_dim, device) -> Quantizer:
+    codebook = lloyd_max(nbits - 1 if estimator == "qjl" else nbits, head_dim)
+    plane_shapes(nbits, role, head_dim)
+    # numpy draws the same stream on every machine; torch's generators differ between devices
+    generator = np.random.default_rng([seed, layer_idx, ("keys", "values").index(role), head_dim])
+    # ordinary tensors, also if the first prefill runs in inference mode
+    with torch.inference_mode(False):
+        matrix = _tensor(rotation_matrix(rotation, head_dim, generator)[None], device)
+        return Quantizer(
+            role=role,
+            nbits=nbits,
+            estimator=estimator,
+            codebook=codebook,
+            centroids=_tensor(codebook.centroids, device),
+            boundaries=_tensor(codebook.boundaries, device),
+            ranks_to_codes=torch.from_numpy(codebook.ranks_to_codes).to(device),
+            transform=matrix,
+            # the inverse transpose of a rotation is itself
+            dual=matrix,
+            sketch=_tensor(sketch_matrix(sketch, head_dim, generator), device) if estimator == "qjl" else None,
+        )
 
 
 def _tensor(array: np.ndarray, device) -> torch.Tensor:
