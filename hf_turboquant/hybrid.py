@@ -60,9 +60,9 @@ class TurboQuantHybridLayer(LinearAttentionAndFullAttentionLayer, TurboQuantLaye
         TurboQuantLayer.reorder_cache(self, beam_idx)
 
     def offload(self) -> None:
-        """As `TurboQuantLayer.offload`; the recurrent states stay, because they are needed before the next `update`."""
+        """Moves codes, exact tokens and recurrent states to the CPU."""
         TurboQuantLayer.offload(self)
 
     def prefetch(self) -> None:
-        """As `TurboQuantLayer.prefetch`."""
+        """Moves codes, exact tokens and recurrent states back to the layer's device."""
         TurboQuantLayer.prefetch(self)

@@ -1,7 +1,6 @@
 """TurboQuantLayer: exact sinks and recent window, codes for everything between them."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -52,20 +51,16 @@ class TurboQuantLayer(DynamicLayer):
         # what conditioning came to, None until the first token is quantised
         self.condition: str | None = None
         self.query_energy: QueryEnergy | None = None
-        # offloading: where the tokens are, whether they go once they are settled, and the last copy under way
-        self.on_host = False
-        self.offload_due = False
-        self.copied: torch.cuda.Event | None = None
 
     @property
     def keys(self) -> torch.Tensor | None:
         """The keys held: a handle, or a plain tensor as long as nothing is quantised; `None` before the first token."""
-        return self._held()[0]
+        return self._states()[0] if self.is_initialized else None
 
     @property
     def values(self) -> torch.Tensor | None:
         """The values held, as `keys`."""
-        return self._held()[1]
+        return self._states()[1] if self.is_initialized else None
 
     @keys.setter
     def keys(self, states: None) -> None:
@@ -118,7 +113,6 @@ class TurboQuantLayer(DynamicLayer):
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
-        self._fetch()
         states = {"keys": key_states, "values": value_states}
         before = self.length
         if self.condition is None and self.config.condition == "attention":
@@ -171,8 +165,6 @@ class TurboQuantLayer(DynamicLayer):
             self.query_energy = before
             raise
         self.pending = None
-        if self.offload_due:
-            self.offload()
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         """Quantises what leaves the recent window and writes the rest to the exact slots."""
@@ -266,14 +258,8 @@ class TurboQuantLayer(DynamicLayer):
             self.exact[role][:, :, run] = states[:, :, :count]
             states = states[:, :, count:]
 
-    def _held(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if not self.is_initialized:
-            return None, None
-        self.settle()
-        with self._on_device():
-            return self._states()
-
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.settle()
         if not self.codes["keys"].length:
             return tuple(self._exact(role) for role in ROLES)
         window, quantized = self.config.residual_length, self.codes["keys"].length
@@ -326,10 +312,6 @@ class TurboQuantLayer(DynamicLayer):
         if not self.is_initialized:
             return
         self.settle()
-        with self._on_device():
-            self._map_tokens(function)
-
-    def _map_tokens(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         buffers = [buffer.snapshot() for buffer in (*self.codes.values(), self.exact)]
         for buffer in buffers:
             buffer.map(function)
@@ -349,50 +331,12 @@ class TurboQuantLayer(DynamicLayer):
         self._map(lambda tensor: tensor[indices, ...])
 
     def offload(self) -> None:
-        """Moves codes and exact tokens to host memory, pinned if the device is a GPU; handles keep what they read."""
-        # tokens that wait for their query are not stored yet: they take the rest along when they are
-        self.offload_due = self.pending is not None
-        if self.is_initialized and not self.on_host and not self.offload_due:
-            self._copy("cpu")
-            self.on_host = True
+        """Moves codes and exact tokens to the CPU; handles that are out keep what they read."""
+        # tokens that wait for their query are not stored yet: the next offload takes them along
+        if self.pending is None:
+            self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Begins to move codes and exact tokens back to the layer's device, on the current stream."""
-        self.offload_due = False
-        if self.on_host:
-            self._copy(self.device)
-            self.on_host = False
-
-    def _copy(self, device: torch.device | str) -> None:
-        cuda = self.device.type == "cuda"
-        if cuda and self.copied is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.copied)
-        # torch pins what it copies to the host without blocking
-        self._map_tokens(lambda tensor: tensor.to(device, non_blocking=True))
-        self.copied = torch.cuda.current_stream(self.device).record_event() if cuda else None
-
-    def _fetch(self) -> None:
-        """Has codes and exact tokens on the device, ready for the current stream, whichever stream copied them."""
-        self.prefetch()
-        if self.copied is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(self.copied)
-            for buffer in (*self.codes.values(), self.exact):
-                for tensor in buffer.tensors.values():
-                    tensor.record_stream(stream)
-            self.copied = None
-
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Codes and exact tokens on the device; what came from the host goes back there."""
-        was_on_host = self.on_host
-        self._fetch()
-        yield
-        if was_on_host:
-            self.offload()
-
-    def __getstate__(self) -> dict:
-        # whoever copies or saves the layer reads host memory, where a copy may still be under way
-        if self.copied is not None:
-            self.copied.synchronize()
-        return {**vars(self), "copied": None}
+        """Moves codes and exact tokens back to the layer's device."""
+        if self.pending is None:
+            self._map(lambda tensor: tensor.to(self.device, non_blocking=True))

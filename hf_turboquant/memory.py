@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, fields
 
+import torch
+
+from .layer import TurboQuantLayer
+
 
 @dataclass(frozen=True)
 class MemoryReport:
@@ -49,6 +53,42 @@ class MemoryReport:
             f"{_readable(self.total_bytes)} in place of {_readable(self.full_bytes)}: "
             f"{self.compression_ratio:.2f} times smaller ({parts or 'empty'})"
         )
+
+
+def layer_memory(layer) -> MemoryReport:
+    """The report of one layer of a cache, of whatever kind."""
+    # a compressed layer has its tokens in buffers: its own tensors are recurrent states, and tokens not yet stored
+    held = _tensor_bytes(vars(layer))
+    if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:
+        return MemoryReport(other_bytes=held, full_bytes=held)
+    codes = scales = allocated = 0
+    for buffer in layer.codes.values():
+        used = buffer.used_nbytes
+        scale_bytes = sum(t.nbytes for name, t in buffer.tensors.items() if "plane" not in name)
+        scale_bytes = scale_bytes * buffer.length // buffer.capacity if buffer.capacity else 0
+        codes, scales, allocated = codes + used - scale_bytes, scales + scale_bytes, allocated + buffer.nbytes
+    token_bytes = sum(
+        tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size()
+        for tensor in layer.exact.tensors.values()
+    )
+    exact = token_bytes * (layer.length - layer.codes["keys"].length)
+    return MemoryReport(
+        codes_bytes=codes,
+        scales_bytes=scales,
+        exact_bytes=exact,
+        slack_bytes=allocated + layer.exact.nbytes - codes - scales - exact,
+        constants_bytes=sum(quantizer.nbytes for quantizer in layer.quantizers.values()),
+        other_bytes=held,
+        full_bytes=token_bytes * layer.length + held,
+    )
+
+
+def _tensor_bytes(tree) -> int:
+    if isinstance(tree, torch.Tensor):
+        return tree.nbytes
+    if isinstance(tree, dict):
+        return sum(_tensor_bytes(value) for value in tree.values())
+    return 0
 
 
 def _readable(count: int) -> str:

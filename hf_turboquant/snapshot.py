@@ -10,7 +10,7 @@ from .quantizer import Quantizer
 ROLES = ("keys", "values")
 # what a compressed layer makes anew, or saves token by token
 _NOT_FIELDS = {"config", "layer_idx", "quantizers", "codes", "exact", "pending", "query_energy", "condition", "length"}
-_NOT_FIELDS |= {"on_host", "offload_due", "copied", "is_initialized"}
+_NOT_FIELDS |= {"is_initialized"}
 
 
 def layer_state(layer) -> dict:

@@ -1,6 +1,7 @@
 """Any sequence of operations against a slow model of the layer, failing allocations, and the edges of the drop-in."""
 
 import copy
+import dataclasses
 import threading
 from collections import Counter
 
@@ -28,7 +29,7 @@ def coarse_condition(*args):
     # a rotation of 16 dimensions has entries of ± 1/4: one token gives the same bits as a hundred, on any machine
     mean = None if quantizer.mean is None else quantizer.mean.round()
     scale = None if quantizer.scale is None else quantizer.scale.log2().round().clamp(-1, 1).exp2()
-    return hf_turboquant.quantizer.replace(quantizer, mean=mean, scale=scale), kind
+    return dataclasses.replace(quantizer, mean=mean, scale=scale), kind
 
 
 @pytest.fixture(scope="module", autouse=True)
