@@ -1,0 +1,46 @@
+"""
+The memory of a compressed cache, counted from the tensors it holds.
+
+    python examples/memory_table.py
+    python examples/memory_table.py --contexts 4096 131072 --kv-heads 2 --head-dim 256
+"""
+
+import argparse
+
+import torch
+from rich.progress import track
+
+from hf_turboquant import TurboQuantCache
+
+COLUMNS = ("context", "keys", "4 bits", "3 bits", "2 bits")
+
+
+def ratio(context: int, kv_heads: int, head_dim: int, **options) -> float:
+    """Bytes of a full bf16 cache over bytes held, after a prefill and some steps of one layer: all of them counted."""
+    cache = TurboQuantCache(condition="center", **options)
+    states = torch.randn(1, kv_heads, context, head_dim, dtype=torch.bfloat16)
+    cache.update(states[:, :, :-16], states[:, :, :-16], 0)
+    for token in states[:, :, -16:].split(1, dim=2):
+        cache.update(token, token, 0)
+    return cache.memory().compression_ratio
+
+
+def main():
+    parser = argparse.ArgumentParser(description="How many times smaller a cache gets, everything counted.")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 8192, 32768, 131072])
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    args = parser.parse_args()
+    rows = [(context, estimator) for context in args.contexts for estimator in ("qjl", "rescaled")]
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    for context, estimator in track(rows, description="quantising", transient=True):
+        ratios = [
+            ratio(context, args.kv_heads, args.head_dim, nbits=nbits, key_estimator=estimator) for nbits in (4, 3, 2)
+        ]
+        lines.append(f"| {context:,} | {estimator} | {' | '.join(f'{r:.2f}' for r in ratios)} |")
+    print(f"bf16, {args.kv_heads} KV heads of {args.head_dim}, batch 1: full cache / compressed cache, in bytes\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
