@@ -62,8 +62,9 @@ def load_cache(cls, folder: str | Path, config: PreTrainedConfig | None, device)
 
 def model_fields(config: PreTrainedConfig) -> dict:
     """What tells a model from another, as json has it."""
-    text = config.get_text_config(decoder=True)
-    return json.loads(json.dumps({name: getattr(text, name, None) for name in MODEL_FIELDS}, default=str))
+    # not by attribute: where layers differ, the config refuses to name one value for all of them
+    text = config.get_text_config(decoder=True).to_dict()
+    return json.loads(json.dumps({name: text.get(name) for name in MODEL_FIELDS}, default=str))
 
 
 def _new_layer(options: TurboQuantConfig, index: int, state: dict):
