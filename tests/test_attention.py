@@ -1,6 +1,7 @@
 """Which path runs, through real models: plain sdpa, "turboquant" and eager."""
 
 import copy
+import logging
 import subprocess
 import sys
 
@@ -161,3 +162,14 @@ def test_import_without_triton():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "6", result.stderr
+
+
+def test_auto_says_once_what_it_took(caplog):
+    ops._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger="hf_turboquant.ops"):
+        for _ in range(2):
+            cache = TurboQuantCache(CONFIG, residual_length=0, condition="none")
+            cache.update(*torch.randn(2, 1, 2, 10, 32), 0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "quantize runs on the torch reference: the tensors are on cpu."
+    ]

@@ -13,7 +13,9 @@ try:
     # before the functions below, which take these names
     from . import attention as attention_kernels
     from . import quantize as quantize_kernels
-except Exception:  # TEMP
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "triton":
+        raise
     attention_kernels = quantize_kernels = None
 
 logger = logging.getLogger(__name__)
@@ -223,14 +225,16 @@ def _pick(backend: str, device: torch.device, kernels, name: str, *args):
     else:
         reason = kernels.supports(*args)
     if reason is None:
-        _log_choice(name, "Triton kernels", "")
+        _log_choice(logging.INFO, name, "Triton kernels", "")
         return getattr(kernels, name)
     if backend == "triton":
         raise ValueError(f"`backend='triton'` cannot run `{name}` here: {reason}. Use `backend='auto'` or `'torch'`.")
-    _log_choice(name, "the torch reference", reason)
+    # on a GPU the reference is many times slower: worth a warning
+    level = logging.WARNING if device.type == "cuda" else logging.INFO
+    _log_choice(level, name, "the torch reference", reason)
     return getattr(reference, name)
 
 
 @cache
-def _log_choice(name: str, choice: str, reason: str) -> None:
-    logger.info("%s runs on %s%s.", name, choice, f": {reason}" if reason else "")
+def _log_choice(level: int, name: str, choice: str, reason: str) -> None:
+    logger.log(level, "%s runs on %s%s.", name, choice, f": {reason}" if reason else "")
