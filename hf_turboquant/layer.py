@@ -168,6 +168,8 @@ class TurboQuantLayer(DynamicLayer):
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         """Quantises what leaves the recent window and writes the rest to the exact slots."""
+        # nobody differentiates through a cache: without this, buffers would keep every graph alive
+        states = {role: states[role].detach() for role in ROLES}
         sinks, window = self.config.sink_length, self.config.residual_length
         before, after = self.length, self.length + states["keys"].shape[2]
         quantized = sinks + self.codes["keys"].length
@@ -204,7 +206,9 @@ class TurboQuantLayer(DynamicLayer):
             sinks = self.config.sink_length
             energy = None if self.query_energy is None else self.query_energy.total
             valid = None if valid is None else valid[:, sinks:]
-            quantizer, self.condition = condition(quantizer, keys[:, :, sinks:], energy, valid)
+            # ordinary tensors, like all constants, whatever mode the first prefill runs in
+            with torch.inference_mode(False), torch.no_grad():
+                quantizer, self.condition = condition(quantizer, keys[:, :, sinks:], energy, valid)
         self.quantizers = {"keys": quantizer, "values": self.quantizers["values"]}
         self.query_energy = None
 

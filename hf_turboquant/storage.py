@@ -22,10 +22,12 @@ class TokenBuffer:
     def __init__(self, shapes, block: int, batch: int, heads: int, device: torch.device):
         self.block = block
         self.length = 0
-        self.tensors = {
-            name: torch.empty((batch, heads, 0, *shape), dtype=dtype, device=device)
-            for name, (dtype, shape) in shapes.items()
-        }
+        # ordinary tensors, also in inference mode: they are written to later, whatever mode that is in
+        with torch.inference_mode(False):
+            self.tensors = {
+                name: torch.empty((batch, heads, 0, *shape), dtype=dtype, device=device)
+                for name, (dtype, shape) in shapes.items()
+            }
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -61,7 +63,8 @@ class TokenBuffer:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replaces every tensor by `function(tensor)`: reorder, select, repeat, move. All of them or none."""
-        self.tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
+        with torch.inference_mode(False):
+            self.tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
 
     def snapshot(self) -> "TokenBuffer":
         """The same tensors with a length of their own: later appends and moves don't show."""

@@ -209,6 +209,23 @@ def test_generate_as_with_a_dynamic_cache(model, options):
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("first", (torch.inference_mode, torch.no_grad, torch.enable_grad))
+@pytest.mark.parametrize("then", (torch.inference_mode, torch.no_grad, torch.enable_grad))
+def test_modes_may_change_between_calls(model, first, then):
+    ids, logits = tokens(60), []
+    for cache in (DynamicCache(config=CONFIG), precise_cache()):
+        with first():
+            model(ids[:, :40], past_key_values=cache)
+            model(ids[:, 40:41], past_key_values=cache)
+            cache.reorder_cache(torch.tensor([1, 0]))
+        with then():
+            model(ids[:, 41:42], past_key_values=cache)
+            logits.append(model(ids[:, 42:60], past_key_values=cache).logits.detach())
+    assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
+    for buffer in (*cache.layers[0].codes.values(), cache.layers[0].exact):
+        assert not any(tensor.requires_grad or tensor.is_inference() for tensor in buffer.tensors.values())
+
+
 def test_left_padding_in_generate(model):
     ids, mask = tokens(40), torch.ones(2, 40, dtype=torch.long)
     ids[0, :13], mask[0, :13] = 0, 0
