@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 
 from .conditioning import QueryEnergy
+from .layer import ROLES
 from .quantizer import Quantizer
 
-ROLES = ("keys", "values")
 # what a compressed layer makes anew, or saves token by token
 _NOT_FIELDS = {"config", "layer_idx", "quantizers", "codes", "exact", "pending", "query_energy", "condition", "length"}
 _NOT_FIELDS |= {"is_initialized"}
@@ -18,9 +18,7 @@ def layer_state(layer) -> dict:
     compressed = hasattr(layer, "codes")
     if compressed:
         layer.settle()
-    # waits for copies to the host that are under way
-    fields = layer.__getstate__() if compressed else vars(layer)
-    fields = {name: value for name, value in fields.items() if not (compressed and name in _NOT_FIELDS)}
+    fields = {name: value for name, value in vars(layer).items() if not (compressed and name in _NOT_FIELDS)}
     tokens = _tokens(layer) if compressed and layer.is_initialized else None
     return {"kind": type(layer).__name__, "fields": fields, "tokens": tokens}
 
