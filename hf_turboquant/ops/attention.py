@@ -5,6 +5,7 @@ import torch
 from ..packing import BLOCK
 from ..quantizer import Quantizer
 from .attention_plan import (
+    COMBINE_COLUMNS,
     DTYPES,
     EXACT_TILE,
     INTERPRETED,
@@ -95,7 +96,6 @@ class AttentionCall:
         self.groups = heads // self.kv_heads
         self.pairs = batch * self.kv_heads
         self.rows = self.groups * self.query_length
-        self.padded_rows = -(-self.rows // 16) * 16
         length = states.codes["keys"].length
         self.blocks = -(-length // BLOCK)
         self.lengths = (self.query_length, self.groups, self.kv_heads, states.kv_len, states.sink_length, length)
@@ -130,15 +130,15 @@ class AttentionCall:
         # one call's splits are those of the codes, then those of the exact tokens
         exact_splits = -(-self.slots // EXACT_TILE)
         self.code_splits = count_splits(
-            self.kernels.wave, self.pairs * self.row_tiles, self.blocks, max(MAX_SPLITS - exact_splits, 16)
+            self.kernels.wave, self.pairs * self.row_tiles, self.blocks, MAX_SPLITS
         )
         self.splits = self.code_splits + exact_splits
         scratch = scratch_of(query.device)
         results = self.pairs * self.rows * self.splits
         self.partial = scratch.get("partial", results * self.value_dim)
         self.stats = scratch.get("stats", results * 2)
-        self.operands = scratch.get("operands", self.pairs * self.padded_rows * self.kernels.operand_bytes)
-        self.constants = scratch.get("constants", self.pairs * self.padded_rows * 8)
+        self.operands = scratch.get("operands", self.pairs * self.rows * self.kernels.operand_bytes)
+        self.constants = scratch.get("constants", self.pairs * self.rows * 8)
         other = query.device.type == "cuda" and query.device.index != torch.cuda.current_device()
         self.device_guard = torch.cuda.device(query.device) if other else _NO_GUARD
 
@@ -147,8 +147,12 @@ class AttentionCall:
         kernels, keys, states = self.kernels, self.key_constants, self.states
         launch = kernels.prepare if logits is None else kernels.prepare_scores
         key_states, value_states = states.exact["keys"], states.exact["values"]
+        tiles = -(-self.rows // 16)
+        # rows that share an operator fill tiles of 16 together
+        query_tiles = -(-self.pairs * self.rows // 16) if keys.heads == 1 else self.pairs * tiles
+        exact_tiles = self.pairs * tiles * (self.splits - self.code_splits)
         launch(
-            (kernels.terms + self.splits - self.code_splits, self.padded_rows // 16, self.pairs),
+            (kernels.terms * query_tiles + exact_tiles, 1, 1),
             self.query,
             keys.query_operators(kernels.operator_dtype),
             keys.inverse_scale,
@@ -177,6 +181,7 @@ class AttentionCall:
             self.slots,
             key_states.stride(1),
             value_states.stride(1),
+            self.pairs,
             self.splits,
             self.code_splits,
             scaling,
@@ -205,7 +210,6 @@ class AttentionCall:
             self.key_blocks,
             self.value_blocks,
             self.row_tiles,
-            self.padded_rows,
             self.splits,
             self.code_splits,
             self.softcap,
@@ -217,9 +221,9 @@ class AttentionCall:
         heads = self.groups * self.kv_heads
         # where the model wants it: heads next to each other
         out = query.new_empty((query.shape[0], self.query_length, heads, self.value_dim))
-        launch = kernels.combine(self.pairs * self.rows, self.splits, sinks is not None)
+        launch = kernels.combine(self.code_splits, sinks is not None)
         launch(
-            (self.pairs * self.rows, -(-self.value_dim // launch.constants["COLUMNS"]), 1),
+            (self.pairs * self.rows, -(-self.value_dim // COMBINE_COLUMNS), 1),
             self.partial,
             self.stats,
             values.dual_operator(kernels.dual_dtype),
@@ -258,7 +262,6 @@ class AttentionCall:
             *self.lengths,
             self.key_blocks,
             self.row_tiles,
-            self.padded_rows,
             self.softcap,
         )
 

@@ -17,7 +17,7 @@ def attend_kernel(
     operands, constants, key_wide, key_one, key_scales, key_residual_norms, key_tables,
     value_wide, value_one, value_scales, value_table, mask_ptr, partial, stats,
     mask_b, mask_h, mask_t, mask_n, query_length, groups, kv_heads, kv_len, sink_length, length,
-    key_blocks, value_blocks, row_tiles, padded_rows, splits, code_splits, softcap,
+    key_blocks, value_blocks, row_tiles, splits, code_splits, softcap,
     DIM: tl.constexpr, WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, QJL: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_BITS: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, FOLD: tl.constexpr, MEAN: tl.constexpr,
@@ -44,10 +44,12 @@ def attend_kernel(
     COUNT: tl.constexpr = 2 if KEY_BITS == 4 else 4
     column = tl.arange(0, ROWS)
     row = column % (ROWS // 2) if FOLD else tile * ROWS + column
-    padded_row = bh64 * padded_rows + row
+    rows = groups * query_length
+    exists = row < rows
+    flat_row = bh64 * rows + row
     SETS: tl.constexpr = (2 + 2 * QJL) * COUNT
-    q = load_operands(operands, padded_row, SETS * WIDTH, SETS, WIDTH)
-    c = load_constants(constants, padded_row, QJL, MEAN)
+    q = load_operands(operands, flat_row, exists, SETS * WIDTH, SETS, WIDTH)
+    c = load_constants(constants, flat_row, exists, QJL, MEAN)
 
     # of every row the largest logit plus log2 of its value's scale: what enters the weighted sum is then in [0, 1]
     largest = tl.full([ROWS], LOWEST, tl.float32)
@@ -161,9 +163,7 @@ def attend_kernel(
                 new_sums = new_sums + (acc,)
         sums = new_sums
 
-    rows = groups * query_length
-    exists = row < rows
-    at = (bh64 * rows + row) * splits + split
+    at = flat_row * splits + split
     d = tl.arange(0, VALUE_ROWS)
     HEIGHT: tl.constexpr = VALUE_DIM // HALVES
     if OFFSET:
@@ -191,52 +191,55 @@ def attend_kernel(
 def combine_kernel(
     partial, stats, dual, mean, sinks, out, rows, query_length, groups, kv_heads, dual_heads, mean_heads,
     splits, code_splits, out_b, out_h, out_t, level_scale,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, CODED: tl.constexpr, EXACT: tl.constexpr,
     MEAN: tl.constexpr, SINKS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """
-    Merges the splits by log-sum-exp, `CHUNK` at a time, and turns the part of the codes back, x̂ = A⁻¹ ẑ. Grid (batch ·
-    KV heads · R, ⌈DIM / COLUMNS⌉).
+    Merges the splits by log-sum-exp, those of codes (at most `CODED`) in one step, and turns the part of the codes back,
+    x̂ = A⁻¹ ẑ. Grid (batch · KV heads · R, ⌈DIM / COLUMNS⌉).
     """
-    bh = tl.program_id(0) // rows
-    row = tl.program_id(0) % rows
+    flat_row = tl.program_id(0)
+    bh = flat_row // rows
+    row = flat_row % rows
     head = bh % kv_heads
     k = tl.arange(0, DIM_PAD)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inner = (k < DIM)[None, :]
     outer = (d < DIM)[None, :]
+    first = flat_row.to(tl.int64) * splits
+    # everything is asked for before anything is needed: the time of this kernel is that of one trip to memory
     matrix = dual + (head % dual_heads).to(tl.int64) * DIM * DIM + k[:, None] * DIM + d[None, :]
     matrix = tl.load(matrix, mask=(k < DIM)[:, None] & outer, other=0)
+    s = tl.arange(0, CODED)
+    coded = s < code_splits
+    x = partial + (first + s)[:, None] * DIM + k[None, :]
+    x = tl.load(x, mask=coded[:, None] & (k < DIM)[None, :], other=0)
+    maxima = tl.load(stats + (first + s) * 2, mask=coded, other=LOWEST)
+    masses = tl.load(stats + (first + s) * 2 + 1, mask=coded, other=0)
     largest = LOWEST
     total = 0.0
     if SINKS:
         largest = tl.load(sinks + head * groups + row // query_length).to(tl.float32) * 1.4426950408889634
         total = 1.0
-    code_total = 0.0
-    turned = tl.zeros([DIM_PAD], tl.float32)
-    plain = tl.zeros([COLUMNS], tl.float32)
-    first = (bh.to(tl.int64) * rows + row) * splits
-    for start in range(0, splits, CHUNK):
-        s = start + tl.arange(0, CHUNK)
-        at = first + s
-        here = s < splits
-        coded = s < code_splits
-        x = tl.load(partial + at[:, None] * DIM + k[None, :], mask=coded[:, None] & inner, other=0)
-        y = tl.load(
-            partial + at[:, None] * DIM + d[None, :], mask=(here & (s >= code_splits))[:, None] & outer, other=0
-        )
-        maxima = tl.load(stats + at * 2, mask=here, other=-1e30)
-        masses = tl.load(stats + at * 2 + 1, mask=here, other=0)
-        new_largest = tl.maximum(largest, tl.max(maxima, axis=0))
+    result = tl.zeros([COLUMNS], tl.float32)
+    for start in range(code_splits, splits, EXACT):
+        e = start + tl.arange(0, EXACT)
+        here = e < splits
+        y = tl.load(partial + (first + e)[:, None] * DIM + d[None, :], mask=here[:, None] & outer, other=0)
+        exact_maxima = tl.load(stats + (first + e) * 2, mask=here, other=LOWEST)
+        exact_masses = tl.load(stats + (first + e) * 2 + 1, mask=here, other=0)
+        new_largest = tl.maximum(largest, tl.max(exact_maxima, axis=0))
         decay = exp2(largest - new_largest, ASM)
-        weight = exp2(maxima - new_largest, ASM)
+        weight = exp2(exact_maxima - new_largest, ASM)
         largest = new_largest
-        total = total * decay + tl.sum(weight * masses, axis=0)
-        if MEAN:
-            code_total = code_total * decay + tl.sum(tl.where(coded, weight * masses, 0.0), axis=0)
-        turned = turned * decay + tl.sum(x * weight[:, None], axis=0)
-        plain = plain * decay + tl.sum(y * weight[:, None], axis=0)
-    result = tl.sum((turned * level_scale)[:, None] * matrix.to(tl.float32), axis=0) + plain
+        total = total * decay + tl.sum(weight * exact_masses, axis=0)
+        result = result * decay + tl.sum(y * weight[:, None], axis=0)
+    new_largest = tl.maximum(largest, tl.max(maxima, axis=0))
+    decay = exp2(largest - new_largest, ASM)
+    weight = exp2(maxima - new_largest, ASM)
+    code_total = tl.sum(weight * masses, axis=0)
+    total = total * decay + code_total
+    turned = tl.sum(x * weight[:, None], axis=0) * level_scale
+    result = result * decay + tl.sum(turned[:, None] * matrix.to(tl.float32), axis=0)
     if MEAN:
         result += code_total * tl.load(mean + head % mean_heads * DIM + d, mask=d < DIM, other=0)
     # a row that may attend to nothing is zero

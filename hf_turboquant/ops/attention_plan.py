@@ -14,8 +14,10 @@ from .prepare_kernel import prepare_kernel
 from .ptx import level_snippet, value_snippet
 from .scores_kernel import scores_kernel
 
-# more would take `combine_kernel` more than one step
+# of the codes: `combine_kernel` merges them in one step
 MAX_SPLITS = 64
+# of the output, for one program of `combine_kernel`: fewer would read partial sums more often, more take longer
+COMBINE_COLUMNS = 64
 # exact slots of one program
 EXACT_TILE = 64
 # rows of one matrix product: 8 is the narrowest of NVIDIA's, 16 what every GPU has
@@ -262,24 +264,23 @@ class Kernels:
         self._wave = None
         self._mask_dtype = mask_dtype or query_dtype
 
-    def combine(self, rows: int, splits: int, sinks: bool) -> Launcher:
-        """`combine_kernel` for so many rows and splits."""
-        chunk = 16 if splits <= 16 else 32 if splits <= 32 else 64
-        # few rows: many small programs; many rows: each reads all partial sums fewer times
-        columns = 32 if rows * self.value_dim <= 2**13 else 64 if self.value_dim <= 128 else 128
-        launcher = self._combine.get((columns, chunk, sinks))
+    def combine(self, code_splits: int, sinks: bool) -> Launcher:
+        """`combine_kernel` for so many splits of codes."""
+        coded = max(4, triton.next_power_of_2(code_splits))
+        launcher = self._combine.get((coded, sinks))
         if launcher is None:
             constants = {
                 "DIM": self.value_dim,
                 "DIM_PAD": triton.next_power_of_2(self.value_dim),
-                "COLUMNS": columns,
-                "CHUNK": chunk,
+                "COLUMNS": COMBINE_COLUMNS,
+                "CODED": coded,
+                "EXACT": 4,
                 "MEAN": self.value_mean,
                 "SINKS": sinks,
                 "ASM": not self.portable,
             }
-            warps = 4 if chunk * self.value_dim <= 2048 else 8
-            launcher = self._combine[columns, chunk, sinks] = Launcher(combine_kernel, constants, num_warps=warps)
+            warps = 4 if coded * constants["DIM_PAD"] <= 2**13 else 8
+            launcher = self._combine[coded, sinks] = Launcher(combine_kernel, constants, num_warps=warps)
         return launcher
 
     @property
@@ -293,7 +294,7 @@ class Kernels:
         byte, wide = torch.uint8, torch.float32
         scale = torch.bfloat16
         pointers = (torch.int8, wide, byte, byte, scale, scale, torch.int8, byte, byte, scale, wide)
-        compiled = self.attend.compile(*pointers, self._mask_dtype, wide, wide, *[1] * 16, 1.0)
+        compiled = self.attend.compile(*pointers, self._mask_dtype, wide, wide, *[1] * 15, 1.0)
         properties = torch.cuda.get_device_properties(self.device)
         # registers come in steps of 8 per thread, and each quarter of a multiprocessor has a quarter of them
         registers = -(-compiled.n_regs // 8) * 8 * properties.warp_size

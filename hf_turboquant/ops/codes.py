@@ -67,12 +67,13 @@ def part_tokens(part: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def load_operands(operands, row, stride, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """`COUNT` query operands `[WIDTH, rows]`, one after the other in memory."""
+def load_operands(operands, row, exists, stride, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """`COUNT` query operands `[WIDTH, rows]`, one after the other in memory; zero where no row `exists`."""
     out = ()
     e = tl.arange(0, WIDTH)
     for i in tl.static_range(COUNT):
-        out = out + (tl.load(operands + row[None, :] * stride + (i * WIDTH + e)[:, None]),)
+        at = operands + row[None, :] * stride + (i * WIDTH + e)[:, None]
+        out = out + (tl.load(at, mask=exists[None, :], other=0),)
     return out
 
 

@@ -13,17 +13,17 @@ INTEGERS = (
     "query_b query_h query_t mask_b mask_h mask_t mask_n query_length groups kv_heads operator_heads mean_heads "
     "scale_heads "
     "dual_heads kv_len recent_start sink_length ring phase slots length key_stride value_stride splits code_splits "
-    "key_blocks value_blocks row_tiles padded_rows rows out_b out_h out_t"
+    "key_blocks value_blocks row_tiles pairs rows out_b out_h out_t"
 ).split()
 UNALIGNED = ["query", "mask_ptr", "sinks"]
 
 
 @triton.jit
-def load_constants(constants, row, QJL: tl.constexpr, MEAN: tl.constexpr):
+def load_constants(constants, row, exists, QJL: tl.constexpr, MEAN: tl.constexpr):
     out = ()
     for i in tl.static_range(5):
         if i < 2 or (QJL and i < 4) or (MEAN and i == 4):
-            out = out + (tl.load(constants + row * 8 + i)[None, :],)
+            out = out + (tl.load(constants + row * 8 + i, mask=exists, other=0)[None, :],)
         else:
             out = out + (0.0,)
     return out

@@ -22,7 +22,7 @@ def prepare_kernel(
     query_b, query_h, query_t, mask_b, mask_h, mask_t, mask_n,
     query_length, groups, kv_heads, operator_heads, scale_heads, mean_heads,
     kv_len, recent_start, sink_length, ring, phase, slots,
-    key_stride, value_stride, splits, code_splits, scaling, softcap, level_scale, level_offset,
+    key_stride, value_stride, pairs, splits, code_splits, scaling, softcap, level_scale, level_offset,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     BITS: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, PASSES: tl.constexpr, TILE: tl.constexpr,
     SCALE: tl.constexpr, MEAN: tl.constexpr,
@@ -30,9 +30,9 @@ def prepare_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """
-    Everything that does not need the codes. Grid (`TERMS` + chunks of `TILE` exact slots, tiles of 16 rows, batch · KV
-    heads). The first `TERMS` programs turn the query, A⁻ᵀ q, and sketch it, κS A⁻ᵀ q, and write both as integers; each
-    of the others attends to one chunk of exact tokens (with `SCORES`: writes its logits).
+    Everything that does not need the codes. The first programs of the grid turn 16 rows of queries each, A⁻ᵀ q, or sketch
+    them, κS A⁻ᵀ q, `TERMS` programs for the same rows, and write both as integers; each of the others attends to `TILE`
+    exact slots with 16 rows of one pair of batch and KV head (with `SCORES`: writes its logits).
 
     With `PASSES` 2 an operator is a sum of two matrices in the query's own 16 bits, the second times 2048: two products
     of a 16-bit matrix product are as good as one in fp32, and faster.
@@ -42,30 +42,41 @@ def prepare_kernel(
 
         logit = (i · c₀ + c₁) · scale + (j · c₂ + c₃) · residual norm + c₄
     """
-    task = tl.program_id(0)
-    tile = tl.program_id(1)
-    bh = tl.program_id(2)
-    batch = (bh // kv_heads).to(tl.int64)
-    head = bh % kv_heads
     rows = groups * query_length
-    row = tile * 16 + tl.arange(0, 16)
-    exists = row < rows
-    query_offset = batch * query_b + (head * groups + row // query_length).to(tl.int64) * query_h
-    query_offset += (row % query_length).to(tl.int64) * query_t
-    padded_rows = tl.num_programs(1) * 16
-    if task < TERMS:
+    # rows that share an operator fill tiles together: all of them, or those of one pair
+    segment_rows = pairs * rows if operator_heads == 1 else rows
+    segment_tiles = (segment_rows + 15) // 16
+    query_tiles = pairs * rows // segment_rows * segment_tiles
+    task = tl.program_id(0)
+    if task < TERMS * query_tiles:
+        term = task // query_tiles
+        segment = task % query_tiles // segment_tiles
+        local = task % segment_tiles * 16 + tl.arange(0, 16)
+        exists = local < segment_rows
+        flat = segment * segment_rows + local
+        pair = flat // rows
+        member = flat % rows
+        head = pair % kv_heads
+        x_rows = query + (pair // kv_heads).to(tl.int64) * query_b
+        x_rows += (head * groups + member // query_length).to(tl.int64) * query_h
+        x_rows += (member % query_length).to(tl.int64) * query_t
         CHUNK: tl.constexpr = 64 if DIM_PAD <= 128 else 32
         d = tl.arange(0, DIM_PAD)
-        operator = operators + (task * PASSES * operator_heads + head % operator_heads).to(tl.int64) * DIM * DIM
+        operator = operators + (term * PASSES * operator_heads + segment % operator_heads).to(tl.int64) * DIM * DIM
         turned = tl.zeros([16, DIM_PAD], tl.float32)
         rest = tl.zeros([16, DIM_PAD], tl.float32)
+        offsets = tl.zeros([16, CHUNK], tl.float32)
         for start in range(0, DIM, CHUNK):
             k = start + tl.arange(0, CHUNK)
-            x = tl.load(query + query_offset[:, None] + k[None, :], mask=exists[:, None] & (k < DIM)[None, :], other=0)
+            x_mask = exists[:, None] & (k < DIM)[None, :]
+            x = tl.load(x_rows[:, None] + k[None, :], mask=x_mask, other=0)
+            if MEAN:
+                mu = tl.load(mean + (head % mean_heads * DIM)[:, None] + k[None, :], mask=x_mask, other=0)
+                offsets += x.to(tl.float32) * mu
             if SCALE:
                 # the inverse of the keys' channel scale; rounded like the query itself
-                x = x.to(tl.float32)
-                x *= tl.load(inverse_scale + head % scale_heads * DIM + k, mask=k < DIM, other=0)[None, :]
+                factor = inverse_scale + (head % scale_heads * DIM)[:, None] + k[None, :]
+                x = x.to(tl.float32) * tl.load(factor, mask=x_mask, other=0)
             x = x.to(operators.dtype.element_ty)
             m_mask = (k < DIM)[:, None] & (d < DIM)[None, :]
             m = tl.load(operator + k[:, None] * DIM + d[None, :], mask=m_mask, other=0)
@@ -80,33 +91,37 @@ def prepare_kernel(
         integer, high, low = _round_query(turned, step)
         total = tl.sum(integer, axis=1).to(tl.float32)
         COUNT: tl.constexpr = 2 if BITS == 4 else 4
-        at = (bh.to(tl.int64) * padded_rows + row) * (TERMS * 2 * COUNT * WIDTH) + task * (2 * COUNT * WIDTH)
+        at = flat.to(tl.int64) * (TERMS * 2 * COUNT * WIDTH) + term * (2 * COUNT * WIDTH)
         # coordinates beyond the last are zero, and so are the places of the operands that no coordinate goes to
         p = operand_position(d, BITS, COUNT * WIDTH // 2, ASM)
-        inside = (d < COUNT * WIDTH)[None, :]
+        inside = exists[:, None] & (d < COUNT * WIDTH)[None, :]
         tl.store(operands + at[:, None] + p[None, :], high, mask=inside)
         tl.store(operands + at[:, None] + (COUNT * WIDTH + p)[None, :], low, mask=inside)
-        c = constants + (bh.to(tl.int64) * padded_rows + row) * 8
+        c = constants + flat.to(tl.int64) * 8
         factor = step * (scaling * 1.4426950408889634)
-        if task == 0:
-            tl.store(c, factor * level_scale)
-            tl.store(c + 1, factor * level_scale * level_offset * total)
+        if term == 0:
+            tl.store(c, factor * level_scale, mask=exists)
+            tl.store(c + 1, factor * level_scale * level_offset * total, mask=exists)
             if MEAN:
-                dot = tl.zeros([16], tl.float32)
-                for start in range(0, DIM, CHUNK):
-                    k = start + tl.arange(0, CHUNK)
-                    inner = exists[:, None] & (k < DIM)[None, :]
-                    x = tl.load(query + query_offset[:, None] + k[None, :], mask=inner, other=0).to(tl.float32)
-                    mu = tl.load(mean + head % mean_heads * DIM + k, mask=k < DIM, other=0)
-                    dot += tl.sum(x * mu[None, :], axis=1)
-                tl.store(c + 4, dot * (scaling * 1.4426950408889634))
+                tl.store(c + 4, tl.sum(offsets, axis=1) * (scaling * 1.4426950408889634), mask=exists)
         else:
             # the operand is 1 where the sign is minus: Σ q sign = Σ q - 2 Σ q operand
-            tl.store(c + 2, -2.0 * factor)
-            tl.store(c + 3, factor * total)
+            tl.store(c + 2, -2.0 * factor, mask=exists)
+            tl.store(c + 3, factor * total, mask=exists)
     else:
-        slot = (task - TERMS) * TILE + tl.arange(0, TILE)
-        recent = recent_start + (slot - sink_length - phase + ring) % tl.maximum(ring, 1)
+        task -= TERMS * query_tiles
+        chunks = splits - code_splits
+        chunk = task % chunks
+        tiles = (rows + 15) // 16
+        bh = task // chunks // tiles
+        row = task // chunks % tiles * 16 + tl.arange(0, 16)
+        exists = row < rows
+        query_offset = (bh // kv_heads).to(tl.int64) * query_b
+        query_offset += (bh % kv_heads * groups + row // query_length).to(tl.int64) * query_h
+        query_offset += (row % query_length).to(tl.int64) * query_t
+        slot = chunk * TILE + tl.arange(0, TILE)
+        recent = recent_start + slot - sink_length - phase
+        recent = tl.where(recent < recent_start, recent + ring, recent)
         position = tl.where(slot < sink_length, slot, recent)
         valid = (slot < slots) & (position < kv_len)
         d = tl.arange(0, DIM_PAD)
@@ -136,7 +151,7 @@ def prepare_kernel(
             largest = tl.maximum(tl.max(logits, axis=1), LOWEST)
             weights = exp2(logits - largest[:, None], ASM)
             out = tl.dot(weights.to(DOT), values, input_precision="ieee")
-            at = flat_row * splits + code_splits + task - TERMS
+            at = flat_row * splits + code_splits + chunk
             tl.store(
                 partial + at[:, None] * VALUE_DIM + v[None, :], out, mask=exists[:, None] & (v < VALUE_DIM)[None, :]
             )

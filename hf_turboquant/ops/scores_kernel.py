@@ -11,7 +11,7 @@ from .logits import INTEGERS, UNALIGNED, finish_logits, key_logits, load_constan
 def scores_kernel(
     operands, constants, key_wide, key_one, key_scales, key_residual_norms, key_tables, mask_ptr, out,
     mask_b, mask_h, mask_t, mask_n, query_length, groups, kv_heads, kv_len, sink_length, length,
-    key_blocks, row_tiles, padded_rows, softcap,
+    key_blocks, row_tiles, softcap,
     DIM: tl.constexpr, WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, QJL: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, MEAN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     ASM: tl.constexpr, SNIPPET: tl.constexpr, CONSTRAINTS: tl.constexpr, BLOCKS: tl.constexpr,
@@ -21,14 +21,13 @@ def scores_kernel(
     bh = tl.program_id(1)
     bh64 = bh.to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
-    padded_row = bh64 * padded_rows + row
-    COUNT: tl.constexpr = 2 if KEY_BITS == 4 else 4
-    SETS: tl.constexpr = (2 + 2 * QJL) * COUNT
-    q = load_operands(operands, padded_row, SETS * WIDTH, SETS, WIDTH)
-    c = load_constants(constants, padded_row, QJL, MEAN)
     rows = groups * query_length
     exists = row < rows
     flat_row = bh64 * rows + row
+    COUNT: tl.constexpr = 2 if KEY_BITS == 4 else 4
+    SETS: tl.constexpr = (2 + 2 * QJL) * COUNT
+    q = load_operands(operands, flat_row, exists, SETS * WIDTH, SETS, WIDTH)
+    c = load_constants(constants, flat_row, exists, QJL, MEAN)
     first = tl.program_id(0) // row_tiles * BLOCKS
     for block in range(first, tl.minimum(first + BLOCKS, (length + 127) // 128)):
         ks = load_scales(key_scales, bh64 * key_blocks + block, PARTS, ASM)
