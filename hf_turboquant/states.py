@@ -78,7 +78,8 @@ class LayerStates:
         """All keys or values in the model's dtype, of shape `[batch, num_key_value_heads, kv_len, head_dim]`."""
         exact = self.exact[role]
         out = exact.new_empty(self.shape(role))
-        ops.dequantize(self.codes[role], self.quantizers[role], out[:, :, self.sink_length : self.recent_start])
+        coded = out[:, :, self.sink_length : self.recent_start]
+        ops.dequantize(self.codes[role], self.quantizers[role], coded, self.backend)
         for position, run in self.exact_runs():
             piece = exact[:, :, run]
             out[:, :, position : position + piece.shape[2]] = piece

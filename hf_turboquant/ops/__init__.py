@@ -12,11 +12,12 @@ from . import reference
 try:
     # before the functions below, which take these names
     from . import attention as attention_kernels
+    from . import dequantize as dequantize_kernels
     from . import quantize as quantize_kernels
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "triton":
         raise
-    attention_kernels = quantize_kernels = None
+    attention_kernels = dequantize_kernels = quantize_kernels = None
 
 logger = logging.getLogger(__name__)
 
@@ -86,21 +87,22 @@ def _pick_quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuff
     return _pick(backend, states.device, quantize_kernels, "quantize", states, quantizer)
 
 
-def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> None:
+def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor, backend: str = "auto") -> None:
     """
     Writes all tokens of `buffer`, dequantised, to `out`.
 
     Args:
         out (`torch.Tensor`): of shape `[batch, heads, buffer.length, head_dim]`, any floating-point dtype; may be a
             view. Vectors too large for its dtype become inf.
+        backend (`str`): see [`TurboQuantConfig`].
 
     Raises:
-        `ValueError`: `out` has another shape.
+        `ValueError`: `out` has another shape, or the backend that was asked for cannot do it.
     """
     expected = (*buffer["scales"].shape[:2], buffer.length, quantizer.head_dim)
     if tuple(out.shape) != expected:
         raise ValueError(f"`out` must be of shape {list(expected)}, got {list(out.shape)}.")
-    reference.dequantize(buffer, quantizer, out)
+    _pick(backend, out.device, dequantize_kernels, "dequantize", buffer, quantizer, out)(buffer, quantizer, out)
 
 
 def attention(

@@ -129,9 +129,7 @@ class AttentionCall:
         self.row_tiles = -(-self.rows // self.kernels.rows)
         # one call's splits are those of the codes, then those of the exact tokens
         exact_splits = -(-self.slots // EXACT_TILE)
-        self.code_splits = count_splits(
-            self.kernels.wave, self.pairs * self.row_tiles, self.blocks, MAX_SPLITS
-        )
+        self.code_splits = count_splits(self.kernels.wave, self.pairs * self.row_tiles, self.blocks, MAX_SPLITS)
         self.splits = self.code_splits + exact_splits
         scratch = scratch_of(query.device)
         results = self.pairs * self.rows * self.splits
@@ -154,7 +152,7 @@ class AttentionCall:
         launch(
             (kernels.terms * query_tiles + exact_tiles, 1, 1),
             self.query,
-            keys.query_operators(kernels.operator_dtype),
+            keys.operators(kernels.operator_dtype),
             keys.inverse_scale,
             keys.mean,
             self.operands,

@@ -195,8 +195,8 @@ def combine_kernel(
     MEAN: tl.constexpr, SINKS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """
-    Merges the splits by log-sum-exp, those of codes (at most `CODED`) in one step, and turns the part of the codes back,
-    x̂ = A⁻¹ ẑ. Grid (batch · KV heads · R, ⌈DIM / COLUMNS⌉).
+    Merges the splits by log-sum-exp, those of codes (at most `CODED`) in one step, and turns the part of the codes
+    back, x̂ = A⁻¹ ẑ. Grid (batch · KV heads · R, ⌈DIM / COLUMNS⌉).
     """
     flat_row = tl.program_id(0)
     bh = flat_row // rows

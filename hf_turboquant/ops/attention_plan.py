@@ -33,12 +33,13 @@ class QuantizerConstants:
         dual, mean = quantizer.dual.float(), quantizer.mean
         codebook = quantizer.codebook
         self.heads = dual.shape[0]
+        self._duals: dict[torch.dtype, torch.Tensor] = {}
         self._operators: dict[torch.dtype, torch.Tensor] = {}
         self.scale, self.offset = codebook.scale, codebook.offset
         table = np.zeros((2, 16), dtype=np.float32)
+        # what a row of queries is multiplied with
+        self.factors = [dual.mT]
         if quantizer.role == "keys":
-            # what a row of queries is multiplied with
-            self.factors = [dual.mT]
             table[0, : 2**quantizer.nbits] = np.tile(codebook.levels, 2 ** (quantizer.nbits - quantizer.code_bits))
             if quantizer.sketch is not None:
                 self.factors.append(dual.double().mT @ quantizer.sketch.double().mT)
@@ -57,12 +58,12 @@ class QuantizerConstants:
 
     def dual_operator(self, dtype: torch.dtype) -> torch.Tensor:
         """A⁻ᵀ in another dtype."""
-        dual = self._operators.get(dtype)
+        dual = self._duals.get(dtype)
         if dual is None:
-            dual = self._operators[dtype] = self.dual.to(dtype)
+            dual = self._duals[dtype] = self.dual.to(dtype)
         return dual
 
-    def query_operators(self, dtype: torch.dtype) -> torch.Tensor:
+    def operators(self, dtype: torch.dtype) -> torch.Tensor:
         """`[operators, passes, heads, head_dim, head_dim]`: see `prepare_kernel`."""
         operators = self._operators.get(dtype)
         if operators is None:

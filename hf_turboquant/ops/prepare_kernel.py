@@ -30,9 +30,9 @@ def prepare_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """
-    Everything that does not need the codes. The first programs of the grid turn 16 rows of queries each, A⁻ᵀ q, or sketch
-    them, κS A⁻ᵀ q, `TERMS` programs for the same rows, and write both as integers; each of the others attends to `TILE`
-    exact slots with 16 rows of one pair of batch and KV head (with `SCORES`: writes its logits).
+    Everything that does not need the codes. The first programs of the grid turn 16 rows of queries each, A⁻ᵀ q, or
+    sketch them, κS A⁻ᵀ q, `TERMS` programs for the same rows, and write both as integers; each of the others attends to
+    `TILE` exact slots with 16 rows of one pair of batch and KV head (with `SCORES`: writes its logits).
 
     With `PASSES` 2 an operator is a sum of two matrices in the query's own 16 bits, the second times 2048: two products
     of a 16-bit matrix product are as good as one in fp32, and faster.

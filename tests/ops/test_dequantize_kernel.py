@@ -1,0 +1,80 @@
+"""The dequantising kernel against the torch reference: in Triton's interpreter without a GPU, else on it."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from benchmark_attention import random_states, relative_error
+
+from hf_turboquant import ops
+from hf_turboquant.ops import reference
+
+# the module: the package exports a function of the same name
+kernels = sys.modules["hf_turboquant.ops.dequantize"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def assert_right(role, dtype=torch.float32, heads=2, change=None, kv_len=300, dim=64, **options):
+    """Right to the rounding of `dtype`, all tokens written, and nothing beyond them."""
+    states = random_states(2, heads, kv_len, dim, device=DEVICE, sink_length=0, residual_length=0, **options)
+    buffer, quantizer = states.codes[role], states.quantizers[role]
+    quantizer = quantizer if change is None else change(quantizer)
+    expected = torch.empty(states.shape(role), device=DEVICE)
+    reference.dequantize(buffer, quantizer, expected)
+    # a view into something larger, as the caller's is
+    around = torch.full((2, heads, kv_len + 8, dim), torch.nan, dtype=dtype, device=DEVICE)
+    out = around[:, :, 3 : kv_len + 3]
+    assert kernels.supports(buffer, quantizer, out) is None
+    kernels.dequantize(buffer, quantizer, out)
+    rounding = relative_error(expected.to(dtype), expected)
+    # fp32 products add up in another order
+    assert relative_error(out, expected) <= 1.1 * rounding + 1e-6
+    assert around[:, :, :3].isnan().all() and around[:, :, kv_len + 3 :].isnan().all()
+
+
+# the interpreter does not round to bf16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
+@pytest.mark.parametrize("nbits", [2, 3, 4])
+@pytest.mark.parametrize("role, estimator", [("keys", "qjl"), ("keys", "rescaled"), ("values", "rescaled")])
+def test_bits(role, estimator, nbits, dtype):
+    assert_right(role, dtype, nbits=nbits, key_estimator=estimator)
+
+
+@pytest.mark.parametrize("dim", [16, 80, 128, 192, 256])
+@pytest.mark.parametrize("role", ["keys", "values"])
+def test_head_dims(role, dim):
+    assert_right(role, heads=1, kv_len=140, dim=dim, nbits=3)
+
+
+@pytest.mark.parametrize("kv_len", [1, 63, 64, 65, 127, 128, 129, 257])
+def test_lengths_around_tile_edges(kv_len):
+    assert_right("values", kv_len=kv_len, nbits=4)
+
+
+def test_mean_scale_and_a_transform_for_every_head():
+    def change(quantizer):
+        generator = torch.Generator(device=DEVICE).manual_seed(1)
+        mean, scale, noise = (torch.randn(2, 1, 64, generator=generator, device=DEVICE) for _ in range(3))
+        dual = quantizer.dual + 0.05 * noise
+        return replace(quantizer, mean=mean, scale=scale.abs() + 0.1, dual=dual)
+
+    assert_right("keys", change=change)
+
+
+def test_the_backend_is_the_one_asked_for(monkeypatch):
+    states = random_states(1, 1, 200, 64, device=DEVICE)
+    calls = []
+    monkeypatch.setattr(kernels, "dequantize", lambda *args: calls.append("triton"))
+    monkeypatch.setattr(reference, "dequantize", lambda *args: calls.append("torch"))
+    for backend in ("triton", "torch"):
+        replace(states, backend=backend).dequantize("keys")
+    assert calls == ["triton", "torch"]
+    out = torch.empty(1, 1, states.codes["keys"].length, 64, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ValueError, match="float64"):
+        ops.dequantize(states.codes["keys"], states.quantizers["keys"], out, backend="triton")
