@@ -35,6 +35,7 @@ class QuantizerConstants:
         self.heads = dual.shape[0]
         self._duals: dict[torch.dtype, torch.Tensor] = {}
         self._operators: dict[torch.dtype, torch.Tensor] = {}
+        self._decode_operators: dict[torch.dtype, torch.Tensor] = {}
         self.scale, self.offset = codebook.scale, codebook.offset
         table = np.zeros((2, 16), dtype=np.float32)
         # what a row of queries is multiplied with
@@ -62,6 +63,14 @@ class QuantizerConstants:
         if dual is None:
             dual = self._duals[dtype] = self.dual.to(dtype)
         return dual
+
+    def decode_operators(self, dtype: torch.dtype) -> torch.Tensor:
+        """`[operators, heads, head_dim, head_dim]`: see `dequantize_kernel`."""
+        matrices = self._decode_operators.get(dtype)
+        if matrices is None:
+            matrices = torch.stack([factor.mT.to(dtype) for factor in self.factors]).contiguous()
+            self._decode_operators[dtype] = matrices
+        return matrices
 
     def operators(self, dtype: torch.dtype) -> torch.Tensor:
         """`[operators, passes, heads, head_dim, head_dim]`: see `prepare_kernel`."""
@@ -265,10 +274,12 @@ class Kernels:
         self._wave = None
         self._mask_dtype = mask_dtype or query_dtype
 
-    def combine(self, code_splits: int, sinks: bool) -> Launcher:
-        """`combine_kernel` for so many splits of codes."""
+    def combine(self, rows: int, code_splits: int, sinks: bool) -> Launcher:
+        """`combine_kernel` for so many rows, which share one matrix, and splits of codes."""
         coded = max(4, triton.next_power_of_2(code_splits))
-        launcher = self._combine.get((coded, sinks))
+        # where there are many rows a program takes several and reads its part of the matrix once for all of them
+        together = 4 if rows >= 128 and rows % 4 == 0 and coded <= 8 else 1
+        launcher = self._combine.get((together, coded, sinks))
         if launcher is None:
             constants = {
                 "DIM": self.value_dim,
@@ -276,12 +287,13 @@ class Kernels:
                 "COLUMNS": COMBINE_COLUMNS,
                 "CODED": coded,
                 "EXACT": 4,
+                "ROWS": together,
                 "MEAN": self.value_mean,
                 "SINKS": sinks,
                 "ASM": not self.portable,
             }
             warps = 4 if coded * constants["DIM_PAD"] <= 2**13 else 8
-            launcher = self._combine[coded, sinks] = Launcher(combine_kernel, constants, num_warps=warps)
+            launcher = self._combine[together, coded, sinks] = Launcher(combine_kernel, constants, num_warps=warps)
         return launcher
 
     @property
