@@ -95,6 +95,8 @@ class TurboQuantLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, device
         self.is_initialized = True
 
+    # lengths change with every step: a graph with them in it would be compiled anew each time
+    @torch.compiler.disable
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
