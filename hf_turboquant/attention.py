@@ -7,7 +7,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from . import ops
-from .states import ExactStates, are_pair
+from .states import ExactStates, QuantizedStates, are_pair
 
 NAME = "turboquant"
 
@@ -83,6 +83,15 @@ def turboquant_attention_forward(
     return out.transpose(1, 2).contiguous(), weights
 
 
+_uncompiled_forward = torch.compiler.disable(turboquant_attention_forward)
+
+
+def _registered_forward(module, query, key, *args, **kwargs):
+    # a graph that looked into handles would be compiled anew at every step
+    hide = torch.compiler.is_compiling() and isinstance(key, QuantizedStates)
+    return (_uncompiled_forward if hide else turboquant_attention_forward)(module, query, key, *args, **kwargs)
+
+
 def _exact_attention(query, key, value, sinks, output_attentions, scaling, attention_mask, is_causal, softcap):
     """Softcap, attention sinks or probabilities on plain tensors, some query rows at a time."""
     groups, length, kv_len = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
@@ -126,5 +135,5 @@ def turboquant_mask(*args, config=None, **kwargs) -> torch.Tensor | None:
 
 def register() -> None:
     """Makes `attn_implementation="turboquant"` known to transformers, with its mask: without one, masks get lost."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, turboquant_attention_forward)
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _registered_forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, turboquant_mask)

@@ -25,16 +25,29 @@ class TurboQuantCache(DynamicCache):
     Args:
         config (`PreTrainedConfig`, *optional*):
             The model's config; multimodal configs are fine. Without one, every layer the model updates is compressed.
+        offloading (`bool`, defaults to `False`), offload_only_non_sliding (`bool`, defaults to `False`):
+            As in `DynamicCache`: tokens wait in pinned host memory, those of the next layer are fetched while one
+            computes. Needs a CUDA GPU.
         **options: see [`TurboQuantConfig`].
 
     Raises:
-        `ValueError`: an option is out of range, or `skip_layers` names a layer that does not exist.
+        `ValueError`: an option is out of range, `skip_layers` names a layer that does not exist, or there is no GPU to
+            offload from.
     """
 
-    def __init__(self, config: PreTrainedConfig | None = None, **options):
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        *,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+        **options,
+    ):
         self.options = TurboQuantConfig(**options)
         _check_config(config)
-        super().__init__(config=config)
+        if offloading and not torch.cuda.is_available():
+            raise ValueError("`offloading` must be False without a CUDA GPU: there is nothing to move tokens from.")
+        super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.model_fields = None if config is None else model_fields(config)
         self.skipped = self._resolve_skip_layers()
         if config is None:
@@ -60,6 +73,47 @@ class TurboQuantCache(DynamicCache):
     def _next_layer(self) -> DynamicLayer:
         return self._layer(len(self.layers))
 
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Fetches the next offloaded layer, from `layer_idx` on and around, on a stream of its own."""
+        current, updated = torch.cuda.current_stream(), self.layers[layer_idx - 1]
+        before = dict(vars(updated))
+        # before transformers 5.20 nothing waits here: neither for copies to the CPU that are still under way, nor for
+        # readers of the memory that the new copies take
+        self.prefetch_stream.wait_stream(current)
+        super().prefetch(layer_idx, only_non_sliding)
+        if any(value is not before.get(name) for name, value in vars(updated).items()):
+            # an only layer fetches itself, and reads at once
+            current.wait_stream(self.prefetch_stream)
+
+    def _await_copies(self) -> None:
+        # whoever reads outside of `update` does not wait for the prefetch stream
+        if self.offloading:
+            torch.cuda.synchronize()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the batch for beam search."""
+        self._await_copies()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch `repeats` times."""
+        self._await_copies()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices` of the batch."""
+        self._await_copies()
+        super().batch_select_indices(indices)
+
+    def __getstate__(self) -> dict:
+        self._await_copies()
+        return {name: value for name, value in vars(self).items() if name != "prefetch_stream"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if self.offloading:
+            self.prefetch_stream = torch.cuda.Stream()
+
     def save_pretrained(self, folder: str | Path) -> None:
         """
         Writes all tokens to `folder`, for [`from_pretrained`]: codes, exact tokens and the layers that are not
@@ -71,6 +125,7 @@ class TurboQuantCache(DynamicCache):
         Raises:
             `ValueError`: `folder` holds something else, or a layer cannot be saved. Nothing is written then.
         """
+        self._await_copies()
         save_cache(self, folder)
 
     @classmethod
@@ -117,6 +172,10 @@ TurboQuantCache.__signature__ = inspect.Signature(
         *(
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for parameter in inspect.signature(TurboQuantConfig).parameters.values()
+        ),
+        *(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+            for name in ("offloading", "offload_only_non_sliding")
         ),
     ]
 )

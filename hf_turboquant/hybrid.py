@@ -60,9 +60,9 @@ class TurboQuantHybridLayer(LinearAttentionAndFullAttentionLayer, TurboQuantLaye
         TurboQuantLayer.reorder_cache(self, beam_idx)
 
     def offload(self) -> None:
-        """Moves codes, exact tokens and recurrent states to the CPU."""
+        """Moves codes and exact tokens to the CPU; recurrent states stay: they are read before the next update."""
         TurboQuantLayer.offload(self)
 
     def prefetch(self) -> None:
-        """Moves codes, exact tokens and recurrent states back to the layer's device."""
+        """Moves codes and exact tokens back to the layer's device."""
         TurboQuantLayer.prefetch(self)

@@ -51,15 +51,19 @@ class TurboQuantLayer(DynamicLayer):
         # what conditioning came to, None until the first token is quantised
         self.condition: str | None = None
         self.query_energy: QueryEnergy | None = None
+        # whether tokens wait on the CPU between updates
+        self.is_offloaded = False
 
     @property
     def keys(self) -> torch.Tensor | None:
         """The keys held: a handle, or a plain tensor as long as nothing is quantised; `None` before the first token."""
+        self.come_to_rest()
         return self._states()[0] if self.is_initialized else None
 
     @property
     def values(self) -> torch.Tensor | None:
         """The values held, as `keys`."""
+        self.come_to_rest()
         return self._states()[1] if self.is_initialized else None
 
     @keys.setter
@@ -91,6 +95,8 @@ class TurboQuantLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, device
         self.is_initialized = True
 
+    # lengths change with every step: a graph with them in it would be compiled anew each time
+    @torch.compiler.disable
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +116,7 @@ class TurboQuantLayer(DynamicLayer):
         """
         self._check(key_states, value_states)
         self.settle()
+        self.prefetch()
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
@@ -165,6 +172,16 @@ class TurboQuantLayer(DynamicLayer):
             self.query_energy = before
             raise
         self.pending = None
+        if self.is_offloaded:
+            self.offload()
+
+    def come_to_rest(self) -> None:
+        """Has all tokens stored, and those that were offloaded back on the layer's device."""
+        self.settle()
+        if self.is_offloaded and torch.cuda.is_available():
+            # a copy may be under way on another stream
+            torch.cuda.synchronize()
+        self.prefetch()
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         """Quantises what leaves the recent window and writes the rest to the exact slots."""
@@ -263,7 +280,6 @@ class TurboQuantLayer(DynamicLayer):
             states = states[:, :, count:]
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self.settle()
         if not self.codes["keys"].length:
             return tuple(self._exact(role) for role in ROLES)
         window, quantized = self.config.residual_length, self.codes["keys"].length
@@ -315,7 +331,13 @@ class TurboQuantLayer(DynamicLayer):
         """Applies `function` to every tensor of tokens; all of them change or none."""
         if not self.is_initialized:
             return
-        self.settle()
+        self.come_to_rest()
+        self._replace(function)
+        if self.is_offloaded:
+            self.offload()
+
+    def _replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        # handles that are out keep what they read
         buffers = [buffer.snapshot() for buffer in (*self.codes.values(), self.exact)]
         for buffer in buffers:
             buffer.map(function)
@@ -335,12 +357,16 @@ class TurboQuantLayer(DynamicLayer):
         self._map(lambda tensor: tensor[indices, ...])
 
     def offload(self) -> None:
-        """Moves codes and exact tokens to the CPU; handles that are out keep what they read."""
-        # tokens that wait for their query are not stored yet: the next offload takes them along
-        if self.pending is None:
-            self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+        """
+        Moves codes and exact tokens to pinned host memory, on the current stream; tokens that wait for their query
+        follow when they are stored.
+        """
+        self.is_offloaded = self.is_initialized
+        if self.is_offloaded and self.pending is None:
+            # a copy that nobody waits for lands in pinned memory
+            self._replace(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Moves codes and exact tokens back to the layer's device."""
-        if self.pending is None:
-            self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
+        """Moves codes and exact tokens back to the layer's device, on the current stream."""
+        if self.is_offloaded and self.exact["keys"].device != self.device:
+            self._replace(lambda tensor: tensor.to(self.device, non_blocking=True))

@@ -10,14 +10,14 @@ from .quantizer import Quantizer
 
 # what a compressed layer makes anew, or saves token by token
 _NOT_FIELDS = {"config", "layer_idx", "quantizers", "codes", "exact", "pending", "query_energy", "condition", "length"}
-_NOT_FIELDS |= {"is_initialized"}
+_NOT_FIELDS |= {"is_initialized", "is_offloaded"}
 
 
 def layer_state(layer) -> dict:
-    """Kind, fields and tokens of a layer; tokens that wait for their query are stored first."""
+    """Kind, fields and tokens of a layer; tokens that wait for their query or on the CPU come first."""
     compressed = hasattr(layer, "codes")
     if compressed:
-        layer.settle()
+        layer.come_to_rest()
     fields = {name: value for name, value in vars(layer).items() if not (compressed and name in _NOT_FIELDS)}
     tokens = _tokens(layer) if compressed and layer.is_initialized else None
     return {"kind": type(layer).__name__, "fields": fields, "tokens": tokens}

@@ -157,6 +157,7 @@ class QuantizedStates(torch.Tensor):
         return f"QuantizedStates({self.role}, {width}, shape={list(self.shape)})"
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _METADATA:
