@@ -16,9 +16,11 @@ class TurboQuantConfig:
     Options of a [`TurboQuantCache`].
 
     Args:
-        nbits (`int`, defaults to 4):
+        nbits (`int` or `float`, defaults to 4):
             Bits per coordinate of keys and values, sketch included; one or two two-byte scales per vector come on top.
-        key_bits, value_bits (`int`, *optional*):
+            2.5 gives half of the channels of every head, those with most energy, 3 bits and the others 2, each half
+            with scales of its own; 2.25 a quarter of them (see [`SplitQuantizer`]; not in the Triton kernels).
+        key_bits, value_bits (`int` or `float`, *optional*):
             Bits of the keys or the values alone; `nbits` where not given. 1 to 8 (keys with `"qjl"`: 2 to 8).
         key_estimator (`str`, defaults to `"qjl"`):
             `"qjl"` is Algorithm 2 of TurboQuant (arXiv 2504.19874): `key_bits - 1` bits of codes and the 1-bit QJL
@@ -50,9 +52,9 @@ class TurboQuantConfig:
         `ValueError`: an option is out of range; the message says what must hold, what came and what to do.
     """
 
-    nbits: int = 4
-    key_bits: int | None = None
-    value_bits: int | None = None
+    nbits: int | float = 4
+    key_bits: int | float | None = None
+    value_bits: int | float | None = None
     key_estimator: str = "qjl"
     value_estimator: str = "rescaled"
     sketch: str = "orthogonal"
@@ -69,7 +71,7 @@ class TurboQuantConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.nbits)
         for name in ("nbits", "key_bits", "value_bits"):
-            _check_integer(name, getattr(self, name), 1, 8, "Use `DynamicCache` for full precision.")
+            object.__setattr__(self, name, _check_bits(name, getattr(self, name)))
         for name, choices in (
             ("key_estimator", KEY_ESTIMATORS),
             ("value_estimator", VALUE_ESTIMATORS),
@@ -94,6 +96,17 @@ class TurboQuantConfig:
         for layer in skip_layers:
             _check_integer("skip_layers", layer, -(2**31), 2**31 - 1, "Give layer indices, such as `(0, -1)`.")
         object.__setattr__(self, "skip_layers", skip_layers)
+
+
+def _check_bits(name: str, value) -> int | float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # quarters of a head_dim are parts that can be packed
+    if not number or not 1 <= value <= 8 or 4 * value != int(4 * value):
+        raise ValueError(
+            f"`{name}` must be a number from 1 to 8 in steps of a quarter, got {value!r}. Use `DynamicCache` for full "
+            "precision."
+        )
+    return int(value) if value == int(value) else value
 
 
 def _check_integer(name: str, value, low: int, high: int, advice: str) -> None:
