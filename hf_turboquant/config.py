@@ -9,6 +9,25 @@ ROTATIONS = ("hadamard", "haar")
 CONDITIONS = ("attention", "center", "none")
 BACKENDS = ("auto", "triton", "torch")
 
+# the paper's own settings. 2.5 bits are its 32 outlier channels of 128 with 3 bits, the rest with 2, and their two
+# scales; for 3.5 bits it names no split: half of the channels have 4 bits here
+_PAPER = {
+    "key_estimator": "qjl",
+    "value_estimator": "mse",
+    "sketch": "gaussian",
+    "rotation": "haar",
+    "condition": "none",
+    "residual_length": 0,
+    "sink_length": 0,
+}
+PRESETS = {
+    "quality": {"nbits": 4, "key_estimator": "rescaled"},
+    "balanced": {"nbits": 3, "key_estimator": "rescaled"},
+    "small": {"nbits": 2, "key_estimator": "rescaled"},
+    "paper-2.5": {"nbits": 2.25, **_PAPER},
+    "paper-3.5": {"nbits": 3.5, **_PAPER},
+}
+
 
 @dataclass(frozen=True)
 class TurboQuantConfig:
@@ -30,6 +49,8 @@ class TurboQuantConfig:
             `"rescaled"` or `"mse"`.
         sketch (`str`, defaults to `"orthogonal"`):
             `"orthogonal"` (2.75 times less variance) or `"gaussian"` (what Algorithm 2 prints).
+        sketch_scale (`float`, defaults to 1):
+            What the sketch's share of a score is multiplied by. 1 is unbiased; less trades a bias for variance.
         rotation (`str`, defaults to `"hadamard"`):
             `"hadamard"` (randomised) or `"haar"` (uniform over all rotations).
         condition (`str`, defaults to `"attention"`):
@@ -58,6 +79,7 @@ class TurboQuantConfig:
     key_estimator: str = "qjl"
     value_estimator: str = "rescaled"
     sketch: str = "orthogonal"
+    sketch_scale: float = 1.0
     rotation: str = "hadamard"
     condition: str = "attention"
     residual_length: int = 128
@@ -65,6 +87,22 @@ class TurboQuantConfig:
     skip_layers: tuple[int, ...] = ()
     seed: int = 0
     backend: str = "auto"
+
+    @classmethod
+    def from_preset(cls, preset: str, **options) -> "TurboQuantConfig":
+        """
+        The options of a preset, with `options` over them. The README has what each costs and saves.
+
+        Args:
+            preset (`str`): `"quality"`, `"balanced"` or `"small"`; `"paper-2.5"` or `"paper-3.5"` for the literal
+                settings of the TurboQuant paper (no conditioning, no exact tokens), which are worse.
+
+        Raises:
+            `ValueError`: there is no such preset, or an option is out of range.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"`preset` must be one of {tuple(PRESETS)}, got {preset!r}.")
+        return cls(**{**PRESETS[preset], **options})
 
     def __post_init__(self):
         for name in ("key_bits", "value_bits"):
