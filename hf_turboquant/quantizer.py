@@ -64,9 +64,9 @@ class Quantizer:
         cls, config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device=None, part: int | None = None
     ) -> "Quantizer":
         """
-        The quantizer of one layer: the same for equal (`config.seed`, `layer_idx`, `role`, `head_dim`, `part`), whatever
-        the device and process. Caches share it. Its bits are whole numbers, see [`SplitQuantizer`] for others, whose
-        outliers are `part` 0 and whose rest is `part` 1.
+        The quantizer of one layer: the same for equal (`config.seed`, `layer_idx`, `role`, `head_dim`, `part`),
+        whatever the device and process. Caches share it. Its bits are whole numbers: see [`SplitQuantizer`] for others,
+        whose outliers are `part` 0 and whose rest is `part` 1.
 
         Raises:
             `ValueError`: `head_dim` is under 16 or not a multiple of 8.
