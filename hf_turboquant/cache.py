@@ -2,6 +2,7 @@
 
 import inspect
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -72,6 +73,16 @@ class TurboQuantCache(DynamicCache):
 
     def _next_layer(self) -> DynamicLayer:
         return self._layer(len(self.layers))
+
+    @classmethod
+    def from_preset(cls, config: PreTrainedConfig | None, preset: str, **options) -> "TurboQuantCache":
+        """
+        A cache with the options of a preset and `options` over them: see [`TurboQuantConfig.from_preset`].
+
+        Raises:
+            `ValueError`: there is no such preset, or as the constructor.
+        """
+        return cls(config, **asdict(TurboQuantConfig.from_preset(preset, **options)))
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Fetches the next offloaded layer, from `layer_idx` on and around, on a stream of its own."""

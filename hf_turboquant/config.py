@@ -9,6 +9,25 @@ ROTATIONS = ("hadamard", "haar")
 CONDITIONS = ("attention", "center", "none")
 BACKENDS = ("auto", "triton", "torch")
 
+# the paper's own settings. 2.5 bits are its 32 outlier channels of 128 with 3 bits, the rest with 2, and their two
+# scales; for 3.5 bits it names no split: half of the channels have 4 bits here
+_PAPER = {
+    "key_estimator": "qjl",
+    "value_estimator": "mse",
+    "sketch": "gaussian",
+    "rotation": "haar",
+    "condition": "none",
+    "residual_length": 0,
+    "sink_length": 0,
+}
+PRESETS = {
+    "quality": {"nbits": 4, "key_estimator": "rescaled"},
+    "balanced": {"nbits": 3, "key_estimator": "rescaled"},
+    "small": {"nbits": 2, "key_estimator": "rescaled"},
+    "paper-2.5": {"nbits": 2.25, **_PAPER},
+    "paper-3.5": {"nbits": 3.5, **_PAPER},
+}
+
 
 @dataclass(frozen=True)
 class TurboQuantConfig:
@@ -16,9 +35,11 @@ class TurboQuantConfig:
     Options of a [`TurboQuantCache`].
 
     Args:
-        nbits (`int`, defaults to 4):
+        nbits (`int` or `float`, defaults to 4):
             Bits per coordinate of keys and values, sketch included; one or two two-byte scales per vector come on top.
-        key_bits, value_bits (`int`, *optional*):
+            2.5 gives half of the channels of every head, those with most energy, 3 bits and the others 2, each half
+            with scales of its own; 2.25 a quarter of them (see [`SplitQuantizer`]; not in the Triton kernels).
+        key_bits, value_bits (`int` or `float`, *optional*):
             Bits of the keys or the values alone; `nbits` where not given. 1 to 8 (keys with `"qjl"`: 2 to 8).
         key_estimator (`str`, defaults to `"qjl"`):
             `"qjl"` is Algorithm 2 of TurboQuant (arXiv 2504.19874): `key_bits - 1` bits of codes and the 1-bit QJL
@@ -28,6 +49,8 @@ class TurboQuantConfig:
             `"rescaled"` or `"mse"`.
         sketch (`str`, defaults to `"orthogonal"`):
             `"orthogonal"` (2.75 times less variance) or `"gaussian"` (what Algorithm 2 prints).
+        sketch_scale (`float`, defaults to 1):
+            What the sketch's share of a score is multiplied by. 1 is unbiased; less trades a bias for variance.
         rotation (`str`, defaults to `"hadamard"`):
             `"hadamard"` (randomised) or `"haar"` (uniform over all rotations).
         condition (`str`, defaults to `"attention"`):
@@ -50,12 +73,13 @@ class TurboQuantConfig:
         `ValueError`: an option is out of range; the message says what must hold, what came and what to do.
     """
 
-    nbits: int = 4
-    key_bits: int | None = None
-    value_bits: int | None = None
+    nbits: int | float = 4
+    key_bits: int | float | None = None
+    value_bits: int | float | None = None
     key_estimator: str = "qjl"
     value_estimator: str = "rescaled"
     sketch: str = "orthogonal"
+    sketch_scale: float = 1.0
     rotation: str = "hadamard"
     condition: str = "attention"
     residual_length: int = 128
@@ -64,12 +88,28 @@ class TurboQuantConfig:
     seed: int = 0
     backend: str = "auto"
 
+    @classmethod
+    def from_preset(cls, preset: str, **options) -> "TurboQuantConfig":
+        """
+        The options of a preset, with `options` over them. The README has what each costs and saves.
+
+        Args:
+            preset (`str`): `"quality"`, `"balanced"` or `"small"`; `"paper-2.5"` or `"paper-3.5"` for the literal
+                settings of the TurboQuant paper (no conditioning, no exact tokens), which are worse.
+
+        Raises:
+            `ValueError`: there is no such preset, or an option is out of range.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"`preset` must be one of {tuple(PRESETS)}, got {preset!r}.")
+        return cls(**{**PRESETS[preset], **options})
+
     def __post_init__(self):
         for name in ("key_bits", "value_bits"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.nbits)
         for name in ("nbits", "key_bits", "value_bits"):
-            _check_integer(name, getattr(self, name), 1, 8, "Use `DynamicCache` for full precision.")
+            object.__setattr__(self, name, _check_bits(name, getattr(self, name)))
         for name, choices in (
             ("key_estimator", KEY_ESTIMATORS),
             ("value_estimator", VALUE_ESTIMATORS),
@@ -94,6 +134,17 @@ class TurboQuantConfig:
         for layer in skip_layers:
             _check_integer("skip_layers", layer, -(2**31), 2**31 - 1, "Give layer indices, such as `(0, -1)`.")
         object.__setattr__(self, "skip_layers", skip_layers)
+
+
+def _check_bits(name: str, value) -> int | float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # quarters of a head_dim are parts that can be packed
+    if not number or not 1 <= value <= 8 or 4 * value != int(4 * value):
+        raise ValueError(
+            f"`{name}` must be a number from 1 to 8 in steps of a quarter, got {value!r}. Use `DynamicCache` for full "
+            "precision."
+        )
+    return int(value) if value == int(value) else value
 
 
 def _check_integer(name: str, value, low: int, high: int, advice: str) -> None:

@@ -9,6 +9,7 @@ from . import ops
 from .conditioning import QueryEnergy, condition, valid_tokens
 from .config import TurboQuantConfig
 from .quantizer import Quantizer
+from .split import SplitQuantizer, create_quantizer
 from .states import ExactStates, LayerStates, QuantizedStates, ring_runs
 from .storage import TokenBuffer
 
@@ -43,7 +44,7 @@ class TurboQuantLayer(DynamicLayer):
         """Forgets all tokens and frees their memory."""
         self.is_initialized = False
         self.length = 0
-        self.quantizers: dict[str, Quantizer] = {}
+        self.quantizers: dict[str, Quantizer | SplitQuantizer] = {}
         self.codes: dict[str, TokenBuffer] = {}
         self.exact: TokenBuffer | None = None
         # the tokens of the last update, while they wait for their query
@@ -85,7 +86,7 @@ class TurboQuantLayer(DynamicLayer):
         batch, heads = key_states.shape[:2]
         device = key_states.device
         quantizers = {
-            role: Quantizer.create(self.config, role, self.layer_idx, states[role].shape[-1], device) for role in ROLES
+            role: create_quantizer(self.config, role, self.layer_idx, states[role].shape[-1], device) for role in ROLES
         }
         self.codes = {role: quantizers[role].new_buffer(batch, heads) for role in ROLES}
         self.exact = TokenBuffer(
@@ -196,7 +197,7 @@ class TurboQuantLayer(DynamicLayer):
         try:
             if after - window > quantized:
                 if self.condition is None:
-                    self._freeze_condition(states["keys"], valid)
+                    self._freeze_condition(states, valid)
                 leaving = {role: self._leaving(states[role], role, quantized, after - window) for role in ROLES}
                 ops.quantize_pair(leaving, self.quantizers, self.codes, self.config.backend)
         except BaseException:
@@ -215,18 +216,24 @@ class TurboQuantLayer(DynamicLayer):
             pieces.append(states[:, :, max(start - self.length, 0) : stop - self.length])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
-    def _freeze_condition(self, new_keys: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """Decides the conditioning of keys, once, from all tokens so far but the sinks: they are all still exact."""
-        quantizer, self.condition = self.quantizers["keys"], self.config.condition
-        if self.condition != "none":
-            keys = torch.cat([self._exact("keys"), new_keys], dim=2) if self.length else new_keys
-            sinks = self.config.sink_length
-            energy = None if self.query_energy is None else self.query_energy.total
-            valid = None if valid is None else valid[:, sinks:]
-            # ordinary tensors, like all constants, whatever mode the first prefill runs in
-            with torch.inference_mode(False), torch.no_grad():
-                quantizer, self.condition = condition(quantizer, keys[:, :, sinks:], energy, valid)
-        self.quantizers = {"keys": quantizer, "values": self.quantizers["values"]}
+    def _freeze_condition(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None) -> None:
+        """Decides, once, what the quantizers learn from all tokens so far but the sinks: they are all still exact."""
+        quantizers, self.condition = dict(self.quantizers), self.config.condition
+        sinks = self.config.sink_length
+        valid = None if valid is None else valid[:, sinks:]
+
+        def tokens(role: str) -> torch.Tensor:
+            return (torch.cat([self._exact(role), new[role]], dim=2) if self.length else new[role])[:, :, sinks:]
+
+        # ordinary tensors, like all constants, whatever mode the first prefill runs in
+        with torch.inference_mode(False), torch.no_grad():
+            if self.condition != "none":
+                energy = None if self.query_energy is None else self.query_energy.total
+                quantizers["keys"], self.condition = condition(quantizers["keys"], tokens("keys"), energy, valid)
+            for role in ROLES:
+                if isinstance(quantizers[role], SplitQuantizer):
+                    quantizers[role] = quantizers[role].choose(tokens(role), valid)
+        self.quantizers = quantizers
         self.query_energy = None
 
     def _exact(self, role: str) -> torch.Tensor:

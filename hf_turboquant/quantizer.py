@@ -41,6 +41,8 @@ class Quantizer:
         dual (`torch.Tensor`, same shape, fp32): A⁻ᵀ, what queries go through.
         sketch (`torch.Tensor` of shape `[head_dim, head_dim]`, fp32, *optional*): κS, with `"qjl"` only.
         mean (`torch.Tensor` of shape `[1 or num_key_value_heads, 1, head_dim]`, fp32, *optional*): μ; `None` is zero.
+        scale (`torch.Tensor`, same shape, fp32, *optional*): a factor of every channel, before A: see `conditioning`.
+        prefix (`str`): of the names of its planes and scales, where a buffer holds those of two quantizers.
     """
 
     role: str
@@ -55,12 +57,16 @@ class Quantizer:
     sketch: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    prefix: str = ""
 
     @classmethod
-    def create(cls, config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device=None) -> "Quantizer":
+    def create(
+        cls, config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device=None, part: int | None = None
+    ) -> "Quantizer":
         """
-        The quantizer of one layer: the same for equal (`config.seed`, `layer_idx`, `role`, `head_dim`), whatever the
-        device and process. Caches share it.
+        The quantizer of one layer: the same for equal (`config.seed`, `layer_idx`, `role`, `head_dim`, `part`),
+        whatever the device and process. Caches share it. Its bits are whole numbers: see [`SplitQuantizer`] for others,
+        whose outliers are `part` 0 and whose rest is `part` 1.
 
         Raises:
             `ValueError`: `head_dim` is under 16 or not a multiple of 8.
@@ -69,10 +75,18 @@ class Quantizer:
             (config.key_bits, config.key_estimator) if role == "keys" else (config.value_bits, config.value_estimator)
         )
         device = torch.device("cpu" if device is None else device)
-        return _create(nbits, estimator, config.sketch, config.rotation, config.seed, role, layer_idx, head_dim, device)
+        seeds = config.seed, layer_idx, ("keys", "values").index(role), head_dim, *(() if part is None else (part,))
+        prefix = "outlier_" if part == 0 else ""
+        sketch = config.sketch, config.sketch_scale
+        return _create(nbits, estimator, sketch, config.rotation, seeds, role, head_dim, device, prefix)
 
     def __deepcopy__(self, memo) -> "Quantizer":
         return self
+
+    @property
+    def parts(self) -> tuple["Quantizer", ...]:
+        """What the coordinates of z are split into: here nothing else."""
+        return (self,)
 
     @property
     def head_dim(self) -> int:
@@ -89,8 +103,8 @@ class Quantizer:
         tensors = {id(t): t.nbytes for t in self.__dict__.values() if isinstance(t, torch.Tensor)}
         return sum(tensors.values())
 
-    def new_buffer(self, batch: int, heads: int) -> TokenBuffer:
-        """An empty buffer for the codes and scales of `batch * heads` sequences: see `packing` for the planes."""
+    def buffer_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of one block of everything that is stored: see `packing` for the planes."""
         shapes = {
             name: (torch.uint8, shape) for name, shape in plane_shapes(self.nbits, self.role, self.head_dim).items()
         }
@@ -98,16 +112,20 @@ class Quantizer:
         shapes["scales"] = (scale_dtype, (BLOCK,))
         if self.estimator == "qjl":
             shapes["residual_norms"] = (scale_dtype, (BLOCK,))
-        return TokenBuffer(shapes, BLOCK, batch, heads, self.transform.device)
+        return {self.prefix + name: shape for name, shape in shapes.items()}
+
+    def new_buffer(self, batch: int, heads: int) -> TokenBuffer:
+        """An empty buffer for the codes and scales of `batch * heads` sequences."""
+        return TokenBuffer(self.buffer_shapes(), BLOCK, batch, heads, self.transform.device)
 
 
 # a prefill of another sequence finds what the last one made: drawing matrices takes longer than quantising with them
 @lru_cache(maxsize=1024)
-def _create(nbits, estimator, sketch, rotation, seed, role, layer_idx, head_dim, device) -> Quantizer:
+def _create(nbits, estimator, sketch, rotation, seeds, role, head_dim, device, prefix) -> Quantizer:
     codebook = lloyd_max(nbits - 1 if estimator == "qjl" else nbits, head_dim)
     plane_shapes(nbits, role, head_dim)
     # numpy draws the same stream on every machine; torch's generators differ between devices
-    generator = np.random.default_rng([seed, layer_idx, ("keys", "values").index(role), head_dim])
+    generator = np.random.default_rng(seeds)
     # ordinary tensors, also if the first prefill runs in inference mode
     with torch.inference_mode(False):
         matrix = _tensor(rotation_matrix(rotation, head_dim, generator)[None], device)
@@ -122,7 +140,10 @@ def _create(nbits, estimator, sketch, rotation, seed, role, layer_idx, head_dim,
             transform=matrix,
             # the inverse transpose of a rotation is itself
             dual=matrix,
-            sketch=_tensor(sketch_matrix(sketch, head_dim, generator), device) if estimator == "qjl" else None,
+            sketch=_tensor(sketch[1] * sketch_matrix(sketch[0], head_dim, generator), device)
+            if estimator == "qjl"
+            else None,
+            prefix=prefix,
         )
 
 

@@ -12,10 +12,11 @@ def test_bits_default_to_nbits():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nbits": 16}, "`nbits` must be an integer from 1 to 8, got 16. Use `DynamicCache`"),
-        ({"key_bits": 0}, "`key_bits` must be an integer from 1 to 8, got 0"),
-        ({"nbits": 2.5}, "`nbits` must be an integer"),
-        ({"nbits": True}, "`nbits` must be an integer"),
+        ({"nbits": 16}, "`nbits` must be a number from 1 to 8 in steps of a quarter, got 16. Use `DynamicCache`"),
+        ({"key_bits": 0}, "`key_bits` must be a number from 1 to 8 in steps of a quarter, got 0"),
+        ({"nbits": 2.6}, "`nbits` must be a number from 1 to 8 in steps of a quarter, got 2.6"),
+        ({"nbits": True}, "`nbits` must be a number"),
+        ({"key_bits": 1.5}, "at least 2 with `key_estimator='qjl'`"),
         ({"key_bits": 1}, "at least 2 with `key_estimator='qjl'`"),
         ({"key_estimator": "prod"}, r"`key_estimator` must be one of \('qjl', 'rescaled', 'mse'\), got 'prod'"),
         ({"value_estimator": "qjl"}, "`value_estimator` must be one of"),

@@ -149,7 +149,9 @@ print(out.tolist())
     ("lengths", "crop"),
     [((7,), 0), ((20,), 0), ((150,), 0), ((100, 60), 0), ((300,), -60), ((150,), -100), ((150,), -147)],
 )
-@pytest.mark.parametrize("options", [{}, {"residual_length": 0, "sink_length": 0}, {"condition": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"residual_length": 0, "sink_length": 0}, {"condition": "none"}, {"nbits": 2.5}], ids=str
+)
 def test_every_length(lengths, crop, options, tmp_path):
     """Empty codes, full and half blocks, a ring that has turned, a ring with a hole after a crop."""
     cache = filled(*lengths, **options)
@@ -164,6 +166,14 @@ def test_every_length(lengths, crop, options, tmp_path):
             each.layers[0].settle()
     assert loaded.layers[0].codes["keys"].length == cache.layers[0].codes["keys"].length
     assert same(loaded, cache)
+
+
+@pytest.mark.parametrize("other", (lambda order: order[:, :-1], lambda order: order.clamp(max=5)))
+def test_channels_that_are_no_permutation(other, tmp_path):
+    filled(150, nbits=2.5).save_pretrained(tmp_path)
+    in_tensor("layers.0.tokens.channels.keys", lambda t: other(t).contiguous())(tmp_path)
+    with pytest.raises(ValueError, match="channels of keys must fit the rest of the layer, got no permutation"):
+        TurboQuantCache.from_pretrained(tmp_path)
 
 
 def test_queries_seen_before_the_first_code_are_kept(tmp_path):
@@ -339,7 +349,7 @@ CORRUPTIONS = {
     "newer format": (in_header("format_version", 2), "must be at most 1, got 2.*Upgrade hf_turboquant"),
     "format of no kind": (in_header("format_version", "one"), "as `save_pretrained` writes it"),
     "unknown option": (in_options("bits_of_mind", 3), "bits_of_mind"),
-    "option out of range": (in_options("nbits", 99), "`nbits` must be an integer"),
+    "option out of range": (in_options("nbits", 99), "`nbits` must be a number"),
     "other widths": (in_options("key_bits", 4), "codes of keys must fit"),
     "other seed": (in_options("seed", 6), "rotation and codebook of keys must fit"),
     "other rotation": (in_options("rotation", "haar"), "rotation and codebook of keys must fit"),
@@ -351,6 +361,10 @@ CORRUPTIONS = {
     "condition": (in_tokens("condition", "center"), "scale must fit"),
     "unknown condition": (in_tokens("condition", "magic"), "mean must fit"),
     "no mean": (in_tokens("mean", None), "mean must fit"),
+    "channels of whole bits": (
+        in_tokens("channels", {"keys": None, "values": {"$tensor": SCALES}}),
+        "channels of values must fit",
+    ),
     "scales of another dtype": (in_tensor(SCALES, lambda t: t.float()), "codes of keys must fit"),
     "scales of fewer blocks": (in_tensor(SCALES, lambda t: t[:, :, 1:].contiguous()), "codes of keys must fit"),
     "exact tokens gone": (in_tensor(EXACT, lambda t: t[:, :, 1:].contiguous()), "exact values must fit"),
