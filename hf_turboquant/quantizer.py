@@ -89,8 +89,9 @@ class Quantizer:
         tensors = {id(t): t.nbytes for t in self.__dict__.values() if isinstance(t, torch.Tensor)}
         return sum(tensors.values())
 
-    def new_buffer(self, batch: int, heads: int) -> TokenBuffer:
-        """An empty buffer for the codes and scales of `batch * heads` sequences: see `packing` for the planes."""
+    @property
+    def block_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of what one block of tokens is stored as, by name: see `packing` for the planes."""
         shapes = {
             name: (torch.uint8, shape) for name, shape in plane_shapes(self.nbits, self.role, self.head_dim).items()
         }
@@ -98,7 +99,11 @@ class Quantizer:
         shapes["scales"] = (scale_dtype, (BLOCK,))
         if self.estimator == "qjl":
             shapes["residual_norms"] = (scale_dtype, (BLOCK,))
-        return TokenBuffer(shapes, BLOCK, batch, heads, self.transform.device)
+        return shapes
+
+    def new_buffer(self, batch: int, heads: int) -> TokenBuffer:
+        """An empty buffer for the codes and scales of `batch * heads` sequences."""
+        return TokenBuffer(self.block_shapes, BLOCK, batch, heads, self.transform.device)
 
 
 # a prefill of another sequence finds what the last one made: drawing matrices takes longer than quantising with them

@@ -10,6 +10,7 @@ from .attention_plan import (
     INTERPRETED,
     MAX_SPLITS,
     ROWS,
+    NewScratch,
     constants_of,
     count_splits,
     is_portable,
@@ -28,7 +29,7 @@ def supports(query: torch.Tensor, states, **_) -> str | None:
             return f"the kernels read 2, 3 and 4 bits, and the {role} have {quantizer.nbits}"
         if quantizer.head_dim % 16 or not 32 <= quantizer.head_dim <= 256:
             return f"the kernels take a head_dim of 32 to 256 in steps of 16, and the {role} have {quantizer.head_dim}"
-        if exact.dtype not in DTYPES or not exact.is_contiguous() or exact.storage_offset():
+        if exact.dtype not in DTYPES or not exact.is_contiguous() or exact.data_ptr() % 16:
             return f"the exact {role} are {exact.dtype} or not contiguous"
     if query.dtype not in DTYPES:
         return f"the query is {query.dtype}"
@@ -59,6 +60,13 @@ def attention(
         call.prepare(scaling)
         call.attend()
         return call.combine(sinks)
+
+
+def warm(states) -> None:
+    """See `ops.warm`."""
+    keys, values, dtype = states.quantizers["keys"], states.quantizers["values"], states.exact["keys"].dtype
+    constants_of(keys).query_operators(keys, dtype)
+    constants_of(values).dual_operator(values, torch.float16)
 
 
 def scores(
@@ -96,9 +104,14 @@ class AttentionCall:
         self.pairs = batch * self.kv_heads
         self.rows = self.groups * self.query_length
         self.padded_rows = -(-self.rows // 16) * 16
-        length = states.codes["keys"].length
+        # with a static capacity these are bounds, and kernels read the lengths from device memory
+        static = states.counters is not None
+        kv_len, length, self.recent_start = states.kv_len, states.codes["keys"].length, states.recent_start
         self.blocks = -(-length // BLOCK)
-        self.lengths = (self.query_length, self.groups, self.kv_heads, states.kv_len, states.sink_length, length)
+        if static:
+            kv_len = states.counters
+            self.recent_start = length = states.counters[:, :, 1:]
+        self.lengths = (self.query_length, self.groups, self.kv_heads, kv_len, states.sink_length, length)
         self.slots = min(states.sink_length + states.ring, states.exact["keys"].shape[2])
         self.value_dim = values.head_dim
         self.key_constants, self.value_constants = constants_of(keys), constants_of(values)
@@ -125,6 +138,7 @@ class AttentionCall:
             is_causal and self.query_length > 1,
             softcap is not None,
             self.rows <= ROWS // 2,
+            static,
         )
         self.row_tiles = -(-self.rows // self.kernels.rows)
         # one call's splits are those of the codes, then those of the exact tokens
@@ -133,7 +147,7 @@ class AttentionCall:
             self.kernels.wave, self.pairs * self.row_tiles, self.blocks, max(MAX_SPLITS - exact_splits, 16)
         )
         self.splits = self.code_splits + exact_splits
-        scratch = scratch_of(query.device)
+        scratch = NewScratch(query.device) if static else scratch_of(query.device)
         results = self.pairs * self.rows * self.splits
         self.partial = scratch.get("partial", results * self.value_dim)
         self.stats = scratch.get("stats", results * 2)
@@ -145,14 +159,16 @@ class AttentionCall:
     def prepare(self, scaling: float, logits: torch.Tensor | None = None) -> None:
         """Turns the query and attends to exact tokens, or writes their `logits`."""
         kernels, keys, states = self.kernels, self.key_constants, self.states
+        quantizer = states.quantizers["keys"]
+        operators = keys.query_operators(quantizer, kernels.operator_dtype)
         launch = kernels.prepare if logits is None else kernels.prepare_scores
         key_states, value_states = states.exact["keys"], states.exact["values"]
         launch(
             (kernels.terms + self.splits - self.code_splits, self.padded_rows // 16, self.pairs),
             self.query,
-            keys.query_operators(kernels.operator_dtype),
-            keys.inverse_scale,
-            keys.mean,
+            operators,
+            operators if quantizer.scale is None else quantizer.scale,
+            operators if quantizer.mean is None else quantizer.mean,
             self.operands,
             self.constants,
             key_states,
@@ -167,10 +183,10 @@ class AttentionCall:
             self.groups,
             self.kv_heads,
             keys.heads,
-            keys.scale_heads,
-            keys.mean_heads,
-            states.kv_len,
-            states.recent_start,
+            1 if quantizer.scale is None else len(quantizer.scale),
+            1 if quantizer.mean is None else len(quantizer.mean),
+            self.lengths[3],
+            self.recent_start,
             states.sink_length,
             states.ring,
             states.phase,
@@ -214,6 +230,8 @@ class AttentionCall:
     def combine(self, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Merges the splits, turns values back."""
         query, values, kernels = self.query, self.value_constants, self.kernels
+        quantizer = self.states.quantizers["values"]
+        dual = values.dual_operator(quantizer, kernels.dual_dtype)
         heads = self.groups * self.kv_heads
         # where the model wants it: heads next to each other
         out = query.new_empty((query.shape[0], self.query_length, heads, self.value_dim))
@@ -222,8 +240,8 @@ class AttentionCall:
             (self.pairs * self.rows, -(-self.value_dim // launch.constants["COLUMNS"]), 1),
             self.partial,
             self.stats,
-            values.dual_operator(kernels.dual_dtype),
-            values.mean,
+            dual,
+            dual if quantizer.mean is None else quantizer.mean,
             self.partial if sinks is None else sinks,
             out,
             self.rows,
@@ -231,7 +249,7 @@ class AttentionCall:
             self.groups,
             self.kv_heads,
             values.heads,
-            values.mean_heads,
+            1 if quantizer.mean is None else len(quantizer.mean),
             self.splits,
             self.code_splits,
             self.query_length * heads * self.value_dim,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .codes import exp2, operand_position
-from .logits import INTEGERS, LOWEST, UNALIGNED, finish_logits
+from .logits import INTEGERS, LOWEST, OVERFLOW, UNALIGNED, finish_logits
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def _round_query(x, step):
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
 def prepare_kernel(
-    query, operators, inverse_scale, mean, operands, constants, key_states, value_states, mask_ptr, partial, stats,
+    query, operators, key_scale, mean, operands, constants, key_states, value_states, mask_ptr, partial, stats,
     logits_out,
     query_b, query_h, query_t, mask_b, mask_h, mask_t, mask_n,
     query_length, groups, kv_heads, operator_heads, scale_heads, mean_heads,
@@ -25,7 +25,7 @@ def prepare_kernel(
     key_stride, value_stride, splits, code_splits, scaling, softcap, level_scale, level_offset,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     BITS: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, PASSES: tl.constexpr, TILE: tl.constexpr,
-    SCALE: tl.constexpr, MEAN: tl.constexpr,
+    SCALE: tl.constexpr, MEAN: tl.constexpr, STATIC: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SCORES: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -63,9 +63,9 @@ def prepare_kernel(
             k = start + tl.arange(0, CHUNK)
             x = tl.load(query + query_offset[:, None] + k[None, :], mask=exists[:, None] & (k < DIM)[None, :], other=0)
             if SCALE:
-                # the inverse of the keys' channel scale; rounded like the query itself
+                # rounded like the query itself
                 x = x.to(tl.float32)
-                x *= tl.load(inverse_scale + head % scale_heads * DIM + k, mask=k < DIM, other=0)[None, :]
+                x *= (1.0 / tl.load(key_scale + head % scale_heads * DIM + k, mask=k < DIM, other=1))[None, :]
             x = x.to(operators.dtype.element_ty)
             m_mask = (k < DIM)[:, None] & (d < DIM)[None, :]
             m = tl.load(operator + k[:, None] * DIM + d[None, :], mask=m_mask, other=0)
@@ -105,6 +105,15 @@ def prepare_kernel(
             tl.store(c + 2, -2.0 * factor)
             tl.store(c + 3, factor * total)
     else:
+        overflown = False
+        if STATIC:
+            # pointers to both lengths of every sequence
+            quantized = tl.load(recent_start + bh * 2)
+            kv_len = tl.load(kv_len + bh * 2)
+            recent_start = sink_length + quantized
+            phase = quantized % tl.maximum(ring, 1)
+            overflown = kv_len == OVERFLOW
+            kv_len = tl.where(overflown, 0, kv_len)
         slot = (task - TERMS) * TILE + tl.arange(0, TILE)
         recent = recent_start + (slot - sink_length - phase + ring) % tl.maximum(ring, 1)
         position = tl.where(slot < sink_length, slot, recent)
@@ -136,6 +145,9 @@ def prepare_kernel(
             largest = tl.maximum(tl.max(logits, axis=1), LOWEST)
             weights = exp2(logits - largest[:, None], ASM)
             out = tl.dot(weights.to(DOT), values, input_precision="ieee")
+            if STATIC:
+                # a step beyond the capacity cannot raise: everything that comes of it shall show
+                out = tl.where(overflown, float("nan"), out)
             at = flat_row * splits + code_splits + task - TERMS
             tl.store(
                 partial + at[:, None] * VALUE_DIM + v[None, :], out, mask=exists[:, None] & (v < VALUE_DIM)[None, :]
