@@ -75,7 +75,8 @@ class LayerStates:
 
     def exact_runs(self) -> list[tuple[int, slice]]:
         """The exact tokens as (position of the first, slots), a few runs in the order of the sequence."""
-        runs = [(0, slice(0, self.sink_length))] if self.sink_length else []
+        sinks = min(self.sink_length, self.kv_len)
+        runs = [(0, slice(0, sinks))] if sinks else []
         position = self.recent_start
         for run in ring_runs(self.phase, self.kv_len - position, self.ring, self.sink_length):
             runs.append((position, run))

@@ -142,7 +142,7 @@ class AttentionCall:
         )
         self.row_tiles = -(-self.rows // self.kernels.rows)
         # one call's splits are those of the codes, then those of the exact tokens
-        exact_splits = -(-self.slots // EXACT_TILE)
+        exact_splits = max(-(-self.slots // EXACT_TILE), int(static))
         self.code_splits = count_splits(
             self.kernels.wave, self.pairs * self.row_tiles, self.blocks, max(MAX_SPLITS - exact_splits, 16)
         )

@@ -145,12 +145,14 @@ def prepare_kernel(
             largest = tl.maximum(tl.max(logits, axis=1), LOWEST)
             weights = exp2(logits - largest[:, None], ASM)
             out = tl.dot(weights.to(DOT), values, input_precision="ieee")
+            total = tl.sum(weights, axis=1)
             if STATIC:
                 # a step beyond the capacity cannot raise: everything that comes of it shall show
                 out = tl.where(overflown, float("nan"), out)
+                total = tl.where(overflown, 1.0, total)
             at = flat_row * splits + code_splits + task - TERMS
             tl.store(
                 partial + at[:, None] * VALUE_DIM + v[None, :], out, mask=exists[:, None] & (v < VALUE_DIM)[None, :]
             )
             tl.store(stats + at * 2, largest, mask=exists)
-            tl.store(stats + at * 2 + 1, tl.sum(weights, axis=1), mask=exists)
+            tl.store(stats + at * 2 + 1, total, mask=exists)

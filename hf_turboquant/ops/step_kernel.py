@@ -34,12 +34,12 @@ def _step(
     slot = length
     if RING:
         slot = tl.where(length < sink_length, length, sink_length + (length - sink_length) % ring)
-    stays = fits & (slot < sink_length + ring)
     d = tl.arange(0, DP)
+    stays = d < tl.where(fits & (slot < sink_length + ring), D, 0)
     at = new + batch * new_strides[0] + head * new_strides[1] + d * new_strides[3]
-    state = tl.load(at, mask=stays & (d < D), other=0)
+    state = tl.load(at, mask=stays, other=0)
     to = exact + batch * exact_strides[0] + head * exact_strides[1] + slot * exact_strides[2] + d * exact_strides[3]
-    tl.store(to, state, mask=stays & (d < D))
+    tl.store(to, state, mask=stays)
     tl.store(counter, tl.where(fits, length + 1, OVERFLOW))
     tl.store(counter + 1, quantized + leaves.to(tl.int32))
 
