@@ -8,6 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from . import ops
 from .states import ExactStates, QuantizedStates, are_pair
+from .traced import TracedStates
 
 NAME = "turboquant"
 
@@ -67,6 +68,10 @@ def turboquant_attention_forward(
         attention_mask = create_position_bias_mask(position_bias, attention_mask, is_causal, query, key)
         is_causal = False
     options = {"scaling": scaling, "attention_mask": attention_mask, "is_causal": is_causal, "softcap": softcap}
+    if isinstance(key, TracedStates):
+        if output_attentions:
+            raise ValueError("A compiled step must not be asked for `output_attentions`. Pass `disable_compile=True`.")
+        return key.attend(query, scaling, attention_mask, softcap, s_aux).transpose(1, 2).contiguous(), None
     if are_pair(key, value) and isinstance(key.states, ExactStates):
         key.states.observe(query, attention_mask)
         key, value = key.dequantize(), value.dequantize()

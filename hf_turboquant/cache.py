@@ -6,14 +6,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import (
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    StaticLayer,
+)
 
 from .config import TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
 from .pretrained import load_cache, model_fields, save_cache
+from .static import TurboQuantStaticLayer
 
 
 class TurboQuantCache(DynamicCache):
@@ -49,13 +55,15 @@ class TurboQuantCache(DynamicCache):
         if offloading and not torch.cuda.is_available():
             raise ValueError("`offloading` must be False without a CUDA GPU: there is nothing to move tokens from.")
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        if self.options.max_cache_len is not None:
+            self.layers = _static_layers(config, self.options.max_cache_len)
         self.model_fields = None if config is None else model_fields(config)
         self.skipped = self._resolve_skip_layers()
         if config is None:
             self.layer_class_to_replicate = self._next_layer
         for index, layer in enumerate(self.layers):
             # other subclasses of DynamicLayer bring windows or states of their own
-            if type(layer) is DynamicLayer:
+            if type(layer) is DynamicLayer or (type(layer) is StaticLayer and index not in self.skipped):
                 self.layers[index] = self._layer(index)
             elif type(layer) is LinearAttentionAndFullAttentionLayer and index not in self.skipped:
                 self.layers[index] = TurboQuantHybridLayer(self.options, index, layer.number_of_states)
@@ -69,7 +77,10 @@ class TurboQuantCache(DynamicCache):
         return frozenset(index % count if count else index for index in skipped)
 
     def _layer(self, index: int) -> DynamicLayer:
-        return DynamicLayer() if index in self.skipped else TurboQuantLayer(self.options, index)
+        if index in self.skipped:
+            return DynamicLayer()
+        kind = TurboQuantLayer if self.options.max_cache_len is None else TurboQuantStaticLayer
+        return kind(self.options, index)
 
     def _next_layer(self) -> DynamicLayer:
         return self._layer(len(self.layers))
@@ -195,6 +206,19 @@ TurboQuantCache.__signature__ = inspect.Signature(
 def _check_config(config) -> None:
     if config is not None and not isinstance(config, PreTrainedConfig):
         raise ValueError(f"`config` must be the model's config, got {type(config).__name__}. Use `model.config`.")
+
+
+def _static_layers(config: PreTrainedConfig | None, max_cache_len: int) -> list:
+    if config is None:
+        raise ValueError("`max_cache_len` needs the model's `config` to know its layers, got none. Use `model.config`.")
+    layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
+    hybrids = [i for i, layer in enumerate(layers) if type(layer) is LinearAttentionAndStaticFullAttentionLayer]
+    if hybrids:
+        raise ValueError(
+            f"`max_cache_len` must not be given for a model with attention and a recurrent part in one layer, got one "
+            f"with such layers: {_ranges(hybrids)}. Leave it out: the cache then grows with its tokens."
+        )
+    return layers
 
 
 def _ranges(indices: list[int]) -> str:

@@ -63,6 +63,9 @@ class TurboQuantConfig:
             So many of the first tokens stay in the model's dtype.
         skip_layers (`tuple[int, ...]`, defaults to `()`):
             Layers kept in full precision; negative indices count from the last layer.
+        max_cache_len (`int`, *optional*):
+            Room for so many tokens is taken at once, and `generate` compiles decode steps, on GPUs with CUDA graphs.
+            Without it the cache grows with its tokens, and steps are not compiled.
         seed (`int`, defaults to 0):
             Seed of rotations and sketches.
         backend (`str`, defaults to `"auto"`):
@@ -85,6 +88,7 @@ class TurboQuantConfig:
     residual_length: int = 128
     sink_length: int = 4
     skip_layers: tuple[int, ...] = ()
+    max_cache_len: int | None = None
     seed: int = 0
     backend: str = "auto"
 
@@ -127,6 +131,13 @@ class TurboQuantConfig:
             )
         for name in ("residual_length", "sink_length", "seed"):
             _check_integer(name, getattr(self, name), 0, 2**31 - 1, "Use 0 for none.")
+        if self.max_cache_len is not None:
+            _check_integer("max_cache_len", self.max_cache_len, 1, 2**30 - 1, "Leave it out to let the cache grow.")
+            if self.key_bits % 1 or self.value_bits % 1:
+                raise ValueError(
+                    f"`key_bits` and `value_bits` must be whole numbers with `max_cache_len`, got {self.key_bits} and "
+                    f"{self.value_bits}. Leave `max_cache_len` out, or take other bits."
+                )
         try:
             skip_layers = tuple(self.skip_layers)
         except TypeError:

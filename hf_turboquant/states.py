@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -37,6 +37,9 @@ class LayerStates:
         exact (`dict[str, torch.Tensor]`): by role, of shape `[batch, num_key_value_heads, slots, head_dim]`.
         kv_len (`int`): tokens in all.
         backend (`str`): who computes: see [`TurboQuantConfig`].
+        counters (`torch.Tensor`, *optional*):
+            With a static capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 2]`: of keys and
+            of values, the tokens in all and those quantised. `kv_len` and the lengths of `codes` are their bounds then.
     """
 
     quantizers: dict[str, Quantizer]
@@ -47,6 +50,23 @@ class LayerStates:
     ring: int
     phase: int
     backend: str = "auto"
+    counters: torch.Tensor | None = None
+
+    def measured(self) -> "LayerStates":
+        """The same states with their lengths on the host: waits for the device if they are not there yet."""
+        if self.counters is None:
+            return self
+        kv_len, quantized = self.counters[0, 0].tolist()
+        if kv_len > self.kv_len:
+            raise ValueError(
+                f"A cache with `max_cache_len={self.kv_len}` must get no more tokens than that, and compiled steps gave "
+                "it more. Make a larger one, or `reset()` it."
+            )
+        codes = {role: buffer.snapshot() for role, buffer in self.codes.items()}
+        for buffer in codes.values():
+            buffer.length = quantized
+        phase = quantized % self.ring if self.ring else 0
+        return replace(self, codes=codes, kv_len=kv_len, phase=phase, counters=None)
 
     @property
     def recent_start(self) -> int:
@@ -55,7 +75,8 @@ class LayerStates:
 
     def exact_runs(self) -> list[tuple[int, slice]]:
         """The exact tokens as (position of the first, slots), a few runs in the order of the sequence."""
-        runs = [(0, slice(0, self.sink_length))] if self.sink_length else []
+        sinks = min(self.sink_length, self.kv_len)
+        runs = [(0, slice(0, sinks))] if sinks else []
         position = self.recent_start
         for run in ring_runs(self.phase, self.kv_len - position, self.ring, self.sink_length):
             runs.append((position, run))
@@ -77,6 +98,9 @@ class LayerStates:
     def dequantize(self, role: str) -> torch.Tensor:
         """All keys or values in the model's dtype, of shape `[batch, num_key_value_heads, kv_len, head_dim]`."""
         exact = self.exact[role]
+        if self.counters is not None:
+            plain = self.measured().dequantize(role)
+            return torch.nn.functional.pad(plain, (0, 0, 0, self.kv_len - plain.shape[2]))
         out = exact.new_empty(self.shape(role))
         coded = out[:, :, self.sink_length : self.recent_start]
         ops.dequantize(self.codes[role], self.quantizers[role], coded, self.backend)

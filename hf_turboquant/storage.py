@@ -29,6 +29,13 @@ class TokenBuffer:
                 for name, (dtype, shape) in shapes.items()
             }
 
+    @classmethod
+    def over(cls, tensors: dict[str, torch.Tensor], block: int, length: int) -> "TokenBuffer":
+        """A buffer that holds `length` tokens in tensors that are there already."""
+        buffer = object.__new__(cls)
+        buffer.tensors, buffer.block, buffer.length = tensors, block, length
+        return buffer
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
@@ -68,6 +75,4 @@ class TokenBuffer:
 
     def snapshot(self) -> "TokenBuffer":
         """The same tensors with a length of their own: later appends and moves don't show."""
-        copy = object.__new__(TokenBuffer)
-        copy.__dict__.update(self.__dict__)
-        return copy
+        return TokenBuffer.over(self.tensors, self.block, self.length)

@@ -77,6 +77,42 @@ def quantize_pair(states, quantizers, buffers, backend: str = "auto") -> None:
         raise
 
 
+def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    """
+    One step of a layer of static capacity, in place: quantises the token that leaves the recent window, if one does,
+    puts the new one to its exact slot and counts it. With the kernels one launch, whatever the length, that waits for
+    nothing on the host.
+
+    Args:
+        states (`LayerStates`): with `counters`.
+        key_states, value_states (`torch.Tensor`): one token, of shape `[batch, heads, 1, head_dim]`.
+
+    Raises:
+        `ValueError`: shapes don't fit, the backend that was asked for cannot do it, or, where the reference runs, the
+            capacity is used up. Nothing is written then. The kernels can't raise: beyond the capacity they write
+            nothing, and attention is NaN until the layer is reset.
+    """
+    new = {"keys": key_states, "values": value_states}
+    for role, state in new.items():
+        batch, heads, _, head_dim = states.exact[role].shape
+        if tuple(state.shape) != (batch, heads, 1, head_dim):
+            raise ValueError(
+                f"The {role} of one step must be of shape [{batch}, {heads}, 1, {head_dim}], got {list(state.shape)}. "
+                "More tokens at a time need a step that is not compiled."
+            )
+    kernels = {
+        _pick(states.backend, state.device, quantize_kernels, "append", state, states.quantizers[role])
+        for role, state in new.items()
+    }
+    (kernels.pop() if len(kernels) == 1 else reference.append)(states, new)
+
+
+def warm(states) -> None:
+    """Makes the constants of the kernels for `states`, so that no captured graph will have them as its own."""
+    if attention_kernels is not None and states.exact["keys"].device.type == "cuda":
+        attention_kernels.warm(states)
+
+
 def _pick_quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, backend: str):
     batch, heads, head_dim = (*buffer["scales"].shape[:2], quantizer.head_dim)
     if states.dim() != 4 or states.shape != (batch, heads, states.shape[2], head_dim) or not states.is_floating_point():
@@ -147,6 +183,9 @@ def attention(
         "softcap": softcap,
         "sinks": sinks,
     }
+    if query.shape[2] > 1 and states.counters is not None:
+        # counted from the end of the sequence, which the host has to know
+        states = states.measured()
     if query.shape[2] > MAX_KERNEL_QUERIES and softcap is None and sinks is None:
         return _dequantized_attention(query, states, scaling, attention_mask, is_causal)
     return _pick(states.backend, query.device, attention_kernels, "attention", query, states)(query, states, **options)
@@ -174,6 +213,10 @@ def scores(
         `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
     """
     _check_query(query, states, attention_mask)
+    if states.counters is not None:
+        return reference.scores(
+            query, states, scaling=scaling, attention_mask=attention_mask, is_causal=is_causal, softcap=softcap
+        )
     kernel = _pick(states.backend, query.device, attention_kernels, "scores", query, states)
     return kernel(query, states, scaling=scaling, attention_mask=attention_mask, is_causal=is_causal, softcap=softcap)
 

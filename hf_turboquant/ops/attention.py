@@ -11,6 +11,7 @@ from .attention_plan import (
     INTERPRETED,
     MAX_SPLITS,
     ROWS,
+    NewScratch,
     constants_of,
     count_splits,
     is_portable,
@@ -29,7 +30,7 @@ def supports(query: torch.Tensor, states, **_) -> str | None:
             return f"the kernels read 2, 3 and 4 bits, and the {role} have {quantizer.nbits}"
         if quantizer.head_dim % 16 or not 32 <= quantizer.head_dim <= 256:
             return f"the kernels take a head_dim of 32 to 256 in steps of 16, and the {role} have {quantizer.head_dim}"
-        if exact.dtype not in DTYPES or not exact.is_contiguous() or exact.storage_offset():
+        if exact.dtype not in DTYPES or not exact.is_contiguous() or exact.data_ptr() % 16:
             return f"the exact {role} are {exact.dtype} or not contiguous"
     if query.dtype not in DTYPES:
         return f"the query is {query.dtype}"
@@ -60,6 +61,13 @@ def attention(
         call.prepare(scaling)
         call.attend()
         return call.combine(sinks)
+
+
+def warm(states) -> None:
+    """See `ops.warm`."""
+    keys, values, dtype = states.quantizers["keys"], states.quantizers["values"], states.exact["keys"].dtype
+    constants_of(keys).query_operators(keys, dtype)
+    constants_of(values).dual_operator(values, torch.float16)
 
 
 def scores(
@@ -96,9 +104,14 @@ class AttentionCall:
         self.groups = heads // self.kv_heads
         self.pairs = batch * self.kv_heads
         self.rows = self.groups * self.query_length
-        length = states.codes["keys"].length
+        # with a static capacity these are bounds, and kernels read the lengths from device memory
+        static = states.counters is not None
+        kv_len, length, self.recent_start = states.kv_len, states.codes["keys"].length, states.recent_start
         self.blocks = -(-length // BLOCK)
-        self.lengths = (self.query_length, self.groups, self.kv_heads, states.kv_len, states.sink_length, length)
+        if static:
+            kv_len = states.counters
+            self.recent_start = length = states.counters[:, :, 1:]
+        self.lengths = (self.query_length, self.groups, self.kv_heads, kv_len, states.sink_length, length)
         self.slots = min(states.sink_length + states.ring, states.exact["keys"].shape[2])
         self.value_dim = values.head_dim
         self.key_constants, self.value_constants = constants_of(keys), constants_of(values)
@@ -125,13 +138,14 @@ class AttentionCall:
             is_causal and self.query_length > 1,
             softcap is not None,
             self.rows <= ROWS // 2,
+            static,
         )
         self.row_tiles = -(-self.rows // self.kernels.rows)
         # one call's splits are those of the codes, then those of the exact tokens
-        exact_splits = -(-self.slots // EXACT_TILE)
+        exact_splits = max(-(-self.slots // EXACT_TILE), int(static))
         self.code_splits = count_splits(self.kernels.wave, self.pairs * self.row_tiles, self.blocks, MAX_SPLITS)
         self.splits = self.code_splits + exact_splits
-        scratch = scratch_of(query.device)
+        scratch = NewScratch(query.device) if static else scratch_of(query.device)
         results = self.pairs * self.rows * self.splits
         self.partial = scratch.get("partial", results * self.value_dim)
         self.stats = scratch.get("stats", results * 2)
@@ -143,6 +157,8 @@ class AttentionCall:
     def prepare(self, scaling: float, logits: torch.Tensor | None = None) -> None:
         """Turns the query and attends to exact tokens, or writes their `logits`."""
         kernels, keys, states = self.kernels, self.key_constants, self.states
+        quantizer = states.quantizers["keys"]
+        operators = keys.query_operators(quantizer, kernels.operator_dtype)
         launch = kernels.prepare if logits is None else kernels.prepare_scores
         key_states, value_states = states.exact["keys"], states.exact["values"]
         tiles = -(-self.rows // 16)
@@ -152,9 +168,9 @@ class AttentionCall:
         launch(
             (kernels.terms * query_tiles + exact_tiles, 1, 1),
             self.query,
-            keys.operators(kernels.operator_dtype),
-            keys.inverse_scale,
-            keys.mean,
+            operators,
+            operators if quantizer.scale is None else quantizer.scale,
+            operators if quantizer.mean is None else quantizer.mean,
             self.operands,
             self.constants,
             key_states,
@@ -169,10 +185,10 @@ class AttentionCall:
             self.groups,
             self.kv_heads,
             keys.heads,
-            keys.scale_heads,
-            keys.mean_heads,
-            states.kv_len,
-            states.recent_start,
+            1 if quantizer.scale is None else len(quantizer.scale),
+            1 if quantizer.mean is None else len(quantizer.mean),
+            self.lengths[3],
+            self.recent_start,
             states.sink_length,
             states.ring,
             states.phase,
@@ -216,6 +232,8 @@ class AttentionCall:
     def combine(self, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Merges the splits, turns values back."""
         query, values, kernels = self.query, self.value_constants, self.kernels
+        quantizer = self.states.quantizers["values"]
+        dual = values.dual_operator(quantizer, kernels.dual_dtype)
         heads = self.groups * self.kv_heads
         # where the model wants it: heads next to each other
         out = query.new_empty((query.shape[0], self.query_length, heads, self.value_dim))
@@ -225,8 +243,8 @@ class AttentionCall:
             (rows // launch.constants["ROWS"], -(-self.value_dim // COMBINE_COLUMNS), 1),
             self.partial,
             self.stats,
-            values.dual_operator(kernels.dual_dtype),
-            values.mean,
+            dual,
+            dual if quantizer.mean is None else quantizer.mean,
             self.partial if sinks is None else sinks,
             out,
             self.rows,
@@ -234,7 +252,7 @@ class AttentionCall:
             self.groups,
             self.kv_heads,
             values.heads,
-            values.mean_heads,
+            1 if quantizer.mean is None else len(quantizer.mean),
             self.splits,
             self.code_splits,
             self.query_length * heads * self.value_dim,

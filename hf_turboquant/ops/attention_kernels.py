@@ -21,7 +21,8 @@ def attend_kernel(
     DIM: tl.constexpr, WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, QJL: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_BITS: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, FOLD: tl.constexpr, MEAN: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr, ASM: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, STATIC: tl.constexpr,
+    DOT: tl.constexpr, ASM: tl.constexpr,
     KEY_SNIPPET: tl.constexpr, KEY_CONSTRAINTS: tl.constexpr,
     VALUE_SNIPPET: tl.constexpr, VALUE_CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
@@ -62,6 +63,10 @@ def attend_kernel(
     for _ in tl.static_range(HALVES):
         sums = sums + (tl.zeros([VALUE_ROWS, ROWS], tl.float32),)
 
+    if STATIC:
+        # pointers to both lengths of every sequence; splits beyond it find no block
+        kv_len = tl.load(kv_len + bh * 2)
+        length = tl.load(length + bh * 2)
     blocks = (length + 127) // 128
     first = (split * blocks) // code_splits
     last = ((split + 1) * blocks) // code_splits

@@ -1,12 +1,13 @@
 """What is known before a call: compiled kernels, the constants of quantizers, memory between launches."""
 
+from collections.abc import Callable
 from functools import cache
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..quantizer import Quantizer
 from .attention_kernels import attend_kernel, combine_kernel
@@ -27,72 +28,74 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 class QuantizerConstants:
-    """The constants of a quantizer as the kernels read them."""
+    """
+    What the kernels read of a quantizer besides its mean and scale, which are read where they are. Those made of one
+    quantizer by conditioning share it.
+    """
 
     def __init__(self, quantizer: Quantizer):
-        dual, mean = quantizer.dual.float(), quantizer.mean
         codebook = quantizer.codebook
-        self.heads = dual.shape[0]
-        self._duals: dict[torch.dtype, torch.Tensor] = {}
-        self._operators: dict[torch.dtype, torch.Tensor] = {}
-        self._decode_operators: dict[torch.dtype, torch.Tensor] = {}
+        self.heads = quantizer.dual.shape[0]
+        self._matrices: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self.scale, self.offset = codebook.scale, codebook.offset
         table = np.zeros((2, 16), dtype=np.float32)
-        # what a row of queries is multiplied with
-        self.factors = [dual.mT]
         if quantizer.role == "keys":
             table[0, : 2**quantizer.nbits] = np.tile(codebook.levels, 2 ** (quantizer.nbits - quantizer.code_bits))
             if quantizer.sketch is not None:
-                self.factors.append(dual.double().mT @ quantizer.sketch.double().mT)
                 # the sign is the highest bit of the code; the operand is 1 where it is minus
                 table[1, : 2**quantizer.code_bits] = 1
-            self.tables = torch.from_numpy(table.astype(np.int8)).to(dual.device)
+            table = table.astype(np.int8)
         else:
             table[0, : 2**quantizer.nbits] = codebook.levels + codebook.offset
-            self.tables = torch.from_numpy(table).to(dual.device)
-        self.dual = dual.contiguous()
-        self.mean = self.dual if mean is None else mean.float().contiguous()
-        self.mean_heads = 1 if mean is None else mean.shape[0]
-        scale = quantizer.scale
-        self.inverse_scale = self.dual if scale is None else scale.float().reciprocal().contiguous()
-        self.scale_heads = 1 if scale is None else scale.shape[0]
+        self.tables = torch.from_numpy(table).to(quantizer.dual.device)
 
-    def dual_operator(self, dtype: torch.dtype) -> torch.Tensor:
+    def dual_operator(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
         """A⁻ᵀ in another dtype."""
-        dual = self._duals.get(dtype)
-        if dual is None:
-            dual = self._duals[dtype] = self.dual.to(dtype)
-        return dual
+        if dtype == quantizer.dual.dtype:
+            # not kept: the constants would keep the key alive under which they are found
+            return quantizer.dual
+        return self._keep("dual", dtype, lambda: quantizer.dual.to(dtype))
 
-    def decode_operators(self, dtype: torch.dtype) -> torch.Tensor:
+    def decode_operators(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
         """`[operators, heads, head_dim, head_dim]`: see `dequantize_kernel`."""
-        matrices = self._decode_operators.get(dtype)
+        return self._keep("decode", dtype, lambda: torch.stack([f.mT.to(dtype) for f in _factors(quantizer)]))
+
+    def query_operators(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
+        """What a row of queries is multiplied with, `[operators, passes, heads, head_dim, head_dim]`."""
+
+        def make() -> torch.Tensor:
+            passes = []
+            for factor in _factors(quantizer):
+                high = factor.to(dtype)
+                rest = [] if dtype == torch.float32 else [((factor - high.to(factor.dtype)) * 2048).to(dtype)]
+                passes.append(torch.stack([high, *rest]))
+            return torch.stack(passes)
+
+        return self._keep("query", dtype, make)
+
+    def _keep(self, name: str, dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        matrices = self._matrices.get((name, dtype))
         if matrices is None:
-            matrices = torch.stack([factor.mT.to(dtype) for factor in self.factors]).contiguous()
-            self._decode_operators[dtype] = matrices
+            matrices = self._matrices[name, dtype] = make().contiguous()
         return matrices
 
-    def operators(self, dtype: torch.dtype) -> torch.Tensor:
-        """`[operators, passes, heads, head_dim, head_dim]`: see `prepare_kernel`."""
-        operators = self._operators.get(dtype)
-        if operators is None:
-            passes = []
-            for factor in self.factors:
-                high = factor.to(dtype)
-                passes.append(
-                    [high] if dtype == torch.float32 else [high, ((factor - high.to(factor.dtype)) * 2048).to(dtype)]
-                )
-            operators = self._operators[dtype] = torch.stack([torch.stack(p) for p in passes]).contiguous()
-        return operators
+
+def _factors(quantizer: Quantizer) -> list[torch.Tensor]:
+    """What rows of queries are multiplied with: A⁻¹ and, with a sketch, A⁻¹ (κS)ᵀ."""
+    factors = [quantizer.dual.mT]
+    if quantizer.sketch is not None:
+        factors.append(quantizer.dual.double().mT @ quantizer.sketch.double().mT)
+    return factors
 
 
-CONSTANTS: WeakKeyDictionary[Quantizer, QuantizerConstants] = WeakKeyDictionary()
+# by the matrix that a quantizer shares with those made of it by conditioning, and with no other
+CONSTANTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def constants_of(quantizer: Quantizer) -> QuantizerConstants:
-    constants = CONSTANTS.get(quantizer)
+    constants = CONSTANTS.get(quantizer.dual)
     if constants is None:
-        constants = CONSTANTS[quantizer] = QuantizerConstants(quantizer)
+        constants = CONSTANTS[quantizer.dual] = QuantizerConstants(quantizer)
     return constants
 
 
@@ -116,6 +119,13 @@ class Scratch:
             tensor = torch.empty(max(2**18, triton.next_power_of_2(size)), dtype=dtype, device=self.device)
             self.tensors[name] = tensor
         return tensor
+
+
+class NewScratch(Scratch):
+    """Memory for one call: a captured graph keeps none but its own."""
+
+    def get(self, name: str, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=self.dtypes.get(name, torch.float32), device=self.device)
 
 
 SCRATCH: dict[tuple, Scratch] = {}
@@ -175,7 +185,9 @@ class Launcher:
 class Kernels:
     """The kernels of one configuration: everything that is known at compile time, and what follows from it."""
 
-    def __init__(self, device, portable, query_dtype, exact_dtype, keys, values, mask_dtype, causal, softcap, few_rows):
+    def __init__(
+        self, device, portable, query_dtype, exact_dtype, keys, values, mask_dtype, causal, softcap, few_rows, static
+    ):
         key_bits, qjl, key_dim, key_scale, key_mean, key_codebook = keys
         value_bits, value_dim, value_mean, value_codebook = values
         exact_dot = tl.float32 if INTERPRETED or torch.float32 in (query_dtype, exact_dtype) else DTYPES[query_dtype]
@@ -206,6 +218,7 @@ class Kernels:
             "CAUSAL": causal,
             "SOFTCAP": softcap,
         }
+        lengths = {"STATIC": static}
         codes = {"DIM": key_dim, "WIDTH": width, "KEY_BITS": key_bits, "QJL": qjl}
         prepare = {
             "DIM": key_dim,
@@ -219,6 +232,7 @@ class Kernels:
             "TILE": EXACT_TILE,
             "SCALE": key_scale,
             "MEAN": key_mean,
+            **lengths,
             **mask,
         }
         last = {
@@ -240,6 +254,7 @@ class Kernels:
                 "FOLD": dot == tl.int8 and few_rows,
                 "MEAN": key_mean,
                 **mask,
+                **lengths,
                 "DOT": dot,
                 "ASM": not portable,
                 "KEY_SNIPPET": key_text[0],
@@ -272,6 +287,7 @@ class Kernels:
         self.dual_dtype = torch.float32 if exact_dot == tl.float32 else torch.float16
         self._combine: dict[tuple, Launcher] = {}
         self._wave = None
+        self._static = static
         self._mask_dtype = mask_dtype or query_dtype
 
     def combine(self, rows: int, code_splits: int, sinks: bool) -> Launcher:
@@ -307,7 +323,9 @@ class Kernels:
         byte, wide = torch.uint8, torch.float32
         scale = torch.bfloat16
         pointers = (torch.int8, wide, byte, byte, scale, scale, torch.int8, byte, byte, scale, wide)
-        compiled = self.attend.compile(*pointers, self._mask_dtype, wide, wide, *[1] * 15, 1.0)
+        length = torch.int32 if self._static else 1
+        integers = [1] * 7 + [length, 1, length] + [1] * 5
+        compiled = self.attend.compile(*pointers, self._mask_dtype, wide, wide, *integers, 1.0)
         properties = torch.cuda.get_device_properties(self.device)
         # registers come in steps of 8 per thread, and each quarter of a multiprocessor has a quarter of them
         registers = -(-compiled.n_regs // 8) * 8 * properties.warp_size

@@ -59,17 +59,17 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
             buffer["scales"],
             buffer.tensors.get("residual_norms", buffer["scales"]),
             quantizer.centroids,
-            constants.decode_operators(operator_dtype),
-            constants.inverse_scale,
-            constants.mean,
+            constants.decode_operators(quantizer, operator_dtype),
+            quantizer.centroids if quantizer.scale is None else quantizer.scale,
+            quantizer.centroids if quantizer.mean is None else quantizer.mean,
             out,
             *out.stride()[:3],
             tokens,
             heads,
             buffer.capacity // BLOCK,
             constants.heads,
-            constants.scale_heads,
-            constants.mean_heads,
+            1 if quantizer.scale is None else len(quantizer.scale),
+            1 if quantizer.mean is None else len(quantizer.mean),
             constants.scale,
         )
 
@@ -107,7 +107,7 @@ def _field(plane, block, token, d, WIDTH: tl.constexpr, KEYS: tl.constexpr, DIM:
 # strides are multiples of 16, which `supports` sees to
 @triton.jit(do_not_specialize=["length", "heads", "blocks", "operator_heads", "scale_heads", "mean_heads"])
 def dequantize_kernel(
-    wide, one, scales, residual_norms, centroids, operators, inverse_scale, mean, out,
+    wide, one, scales, residual_norms, centroids, operators, scale, mean, out,
     out_b, out_h, out_t, length, heads, blocks, operator_heads, scale_heads, mean_heads, level_scale,
     KEYS: tl.constexpr, CODE_BITS: tl.constexpr, QJL: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     CHUNK: tl.constexpr, SCALE: tl.constexpr, MEAN: tl.constexpr, T: tl.constexpr,
@@ -161,7 +161,7 @@ def dequantize_kernel(
         result += sketch_product * tl.load(residual_norms + at, mask=exists, other=0).to(tl.float32)[:, None]
     inner = n < DIM
     if SCALE:
-        result *= tl.load(inverse_scale + head % scale_heads * DIM + n, mask=inner, other=0)[None, :]
+        result /= tl.load(scale + head % scale_heads * DIM + n, mask=inner, other=1)[None, :]
     if MEAN:
         result += tl.load(mean + head % mean_heads * DIM + n, mask=inner, other=0)[None, :]
     to = out + (sequence // heads) * out_b + (sequence % heads) * out_h + token.to(tl.int64) * out_t

@@ -8,6 +8,9 @@ from .codes import exp2
 # floor of the running maximum: finite, so that a row that has seen nothing yet subtracts to zero and not to NaN
 LOWEST = tl.constexpr(-1e30)
 
+# stands for the length of a sequence that has outgrown a static capacity
+OVERFLOW = tl.constexpr(2**30)
+
 # arguments whose value no compiled kernel may depend on: the launchers reuse it for all of them
 INTEGERS = (
     "query_b query_h query_t mask_b mask_h mask_t mask_n query_length groups kv_heads operator_heads mean_heads "

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .codes import exp2, operand_position
-from .logits import INTEGERS, LOWEST, UNALIGNED, finish_logits
+from .logits import INTEGERS, LOWEST, OVERFLOW, UNALIGNED, finish_logits
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def _round_query(x, step):
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
 def prepare_kernel(
-    query, operators, inverse_scale, mean, operands, constants, key_states, value_states, mask_ptr, partial, stats,
+    query, operators, key_scale, mean, operands, constants, key_states, value_states, mask_ptr, partial, stats,
     logits_out,
     query_b, query_h, query_t, mask_b, mask_h, mask_t, mask_n,
     query_length, groups, kv_heads, operator_heads, scale_heads, mean_heads,
@@ -25,7 +25,7 @@ def prepare_kernel(
     key_stride, value_stride, pairs, splits, code_splits, scaling, softcap, level_scale, level_offset,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     BITS: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, PASSES: tl.constexpr, TILE: tl.constexpr,
-    SCALE: tl.constexpr, MEAN: tl.constexpr,
+    SCALE: tl.constexpr, MEAN: tl.constexpr, STATIC: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SCORES: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -74,9 +74,9 @@ def prepare_kernel(
                 mu = tl.load(mean + (head % mean_heads * DIM)[:, None] + k[None, :], mask=x_mask, other=0)
                 offsets += x.to(tl.float32) * mu
             if SCALE:
-                # the inverse of the keys' channel scale; rounded like the query itself
-                factor = inverse_scale + (head % scale_heads * DIM)[:, None] + k[None, :]
-                x = x.to(tl.float32) * tl.load(factor, mask=x_mask, other=0)
+                # rounded like the query itself
+                factor = tl.load(key_scale + (head % scale_heads * DIM)[:, None] + k[None, :], mask=x_mask, other=1)
+                x = x.to(tl.float32) * (1.0 / factor)
             x = x.to(operators.dtype.element_ty)
             m_mask = (k < DIM)[:, None] & (d < DIM)[None, :]
             m = tl.load(operator + k[:, None] * DIM + d[None, :], mask=m_mask, other=0)
@@ -119,6 +119,15 @@ def prepare_kernel(
         query_offset = (bh // kv_heads).to(tl.int64) * query_b
         query_offset += (bh % kv_heads * groups + row // query_length).to(tl.int64) * query_h
         query_offset += (row % query_length).to(tl.int64) * query_t
+        overflown = False
+        if STATIC:
+            # pointers to both lengths of every sequence
+            quantized = tl.load(recent_start + bh * 2)
+            kv_len = tl.load(kv_len + bh * 2)
+            recent_start = sink_length + quantized
+            phase = quantized % tl.maximum(ring, 1)
+            overflown = kv_len == OVERFLOW
+            kv_len = tl.where(overflown, 0, kv_len)
         slot = chunk * TILE + tl.arange(0, TILE)
         recent = recent_start + slot - sink_length - phase
         recent = tl.where(recent < recent_start, recent + ring, recent)
@@ -151,9 +160,14 @@ def prepare_kernel(
             largest = tl.maximum(tl.max(logits, axis=1), LOWEST)
             weights = exp2(logits - largest[:, None], ASM)
             out = tl.dot(weights.to(DOT), values, input_precision="ieee")
+            total = tl.sum(weights, axis=1)
+            if STATIC:
+                # a step beyond the capacity cannot raise: everything that comes of it shall show
+                out = tl.where(overflown, float("nan"), out)
+                total = tl.where(overflown, 1.0, total)
             at = flat_row * splits + code_splits + chunk
             tl.store(
                 partial + at[:, None] * VALUE_DIM + v[None, :], out, mask=exists[:, None] & (v < VALUE_DIM)[None, :]
             )
             tl.store(stats + at * 2, largest, mask=exists)
-            tl.store(stats + at * 2 + 1, tl.sum(weights, axis=1), mask=exists)
+            tl.store(stats + at * 2 + 1, total, mask=exists)

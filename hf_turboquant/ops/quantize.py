@@ -1,4 +1,4 @@
-"""Quantises and appends by Triton: the launcher of `quantize_kernels`."""
+"""Quantises and appends by Triton: the launchers of `quantize_kernels` and `step_kernel`."""
 
 from weakref import WeakKeyDictionary
 
@@ -10,6 +10,7 @@ from ..packing import BLOCK, plane_shapes
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
 from .quantize_kernels import quantize_kernel
+from .step_kernel import step_kernel
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 INTERPRETED = not isinstance(quantize_kernel, triton.JITFunction)
@@ -56,6 +57,27 @@ def quantize_pair(
             quantize(*one)
 
 
+def append(states, new: dict[str, torch.Tensor]) -> None:
+    """[`ops.append`] in one launch."""
+    counters = states.counters
+    batch, heads = new["keys"].shape[:2]
+    if not INTERPRETED and counters.device.index != torch.cuda.current_device():
+        with torch.cuda.device(counters.device):
+            append(states, new)
+        return
+    sides, specs, key = [], [], [counters.device.index, states.ring > 0]
+    for role, x in new.items():
+        quantizer, exact = states.quantizers[role], states.exact[role]
+        buffers, constants, spec, options, parts = _side(x, quantizer, states.codes[role], 1)
+        sides.append((x, x.stride(), exact, exact.stride(), buffers, constants))
+        specs.append(spec)
+        key += (*parts, exact.stride())
+    key = tuple(key)
+    sizes = (states.kv_len, states.sink_length, states.ring, states.codes["keys"].capacity // BLOCK, heads)
+    args = (*sides, counters, *sizes, *specs, states.ring > 0)
+    _run(step_kernel, key, (1, batch * heads, len(sides)), args, options)
+
+
 def _launch(states, quantizers, buffers) -> None:
     batch, heads, tokens, _ = states[0].shape
     if not states[0].numel():
@@ -70,22 +92,32 @@ def _launch(states, quantizers, buffers) -> None:
     tile = 1 if tokens == 1 else BLOCK
     sides, specs, key = [None, None], [None, None], [device.index]
     for i, (x, quantizer, buffer) in enumerate(zip(states, quantizers, buffers, strict=True)):
-        planes, constants, specs[i], options = _prepare(quantizer, x.dtype, tile)
-        strides = x.stride()
-        outputs = [buffer[name] for name in planes], buffer["scales"], buffer.tensors.get("residual_norms")
-        sides[i] = (x, strides, (tuple(outputs[0]), *outputs[1:]), constants)
-        key += (id(specs[i]), x.dtype, quantizer.mean is None, quantizer.scale is None, strides, x.data_ptr() % 16)
-    key = tuple(key)
+        outputs, constants, specs[i], options, parts = _side(x, quantizer, buffer, tile)
+        sides[i] = (x, x.stride(), outputs, constants)
+        key += parts
     grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(states))
     args = (*sides, length, tokens, buffers[0].capacity // BLOCK, heads, *specs, tile)
+    _run(quantize_kernel, tuple(key), grid, args, options)
+    for buffer in buffers:
+        buffer.length += tokens
+
+
+def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int):
+    """Of keys or values: buffers and constants as the kernels take them, the specification, and what tells kernels apart."""
+    planes, constants, spec, options = _prepare(quantizer, x.dtype, tile)
+    buffers = tuple(buffer[name] for name in planes), buffer["scales"], buffer.tensors.get("residual_norms")
+    key = (id(spec), x.dtype, quantizer.mean is None, quantizer.scale is None, x.stride(), x.data_ptr() % 16)
+    return buffers, constants, spec, options, key
+
+
+def _run(kernel, key: tuple, grid: tuple[int, int, int], args: tuple, options: dict) -> None:
+    key = (kernel, *key)
     if key in _compiled:
         _compiled[key][grid](*args)
     else:
-        kernel = quantize_kernel[grid](*args, **options)
+        compiled = kernel[grid](*args, **options)
         if not INTERPRETED:
-            _compiled[key] = kernel
-    for buffer in buffers:
-        buffer.length += tokens
+            _compiled[key] = compiled
 
 
 def _prepare(quantizer: Quantizer, dtype: torch.dtype, tile: int):

@@ -94,6 +94,29 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) ->
         buffer.length += tokens
 
 
+def append(states, new: dict[str, torch.Tensor]) -> None:
+    """[`ops.append`], on lengths that it fetches from the device."""
+    sinks, ring, capacity = states.sink_length, states.ring, states.kv_len
+    now = states.measured()
+    quantized = now.codes["keys"].length
+    if now.kv_len >= capacity:
+        raise ValueError(
+            f"A cache with `max_cache_len={capacity}` must get no more tokens than that. Make a larger one, or `reset()` it."
+        )
+    leaves = now.kv_len + 1 - sinks - ring > quantized
+    for role, state in new.items():
+        exact = states.exact[role]
+        if leaves:
+            slot = sinks + quantized % ring if ring else None
+            leaving = exact[:, :, slot : slot + 1] if ring else state
+            quantize(leaving, states.quantizers[role], now.codes[role])
+        if now.kv_len < sinks or ring:
+            slot = now.kv_len if now.kv_len < sinks else sinks + (now.kv_len - sinks) % ring
+            exact[:, :, slot : slot + 1] = state
+    states.counters[..., 0] += 1
+    states.counters[..., 1] += leaves
+
+
 def codes_of(buffer: TokenBuffer, quantizer: Quantizer, start: int, stop: int):
     """Codes and scales of tokens `start` to `stop`, as [`encode`] returns them (scales in their stored dtype)."""
     blocks = slice(start // BLOCK, -(-stop // BLOCK))
@@ -118,6 +141,12 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
 
 def scores(query, states, *, scaling, attention_mask=None, is_causal=False, softcap=None) -> torch.Tensor:
     """The logits of [`ops.scores`], fp32."""
+    if states.counters is not None:
+        capacity, states = states.kv_len, states.measured()
+        out = scores(
+            query, states, scaling=scaling, attention_mask=attention_mask, is_causal=is_causal, softcap=softcap
+        )
+        return torch.nn.functional.pad(out, (0, capacity - states.kv_len), value=-torch.inf)
     out = query.new_empty((*query.shape[:3], states.kv_len), dtype=torch.float32)
     for start, logits, _, _ in _pieces(query, states, scaling, softcap):
         stop = start + logits.shape[-1]
@@ -129,6 +158,7 @@ def attention(
     query, states, *, scaling, attention_mask=None, is_causal=False, softcap=None, sinks=None
 ) -> torch.Tensor:
     """The output of [`ops.attention`], tile by tile with an online softmax (arXiv 2205.14135), in fp32 throughout."""
+    states = states.measured()
     shape = (*query.shape[:3], states.exact["values"].shape[-1])
     # of every row the largest logit, and the sum of exponentials and weighted values: exact ones, then those of codes
     largest = query.new_full((*shape[:3], 1), -torch.inf, dtype=torch.float32)

@@ -1,0 +1,102 @@
+"""Arena: everything that a layer of static capacity holds for its tokens, in one tensor."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from functools import cache
+
+import torch
+
+from .config import TurboQuantConfig
+from .packing import BLOCK
+from .quantizer import Quantizer
+from .states import LayerStates
+from .storage import TokenBuffer
+
+# of every tensor in an arena: what the widest loads of the kernels want, and a cache line
+ALIGNMENT_BYTES = 256
+
+
+def describe(config: TurboQuantConfig, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor) -> str:
+    """
+    All that the contents of an arena depend on besides the tokens: equal descriptions have equal layouts.
+
+    A string, because `torch.compile` compares it before it runs what it compiled for another arena.
+    """
+    batch, heads = key_states.shape[:2]
+    head_dims = {"keys": key_states.shape[3], "values": value_states.shape[3]}
+    dtype = str(key_states.dtype).removeprefix("torch.")
+    return json.dumps([asdict(config), layer_idx, batch, heads, head_dims, dtype])
+
+
+def new_arena(description: str, device: torch.device) -> torch.Tensor:
+    """An arena that holds no token: uint8, zero, and from then on at the same address."""
+    layout = _layout(description, device)
+    # an ordinary tensor, also in inference mode: it is written to later, whatever mode that is in
+    with torch.inference_mode(False):
+        arena = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+    # to CUDA graphs: it need not be copied
+    torch._dynamo.mark_static_address(arena)
+    return arena
+
+
+def open_arena(arena: torch.Tensor, description: str) -> LayerStates:
+    """The states in `arena`, as views of it. Lengths are in its `counters`; those of buffers and `kv_len` are bounds."""
+    layout = _layout(description, arena.device)
+    tensors = {name: layout.view(arena, name) for name in layout.tensors}
+
+    def part(role: str) -> dict[str, torch.Tensor]:
+        return {name[1]: tensor for name, tensor in tensors.items() if name[0] == role}
+
+    quantizers = dict(layout.quantizers)
+    if ("condition", "mean") in tensors:
+        quantizers["keys"] = replace(quantizers["keys"], **part("condition"))
+    config = layout.config
+    codes = {role: TokenBuffer.over(part(role), BLOCK, layout.code_tokens) for role in quantizers}
+    return LayerStates(
+        quantizers,
+        codes,
+        part("exact"),
+        config.max_cache_len,
+        config.sink_length,
+        config.residual_length,
+        0,
+        config.backend,
+        tensors["arena", "counters"],
+    )
+
+
+class _Layout:
+    """Where everything lies in an arena: offset, dtype and shape of every tensor by (part, name)."""
+
+    def __init__(self, description: str, device: torch.device):
+        options, layer_idx, batch, heads, head_dims, dtype = json.loads(description)
+        self.config = config = TurboQuantConfig(**options)
+        self.quantizers = {
+            role: Quantizer.create(config, role, layer_idx, head_dim, device) for role, head_dim in head_dims.items()
+        }
+        exact = min(config.sink_length + config.residual_length, config.max_cache_len)
+        self.code_tokens = config.max_cache_len - exact
+        self.tensors: dict[tuple[str, str], tuple[int, torch.dtype, tuple[int, ...]]] = {}
+        self.nbytes = 0
+        self._add("arena", "counters", torch.int32, (len(head_dims), batch * heads, 2))
+        if config.condition != "none":
+            for name in ("mean", "scale"):
+                self._add("condition", name, torch.float32, (heads, 1, head_dims["keys"]))
+        for role, head_dim in head_dims.items():
+            self._add("exact", role, getattr(torch, dtype), (batch, heads, exact, head_dim))
+            for name, (code_dtype, shape) in self.quantizers[role].buffer_shapes().items():
+                self._add(role, name, code_dtype, (batch, heads, -(-self.code_tokens // BLOCK), *shape))
+
+    def _add(self, part: str, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.tensors[part, name] = self.nbytes, dtype, shape
+        nbytes = math.prod(shape) * dtype.itemsize
+        self.nbytes += -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+    def view(self, arena: torch.Tensor, name: tuple[str, str]) -> torch.Tensor:
+        offset, dtype, shape = self.tensors[name]
+        return arena[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+# kept for good: a captured graph goes on reading the constants of the quantizers
+_layout = cache(_Layout)

@@ -1,0 +1,181 @@
+"""Steps with static capacity: one launch that appends, and attention that reads lengths from device memory."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from benchmark_attention import relative_error
+
+from hf_turboquant import TurboQuantConfig, ops
+from hf_turboquant.arena import describe, new_arena, open_arena
+from hf_turboquant.ops import reference
+
+attention_kernels, quantize_kernels = (sys.modules[f"hf_turboquant.ops.{name}"] for name in ("attention", "quantize"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
+HEADS = 2
+ROLES = ("keys", "values")
+
+
+def random_tokens(count, head_dims=(64, 64), dtype=DTYPES[0], batch=1, seed=0):
+    generator = torch.Generator(device=DEVICE).manual_seed(seed)
+    # as models hand them over: heads next to each other
+    shapes = [(batch, count, HEADS, head_dim) for head_dim in head_dims]
+    return [torch.randn(s, generator=generator, device=DEVICE).to(dtype).transpose(1, 2) for s in shapes]
+
+
+def new_states(keys, values, capacity=200, **options):
+    """An open arena, poisoned but for its counters and conditioning."""
+    config = TurboQuantConfig(max_cache_len=capacity, backend="triton", **options)
+    description = describe(config, 0, keys, values)
+    arena = new_arena(description, torch.device(DEVICE))
+    arena.fill_(255)
+    states = open_arena(arena, description)
+    states.counters.zero_()
+    if config.condition != "none":
+        generator = torch.Generator(device=DEVICE).manual_seed(1)
+        states.quantizers["keys"].mean.normal_(generator=generator)
+        states.quantizers["keys"].scale.uniform_(0.5, 2, generator=generator)
+    return states
+
+
+def fill(states, keys, values, count):
+    """The first `count` tokens, as a prefill leaves them."""
+    sinks, ring = states.sink_length, states.ring
+    quantized = max(0, count - sinks - ring)
+    for role, new in (("keys", keys), ("values", values)):
+        buffer = states.codes[role].snapshot()
+        buffer.length = 0
+        quantize_kernels.quantize(new[:, :, sinks : sinks + quantized], states.quantizers[role], buffer)
+        for position in [*range(min(sinks, count)), *range(sinks + quantized, count)]:
+            slot = position if position < sinks else sinks + (position - sinks) % ring
+            states.exact[role][:, :, slot] = new[:, :, position]
+    states.counters[..., 0], states.counters[..., 1] = count, quantized
+
+
+def contents(states, role):
+    """Codes and scales of all tokens that are quantised, and those of the exact slots that are taken."""
+    now = states.measured()
+    buffer = now.codes[role]
+    codes, scales = reference.codes_of(buffer, states.quantizers[role], 0, buffer.length)
+    return codes, *scales.values(), states.exact[role][:, :, : now.kv_len]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sinks, ring, options",
+    [
+        (4, 8, {"nbits": 4}),
+        (4, 8, {"nbits": 3, "condition": "none"}),
+        (4, 8, {"nbits": 2, "key_estimator": "rescaled"}),
+        (0, 5, {"key_bits": 2, "value_bits": 3, "value_estimator": "mse"}),
+        (3, 0, {"nbits": 4, "condition": "none"}),
+        (0, 0, {"nbits": 3}),
+        (0, 1, {"nbits": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("start", [0, 126])
+def test_steps_leave_what_a_prefill_leaves(start, sinks, ring, options, dtype):
+    keys, values = random_tokens(140, dtype=dtype)
+    options = {"sink_length": sinks, "residual_length": ring, **options}
+    stepped, filled = (new_states(keys, values, **options) for _ in range(2))
+    fill(stepped, keys, values, start)
+    for count in range(start, start + 14):
+        ops.append(stepped, keys[:, :, count : count + 1], values[:, :, count : count + 1])
+    fill(filled, keys, values, start + 14)
+    assert torch.equal(stepped.counters, filled.counters)
+    for role in ROLES:
+        for ours, theirs in zip(contents(stepped, role), contents(filled, role), strict=True):
+            # a launch for one token sums in another order than one for many
+            assert (ours != theirs).sum() <= 1e-3 * ours.numel()
+
+
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+def test_kernels_and_reference_do_the_same(backend):
+    keys, values = random_tokens(30, head_dims=(80, 48))
+    append = {"kernels": quantize_kernels.append, "reference": reference.append}[backend]
+    states = new_states(keys, values, capacity=30, sink_length=2, residual_length=3)
+    expected = new_states(keys, values, capacity=30, sink_length=2, residual_length=3)
+    fill(expected, keys, values, 30)
+    for count in range(30):
+        append(states, {"keys": keys[:, :, count : count + 1], "values": values[:, :, count : count + 1]})
+    assert torch.equal(states.counters, expected.counters) and states.measured().kv_len == 30
+    for role in ROLES:
+        assert torch.equal(states.exact[role], expected.exact[role])
+        ours, theirs = contents(states, role)[0], contents(expected, role)[0]
+        assert (ours != theirs).float().mean() <= 1e-3
+
+
+@pytest.mark.parametrize("capacity, sinks, ring", [(20, 2, 30), (130, 2, 8), (130, 0, 0)])
+def test_nothing_is_written_beyond_the_capacity(capacity, sinks, ring):
+    keys, values = random_tokens(capacity + 1)
+    states = new_states(keys, values, capacity, sink_length=sinks, residual_length=ring)
+    fill(states, keys, values, capacity)
+    query = torch.randn(1, 4, 1, 64, device=DEVICE).to(keys.dtype)
+    assert attention_kernels.attention(query, states, scaling=0.1).isfinite().all()
+    before = {role: [t.clone() for t in contents(states, role)] for role in ROLES}
+    for _ in range(2):
+        ops.append(states, keys[:, :, -1:], values[:, :, -1:])
+    # a compiled step cannot raise: it shows in everything that comes of it, and raises where the host looks
+    assert attention_kernels.attention(query, states, scaling=0.1).isnan().all()
+    with pytest.raises(ValueError, match=f"max_cache_len={capacity}"):
+        states.measured()
+    states.counters[..., 0] = capacity
+    for role in ROLES:
+        assert all(torch.equal(now, then) for now, then in zip(contents(states, role), before[role], strict=True))
+    with pytest.raises(ValueError, match=f"max_cache_len={capacity}"):
+        reference.append(states, {"keys": keys[:, :, -1:], "values": values[:, :, -1:]})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nbits, count", [(4, n) for n in (1, 3, 12, 13, 140, 141, 400)] + [(3, 300), (2, 300)])
+def test_attention_reads_lengths_from_the_device(count, nbits, dtype):
+    keys, values = random_tokens(400, dtype=dtype, batch=2)
+    states = new_states(keys, values, 400, nbits=nbits, sink_length=4, residual_length=8)
+    fill(states, keys, values, count)
+    query = torch.randn(2, 4, 1, 64, device=DEVICE).to(dtype)
+    # as transformers makes it: one column for every token that there is room for
+    mask = (torch.arange(400, device=DEVICE) < count).repeat(2, 1)[:, None, None]
+    mask[1, ..., : count // 2] = False
+    for attention_mask in (None, mask):
+        options = {"scaling": 0.125, "attention_mask": attention_mask}
+        got = attention_kernels.attention(query, states, **options)
+        truth = reference.attention(query.float(), states, **options)
+        assert relative_error(got, truth) < (1e-3 if dtype == torch.float16 else 8e-3)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_captured_step_goes_on_where_it_is_replayed():
+    keys, values = random_tokens(300)
+    states, expected = (new_states(keys, values, 300, sink_length=4, residual_length=8) for _ in range(2))
+    fill(states, keys, values, 20)
+    ops.warm(states)
+    query = torch.randn(1, 4, 1, 64, device=DEVICE).to(keys.dtype)
+    new = [torch.empty_like(x[:, :, :1]) for x in (keys, values)]
+
+    def step():
+        ops.append(states, *new)
+        return attention_kernels.attention(query, states, scaling=0.125)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = step()
+    torch.cuda.synchronize()
+    fill(states, keys, values, 20)
+    for count in range(20, 290):
+        for held, given in zip(new, (keys, values), strict=True):
+            held.copy_(given[:, :, count : count + 1])
+        graph.replay()
+    fill(expected, keys, values, 290)
+    assert torch.equal(states.counters, expected.counters)
+    truth = reference.attention(query.float(), expected, scaling=0.125)
+    assert relative_error(out, truth) < 2e-3
