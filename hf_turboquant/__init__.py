@@ -1,6 +1,7 @@
 """TurboQuantCache: a KV cache for Hugging Face models in 2-4 bits."""
 
-from . import attention
+# first: with a transformers that is too old or too new the others fail on what they don't find there
+from . import _supported, attention  # noqa: F401
 from .cache import TurboQuantCache
 from .config import TurboQuantConfig
 from .memory import MemoryReport

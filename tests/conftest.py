@@ -16,6 +16,20 @@ torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--tables", action="store_true", help="print what README says of models and ways of generating")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Rows that tests recorded as properties, under the heading that is the property's name."""
+    reports = terminalreporter.stats.get("passed", []) if config.getoption("--tables") else []
+    tables = {}
+    for heading, row in (item for report in reports for item in report.user_properties):
+        tables.setdefault(heading, []).append(row)
+    for heading, rows in tables.items():
+        terminalreporter.write_line("\n".join(["", heading, "|---" * (heading.count("|") - 1) + "|", *rows]))
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct and its tokenizer: a real model, fetched once."""

@@ -24,7 +24,7 @@ def generate(model, input_ids):
 
 
 def prompts():
-    return torch.randint(3, 99, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0))
+    return torch.randint(3, 98, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0))
 
 
 def work(folder: Path):
@@ -54,7 +54,7 @@ def results(tmp_path_factory):
         model = AutoModelForCausalLM.from_config(
             config(
                 hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                head_dim=16, vocab_size=99, initializer_range=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+                head_dim=16, vocab_size=98, initializer_range=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=0,
             )
         )  # fmt: skip
         model.save_pretrained(folder / name)

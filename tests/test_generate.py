@@ -24,6 +24,9 @@ CONFIG = LlamaConfig(
 # all 8 bits in the codes, and a window so short that most of what attention reads is codes
 PRECISE = {"nbits": 8, "key_estimator": "rescaled", "residual_length": 16}
 NEW_TOKENS = 12
+# in nats per token: 8 bits moved the scores of SmolLM2's beams by up to 0.0016
+EIGHT_BITS_SCORE = 0.0016
+TABLE = "| way of generating | model | same tokens at 8 bits |"
 
 
 @dataclass
@@ -153,6 +156,10 @@ def beams(run):
     return run.generate(num_beams=3, num_return_sequences=2, max_new_tokens=8, min_new_tokens=8)
 
 
+def batched_beams(run):
+    return run.generate(run.two_rows(), num_beams=4, num_return_sequences=3)
+
+
 def stepwise(run):
     """`model.forward` in a loop, as training scripts and servers do."""
     cache, ids = run.cache(), run.prompt
@@ -170,7 +177,7 @@ WAYS = {
     "sampling": lambda run: run.generate(do_sample=True, top_k=20),
     "sampling, several sequences": lambda run: run.generate(do_sample=True, top_p=0.9, num_return_sequences=3),
     "beam search": lambda run: run.generate(num_beams=3),
-    "beam search, several sequences": lambda run: run.generate(run.two_rows(), num_beams=4, num_return_sequences=3),
+    "beam search, several sequences": batched_beams,
     "beam sampling": lambda run: run.generate(do_sample=True, num_beams=3, num_return_sequences=2, top_k=20),
     "repetition penalty": lambda run: run.generate(repetition_penalty=1.3, no_repeat_ngram_size=2),
     "draft model": lambda run: run.generate(assistant_model=run.draft),
@@ -197,7 +204,13 @@ REAL_WAYS = {
         "chunked prefill",
         "saved prefix",
     )
-} | {"beam search": beams, "text streaming": text_streaming, "pipeline": text_pipeline, "chat pipeline": chat_pipeline}
+} | {
+    "beam search": beams,
+    "beam search, batch of 2": batched_beams,
+    "text streaming": text_streaming,
+    "pipeline": text_pipeline,
+    "chat pipeline": chat_pipeline,
+}
 # in a cache that several of them share, the last tokens are still exact or cropped: this many codes at least
 LEAST_CODES = 80
 
@@ -251,18 +264,23 @@ def generate_both(way, setup, options):
     return results
 
 
-def check(results, model):
+def check(results, model, beams_of=None):
     (expected, _), (ours, caches) = results
     assert caches
     for cache in caches:
         # codes hold most of the tokens of every layer
         assert all(layer.codes["keys"].length >= LEAST_CODES for layer in cache.layers)
         assert all(layer.get_seq_length() == cache.get_seq_length() for layer in cache.layers)
-    if expected.shape == ours.shape and torch.equal(expected, ours):
-        return
     assert expected.shape == ours.shape
+    if torch.equal(expected, ours):
+        return "yes"
     for row, our_row in zip(expected, ours, strict=True):
         if torch.equal(row, our_row):
+            continue
+        if beams_of is not None:
+            # either is a best beam where the full model gives them the same score, but for what 8 bits change
+            scores = [score(model, tokens, beams_of) for tokens in (row, our_row)]
+            assert abs(scores[0] - scores[1]) < EIGHT_BITS_SCORE, f"other beams, of scores {scores}"
             continue
         # a first difference is allowed where the full cache itself all but ties
         first = int((row != our_row).nonzero()[0])
@@ -270,11 +288,20 @@ def check(results, model):
             logits = model(row[None, :first]).logits[0, -1].float()
         gap = logits[row[first]] - logits[our_row[first]]
         assert gap.abs() < 0.02 * logits.std(), f"tokens differ from {first} on; logits are {gap:.3f} apart"
+    return "up to a tie"
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
-def test_same_tokens_at_8_bits(tiny, way):
-    check(generate_both(way, tiny, PRECISE), tiny[0])
+def score(model, tokens, prompt_length):
+    """What beam search ranks a sequence by: the mean log-probability of its new tokens."""
+    with torch.inference_mode():
+        logits = model(tokens[None]).logits[0, prompt_length - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, tokens[prompt_length:, None]).mean().item()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_tokens_at_8_bits(tiny, way, record_property):
+    same = check(generate_both(WAYS[way], tiny, PRECISE), tiny[0])
+    record_property(TABLE, f"| {way} | tiny Llama | {same} |")
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
@@ -287,5 +314,7 @@ def test_the_default_runs(tiny, way):
 
 
 @pytest.mark.parametrize("way", REAL_WAYS)
-def test_same_tokens_of_a_real_model(real, way):
-    check(generate_both(REAL_WAYS[way], real, PRECISE), real[0])
+def test_same_tokens_of_a_real_model(real, way, record_property):
+    beams_of = real[3].shape[1] if way.startswith("beam search") else None
+    same = check(generate_both(REAL_WAYS[way], real, PRECISE), real[0], beams_of)
+    record_property(TABLE, f"| {way} | SmolLM2-135M-Instruct | {same} |")
