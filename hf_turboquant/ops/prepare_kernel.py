@@ -53,6 +53,14 @@ def prepare_kernel(
     query_offset = batch * query_b + (head * groups + row // query_length).to(tl.int64) * query_h
     query_offset += (row % query_length).to(tl.int64) * query_t
     padded_rows = tl.num_programs(1) * 16
+    if STATIC:
+        # pointers to both lengths of every sequence
+        quantized = tl.load(recent_start + bh * 2)
+        kv_len = tl.load(kv_len + bh * 2)
+        recent_start = sink_length + quantized
+        phase = quantized % tl.maximum(ring, 1)
+        overflown = kv_len == OVERFLOW
+        kv_len = tl.where(overflown, 0, kv_len)
     if task < TERMS:
         CHUNK: tl.constexpr = 64 if DIM_PAD <= 128 else 32
         d = tl.arange(0, DIM_PAD)
@@ -105,15 +113,6 @@ def prepare_kernel(
             tl.store(c + 2, -2.0 * factor)
             tl.store(c + 3, factor * total)
     else:
-        overflown = False
-        if STATIC:
-            # pointers to both lengths of every sequence
-            quantized = tl.load(recent_start + bh * 2)
-            kv_len = tl.load(kv_len + bh * 2)
-            recent_start = sink_length + quantized
-            phase = quantized % tl.maximum(ring, 1)
-            overflown = kv_len == OVERFLOW
-            kv_len = tl.where(overflown, 0, kv_len)
         slot = (task - TERMS) * TILE + tl.arange(0, TILE)
         recent = recent_start + (slot - sink_length - phase + ring) % tl.maximum(ring, 1)
         position = tl.where(slot < sink_length, slot, recent)

@@ -67,15 +67,14 @@ def append(states, new: dict[str, torch.Tensor]) -> None:
         return
     sides, specs, key = [], [], [counters.device.index, states.ring > 0]
     for role, x in new.items():
-        quantizer, exact = states.quantizers[role], states.exact[role]
-        buffers, constants, spec, options, parts = _side(x, quantizer, states.codes[role], 1)
-        sides.append((x, x.stride(), exact, exact.stride(), buffers, constants))
+        buffers, constants, spec, options, parts = _side(x, states.quantizers[role], states.codes[role], 1)
+        sides.append((x, x.stride(), buffers, constants))
         specs.append(spec)
-        key += (*parts, exact.stride())
-    key = tuple(key)
-    sizes = (states.kv_len, states.sink_length, states.ring, states.codes["keys"].capacity // BLOCK, heads)
-    args = (*sides, counters, *sizes, *specs, states.ring > 0)
-    _run(step_kernel, key, (1, batch * heads, len(sides)), args, options)
+        key += parts
+    exact = states.exact["keys"], states.exact["values"]
+    sizes = (states.kv_len, states.sink_length, states.ring, exact[0].shape[2], states.codes["keys"].capacity // BLOCK)
+    args = (*sides, *exact, counters, *sizes, heads, *specs, states.ring > 0)
+    _run(step_kernel, tuple(key), (1, batch * heads, len(sides)), args, options)
 
 
 def _launch(states, quantizers, buffers) -> None:
