@@ -102,7 +102,7 @@ def _launch(states, quantizers, buffers) -> None:
 
 
 def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int):
-    """Of keys or values: buffers and constants as the kernels take them, the specification, and what tells kernels apart."""
+    """Of keys or values: buffers and constants as the kernels take them, specification, options, a part of the key."""
     planes, constants, spec, options = _prepare(quantizer, x.dtype, tile)
     buffers = tuple(buffer[name] for name in planes), buffer["scales"], buffer.tensors.get("residual_norms")
     key = (id(spec), x.dtype, quantizer.mean is None, quantizer.scale is None, x.stride(), x.data_ptr() % 16)
