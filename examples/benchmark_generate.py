@@ -3,6 +3,9 @@ What a whole decode step costs through each cache: host time, GPU time, memory, 
 
     python examples/benchmark_generate.py
     python examples/benchmark_generate.py --contexts 8192 --batches 1 --caches dynamic turboquant-4
+    python examples/benchmark_generate.py --static
+
+With `--static` the caches have a static capacity, and `generate` compiles the step by itself (CUDA graphs).
 
 The model has random weights in the shape of Llama-3.1-8B: speed does not depend on what they are. Caches are filled
 with random states layer by layer, which is what a prefill leaves; the prefill itself is timed apart.
@@ -16,9 +19,17 @@ import time
 import torch
 import transformers
 from rich.progress import track
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    QuantizedCache,
+    StaticCache,
+    StoppingCriteria,
+)
 
 from hf_turboquant import TurboQuantCache
 from hf_turboquant.layer import TurboQuantLayer
@@ -42,6 +53,22 @@ CACHES = {
     "turboquant-3": lambda config: TurboQuantCache(config, nbits=3),
     "turboquant-2": lambda config: TurboQuantCache(config, nbits=2),
 }
+STATIC_CACHES = {
+    "static": lambda config, length: StaticCache(config=config, max_cache_len=length),
+    "turboquant-4": lambda config, length: TurboQuantCache(config, nbits=4, max_cache_len=length),
+    "turboquant-3": lambda config, length: TurboQuantCache(config, nbits=3, max_cache_len=length),
+    "turboquant-2": lambda config, length: TurboQuantCache(config, nbits=2, max_cache_len=length),
+}
+STATIC_COLUMNS = (
+    "batch × context",
+    "cache",
+    "step (ms)",
+    "GPU busy (ms)",
+    "first steps (s)",
+    "graphs",
+    "peak memory (GB)",
+    "cache (GB)",
+)
 MARKDOWN_COLUMNS = ("batch × context", "cache", "step (ms)", "GPU busy (ms)", "peak memory (GB)", "cache (GB)")
 
 
@@ -91,6 +118,55 @@ def decode(model, make_cache, batch: int, context: int, steps: int) -> tuple[str
     )
 
 
+class Clock(StoppingCriteria):
+    """Notes the time of every step; `generate` waits for the GPU before the next."""
+
+    def __init__(self):
+        self.times_s: list[float] = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.times_s.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def generate(model, cache, ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, list[float]]:
+    """Goes on from a filled cache: the ids and the times between steps, of which the first is not compiled."""
+    clock = Clock()
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    ids = model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, stopping_criteria=[clock], **options
+    )
+    return ids, [stop - start for start, stop in zip(clock.times_s, clock.times_s[1:], strict=False)]
+
+
+@torch.inference_mode()
+def decode_static(model, make_cache, batch: int, context: int, tokens: int) -> tuple[str, ...]:
+    """A compiled step of `generate` after `context` tokens: wall time, GPU time, compilation, memory."""
+    torch.compiler.reset()
+    counters.clear()
+    cache = make_cache(model.config, context + tokens + 16)
+    fill(cache, model.config, batch, context)
+    torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(0, model.config.vocab_size, (batch, context + 1), device="cuda")
+    start = time.perf_counter()
+    ids, times_s = generate(model, cache, ids, tokens)
+    # compilation, and what CUDA graphs run before they are captured
+    first_s = time.perf_counter() - start - sum(times_s[len(times_s) // 4 :])
+    peak = torch.cuda.max_memory_allocated()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        generate(model, cache, ids, 8)
+        torch.cuda.synchronize()
+    busy_ms = sum(event.self_device_time_total for event in profiler.key_averages()) / 8e3
+    return (
+        f"{statistics.median(times_s[len(times_s) // 4 :]) * 1e3:.1f}",
+        f"{busy_ms:.1f}",
+        f"{first_s:.0f}",
+        str(counters["stats"]["unique_graphs"]),
+        f"{peak / 1e9:.1f}",
+        f"{cache_bytes(cache) / 1e9:.2f}",
+    )
+
+
 @torch.inference_mode()
 def prefill_ms(model, make_cache, context: int) -> float:
     """Median time of a prefill of one sequence, the first run (which compiles) not counted."""
@@ -131,12 +207,17 @@ def main():
     parser = argparse.ArgumentParser(description="Decode steps of an 8B-shaped model through each cache, on a GPU.")
     parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
+    parser.add_argument("--caches", nargs="+", choices={**CACHES, **STATIC_CACHES})
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=2**18, help="skip larger batch × context")
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192], help="contexts whose prefill is timed")
+    parser.add_argument("--static", type=int, nargs="?", const=64, default=0, help="compiled steps, so many tokens")
     parser.add_argument("--largest-batch", type=int, default=0, help="find the largest batch at this context")
     args = parser.parse_args()
+    caches = STATIC_CACHES if args.static else CACHES
+    names = args.caches or list(caches)
+    if not set(names) <= set(caches):
+        parser.error(f"--caches must be of {list(caches)}, got {names}")
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: on a CPU these times say nothing")
 
@@ -146,30 +227,37 @@ def main():
         model = LlamaForCausalLM(config).eval()
     print(
         f"Llama-3.1-8B shape, random bf16 weights, sdpa (flash or cuDNN) on {torch.cuda.get_device_name()}; "
-        f"torch {torch.__version__}, transformers {transformers.__version__}; median of {args.steps} steps, eager\n"
+        f"torch {torch.__version__}, transformers {transformers.__version__}; "
+        + (f"{args.static} tokens, compiled by generate\n" if args.static else f"median of {args.steps} steps, eager\n")
     )
-    print(f"| {' | '.join(MARKDOWN_COLUMNS)} |\n|{'---|' * len(MARKDOWN_COLUMNS)}", flush=True)
+    columns = STATIC_COLUMNS if args.static else MARKDOWN_COLUMNS
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     # without the math backend: a fall-back to it would be an unfair baseline
     with sdpa_kernel(backends):
         shapes = [(b, c) for b in args.batches for c in args.contexts if b * c <= args.max_tokens]
         for batch, context in track(shapes, description="decode steps", transient=True):
-            for name in args.caches:
+            for name in names:
                 try:
-                    cells = decode(model, CACHES[name], batch, context, args.steps)
+                    if args.static:
+                        cells = decode_static(model, caches[name], batch, context, args.static)
+                    else:
+                        cells = decode(model, caches[name], batch, context, args.steps)
                 except (ImportError, ValueError, torch.OutOfMemoryError) as error:
-                    cells = (str(error).splitlines()[0][:60], "", "", "")
+                    cells = (str(error).splitlines()[0][:60], *[""] * (len(columns) - 3))
                 gc.collect()
                 torch.cuda.empty_cache()
                 print(f"| {batch} × {context:,} | {name} | {' | '.join(cells)} |", flush=True)
+        if args.static:
+            return
         for context in args.prefill:
-            for name in args.caches:
+            for name in names:
                 try:
                     print(f"prefill of {context:,} tokens, {name}: {prefill_ms(model, CACHES[name], context):.0f} ms")
                 except (ImportError, ValueError, torch.OutOfMemoryError) as error:
                     print(f"prefill of {context:,} tokens, {name}: {str(error).splitlines()[0][:60]}")
         if args.largest_batch:
-            for name in args.caches:
+            for name in names:
                 batch = largest_batch(model, CACHES[name], args.largest_batch, 16 if name == "dynamic" else 64)
                 print(f"largest batch at {args.largest_batch:,} tokens, {name}: {batch}", flush=True)
 

@@ -24,9 +24,14 @@ def describe(config: TurboQuantConfig, layer_idx: int, key_states: torch.Tensor,
     A string, because `torch.compile` compares it before it runs what it compiled for another arena.
     """
     batch, heads = key_states.shape[:2]
-    head_dims = {"keys": key_states.shape[3], "values": value_states.shape[3]}
+    dims = {"keys": key_states.shape[3], "values": value_states.shape[3]}
     dtype = str(key_states.dtype).removeprefix("torch.")
-    return json.dumps([asdict(config), layer_idx, batch, heads, head_dims, dtype])
+    return json.dumps([asdict(config), layer_idx, batch, heads, dims, dtype])
+
+
+def head_dims(description: str) -> dict[str, int]:
+    """Of keys and of values."""
+    return json.loads(description)[4]
 
 
 def new_arena(description: str, device: torch.device) -> torch.Tensor:
@@ -35,13 +40,14 @@ def new_arena(description: str, device: torch.device) -> torch.Tensor:
     # an ordinary tensor, also in inference mode: it is written to later, whatever mode that is in
     with torch.inference_mode(False):
         arena = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
-    # to CUDA graphs: it need not be copied
+    # CUDA graphs need not copy it, and its size is one with the description
     torch._dynamo.mark_static_address(arena)
+    torch._dynamo.mark_static(arena)
     return arena
 
 
 def open_arena(arena: torch.Tensor, description: str) -> LayerStates:
-    """The states in `arena`, as views of it. Lengths are in its `counters`; those of buffers and `kv_len` are bounds."""
+    """The states in `arena`, as views of it. Their lengths are in `counters`; `kv_len` and those of buffers are bounds."""
     layout = _layout(description, arena.device)
     tensors = {name: layout.view(arena, name) for name in layout.tensors}
 
@@ -70,20 +76,20 @@ class _Layout:
     """Where everything lies in an arena: offset, dtype and shape of every tensor by (part, name)."""
 
     def __init__(self, description: str, device: torch.device):
-        options, layer_idx, batch, heads, head_dims, dtype = json.loads(description)
+        options, layer_idx, batch, heads, dims, dtype = json.loads(description)
         self.config = config = TurboQuantConfig(**options)
         self.quantizers = {
-            role: Quantizer.create(config, role, layer_idx, head_dim, device) for role, head_dim in head_dims.items()
+            role: Quantizer.create(config, role, layer_idx, head_dim, device) for role, head_dim in dims.items()
         }
         exact = min(config.sink_length + config.residual_length, config.max_cache_len)
         self.code_tokens = config.max_cache_len - exact
         self.tensors: dict[tuple[str, str], tuple[int, torch.dtype, tuple[int, ...]]] = {}
         self.nbytes = 0
-        self._add("arena", "counters", torch.int32, (len(head_dims), batch * heads, 2))
+        self._add("arena", "counters", torch.int32, (len(dims), batch * heads, 2))
         if config.condition != "none":
             for name in ("mean", "scale"):
-                self._add("condition", name, torch.float32, (heads, 1, head_dims["keys"]))
-        for role, head_dim in head_dims.items():
+                self._add("condition", name, torch.float32, (heads, 1, dims["keys"]))
+        for role, head_dim in dims.items():
             self._add("exact", role, getattr(torch, dtype), (batch, heads, exact, head_dim))
             for name, (code_dtype, shape) in self.quantizers[role].buffer_shapes().items():
                 self._add(role, name, code_dtype, (batch, heads, -(-self.code_tokens // BLOCK), *shape))

@@ -59,8 +59,8 @@ class LayerStates:
         kv_len, quantized = self.counters[0, 0].tolist()
         if kv_len > self.kv_len:
             raise ValueError(
-                f"A cache with `max_cache_len={self.kv_len}` must get no more tokens than that, and compiled steps gave "
-                "it more. Make a larger one, or `reset()` it."
+                f"A cache with `max_cache_len={self.kv_len}` must get no more tokens than that, got more by compiled "
+                "steps. Make a larger one, or `reset()` it."
             )
         codes = {role: buffer.snapshot() for role, buffer in self.codes.items()}
         for buffer in codes.values():

@@ -143,7 +143,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         return seq_length(self.arena, self.description)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of the mask of the next update, and the position of the first: all of them for a step of one token."""
+        """Columns of the mask of the next update, and the first one's position; all of them for a step of one token."""
         if query_length == 1 and self.is_initialized:
             return self.config.max_cache_len, 0
         self._measure()

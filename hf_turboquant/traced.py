@@ -3,7 +3,7 @@
 import torch
 
 from . import ops
-from .arena import open_arena
+from .arena import head_dims, open_arena
 
 
 @torch.library.custom_op("hf_turboquant::append", mutates_args={"arena"})
@@ -36,9 +36,9 @@ def attend(
 
 @attend.register_fake
 def _(arena, description, query, scaling, attention_mask, softcap, sinks):
-    value_dim = open_arena(arena, description).exact["values"].shape[3]
+    # nothing is opened here: what is made of pretended tensors must not be kept
     batch, heads, query_length, _ = query.shape
-    return query.new_empty((batch, query_length, heads, value_dim)).transpose(1, 2)
+    return query.new_empty((batch, query_length, heads, head_dims(description)["values"])).transpose(1, 2)
 
 
 @torch.library.custom_op("hf_turboquant::seq_length", mutates_args=())

@@ -119,20 +119,23 @@ def prepare_kernel(
         query_offset = (bh // kv_heads).to(tl.int64) * query_b
         query_offset += (bh % kv_heads * groups + row // query_length).to(tl.int64) * query_h
         query_offset += (row % query_length).to(tl.int64) * query_t
-        overflown = False
         if STATIC:
             # pointers to both lengths of every sequence
             quantized = tl.load(recent_start + bh * 2)
-            kv_len = tl.load(kv_len + bh * 2)
-            recent_start = sink_length + quantized
-            phase = quantized % tl.maximum(ring, 1)
-            overflown = kv_len == OVERFLOW
-            kv_len = tl.where(overflown, 0, kv_len)
+            held = tl.load(kv_len + bh * 2)
+            overflown = held == OVERFLOW
+            tokens = tl.where(overflown, 0, held)
+            first = sink_length + quantized
+            turn = quantized % tl.maximum(ring, 1)
+        else:
+            tokens = kv_len
+            first = recent_start
+            turn = phase
         slot = chunk * TILE + tl.arange(0, TILE)
-        recent = recent_start + slot - sink_length - phase
-        recent = tl.where(recent < recent_start, recent + ring, recent)
+        recent = first + slot - sink_length - turn
+        recent = tl.where(recent < first, recent + ring, recent)
         position = tl.where(slot < sink_length, slot, recent)
-        valid = (slot < slots) & (position < kv_len)
+        valid = (slot < slots) & (position < tokens)
         d = tl.arange(0, DIM_PAD)
         q_mask = exists[:, None] & (d < DIM)[None, :]
         q = tl.load(query + query_offset[:, None] + d[None, :], mask=q_mask, other=0).to(DOT)
@@ -150,11 +153,11 @@ def prepare_kernel(
         logits = tl.dot(q, k.to(DOT), input_precision="ieee") * (scaling * 1.4426950408889634)
         logits = finish_logits(
             logits, position[None, :], row[:, None], bh, valid[None, :], mask_ptr, mask_b, mask_h, mask_t, mask_n,
-            kv_len, query_length, groups, kv_heads, softcap, MASK, CAUSAL, SOFTCAP, ASM,
+            tokens, query_length, groups, kv_heads, softcap, MASK, CAUSAL, SOFTCAP, ASM,
         )  # fmt: skip
         flat_row = bh.to(tl.int64) * rows + row
         if SCORES:
-            out = logits_out + flat_row[:, None] * kv_len + position[None, :]
+            out = logits_out + flat_row[:, None] * tokens + position[None, :]
             tl.store(out, logits * 0.6931471805599453, mask=exists[:, None] & valid[None, :])
         else:
             largest = tl.maximum(tl.max(logits, axis=1), LOWEST)

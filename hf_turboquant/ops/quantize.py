@@ -67,15 +67,14 @@ def append(states, new: dict[str, torch.Tensor]) -> None:
         return
     sides, specs, key = [], [], [counters.device.index, states.ring > 0]
     for role, x in new.items():
-        quantizer, exact = states.quantizers[role], states.exact[role]
-        buffers, constants, spec, options, parts = _side(x, quantizer, states.codes[role], 1)
-        sides.append((x, x.stride(), exact, exact.stride(), buffers, constants))
+        buffers, constants, spec, options, parts = _side(x, states.quantizers[role], states.codes[role], 1)
+        sides.append((x, x.stride(), buffers, constants))
         specs.append(spec)
-        key += (*parts, exact.stride())
-    key = tuple(key)
-    sizes = (states.kv_len, states.sink_length, states.ring, states.codes["keys"].capacity // BLOCK, heads)
-    args = (*sides, counters, *sizes, *specs, states.ring > 0)
-    _run(step_kernel, key, (1, batch * heads, len(sides)), args, options)
+        key += parts
+    exact = states.exact["keys"], states.exact["values"]
+    sizes = (states.kv_len, states.sink_length, states.ring, exact[0].shape[2], states.codes["keys"].capacity // BLOCK)
+    args = (*sides, *exact, counters, *sizes, heads, *specs, states.ring > 0)
+    _run(step_kernel, tuple(key), (1, batch * heads, len(sides)), args, options)
 
 
 def _launch(states, quantizers, buffers) -> None:
@@ -103,7 +102,7 @@ def _launch(states, quantizers, buffers) -> None:
 
 
 def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int):
-    """Of keys or values: buffers and constants as the kernels take them, the specification, and what tells kernels apart."""
+    """Of keys or values: buffers and constants as the kernels take them, specification, options, a part of the key."""
     planes, constants, spec, options = _prepare(quantizer, x.dtype, tile)
     buffers = tuple(buffer[name] for name in planes), buffer["scales"], buffer.tensors.get("residual_norms")
     key = (id(spec), x.dtype, quantizer.mean is None, quantizer.scale is None, x.stride(), x.data_ptr() % 16)
@@ -165,6 +164,7 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
     # two programs share a multiprocessor where registers and shared memory allow
     exact = operand != tl.float32
     small = padded <= 128 and (tile == 1 or (quantizer.sketch is None and exact))
-    options = {"num_warps": 4 if small else 8, "num_stages": 2 if small else 3}
+    # three stages of fp32 states and their matrices are more than the shared memory of a multiprocessor
+    options = {"num_warps": 4 if small else 8, "num_stages": 2 if small or dtype == torch.float32 else 3}
     # one object for equal specifications: its id is part of the key
     return _specifications.setdefault(specification, specification), options

@@ -70,6 +70,8 @@ def test_every_width_role_and_estimator(role, estimator, head_dim, nbits):
         {"head_dim": 256, "pieces": (127, 1, 2)},
         {"head_dim": 192, "pieces": (127, 1, 2), "role": "values", "nbits": 3, "estimator": "rescaled"},
         {"head_dim": 128, "pieces": (130,), "role": "keys", "nbits": 3, "estimator": "rescaled"},
+        # the most shared memory: fp32 states, sketch and all
+        {"head_dim": 128, "pieces": (130,)},
     ],
     ids=str,
 )
