@@ -54,6 +54,11 @@ class TurboQuantCache(DynamicCache):
         _check_config(config)
         if offloading and not torch.cuda.is_available():
             raise ValueError("`offloading` must be False without a CUDA GPU: there is nothing to move tokens from.")
+        if offloading and self.options.max_cache_len is not None:
+            raise ValueError(
+                "`offloading` must be False with `max_cache_len`: compiled steps have the addresses of the tokens. "
+                "Leave one of them out."
+            )
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         if self.options.max_cache_len is not None:
             self.layers = _static_layers(config, self.options.max_cache_len)

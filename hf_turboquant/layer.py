@@ -313,6 +313,14 @@ class TurboQuantLayer(DynamicLayer):
         )
         return tuple(QuantizedStates(states, role) for role in ROLES)
 
+    def measure(self) -> None:
+        """Has the lengths on the host, where they are but with a static capacity."""
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes allocated for tokens, spare capacity included."""
+        return sum(buffer.nbytes for buffer in (*self.codes.values(), self.exact))
+
     def get_seq_length(self) -> int:
         """Number of tokens held."""
         return self.length + (self.pending["keys"].shape[2] if self.pending else 0)

@@ -67,7 +67,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             return self._traced_update(key_states, value_states)
         self._check(key_states, value_states)
         self.settle()
-        self._measure()
+        self.measure()
         tokens, room = key_states.shape[2], self.config.max_cache_len - self.length
         if tokens > room:
             raise ValueError(
@@ -116,7 +116,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             held.scale.copy_(1 if conditioned.scale is None else conditioned.scale)
         self.quantizers = self.states.quantizers
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
         """Fetches the lengths from the device: compiled steps change them there alone."""
         if not self.is_initialized:
             return
@@ -127,13 +127,18 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         if self.codes["keys"].length and self.condition is None:
             self.condition, self.query_energy = self.provisional, None
 
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes allocated for tokens."""
+        return self.arena.nbytes
+
     def _count(self) -> None:
         """Writes the lengths to the device."""
         self.states.counters[..., 0] = self.length
         self.states.counters[..., 1] = self.codes["keys"].length
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self._measure()
+        self.measure()
         return super()._states()
 
     def get_seq_length(self) -> int | torch.Tensor:
@@ -146,7 +151,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         """Columns of the mask of the next update, and the first one's position; all of them for a step of one token."""
         if query_length == 1 and self.is_initialized:
             return self.config.max_cache_len, 0
-        self._measure()
+        self.measure()
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -157,7 +162,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         """As [`TurboQuantLayer.crop`]."""
         if self.is_initialized:
             self.settle()
-            self._measure()
+            self.measure()
             super().crop(tokens_to_remove)
             self._count()
 
@@ -165,7 +170,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         if not self.is_initialized:
             return
         self.settle()
-        self._measure()
+        self.measure()
         before = self.states
         parts = [("exact", before.exact), *((role, before.codes[role].tensors) for role in ROLES)]
         mapped = [[(tensors[name], function(tensors[name])) for name in tensors] for _, tensors in parts]
@@ -195,5 +200,3 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         raise ValueError(
             "A cache with `max_cache_len` must stay on its device, got a call of `offload`. Leave `max_cache_len` out."
         )
-
-    prefetch = offload
