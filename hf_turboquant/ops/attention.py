@@ -237,10 +237,9 @@ class AttentionCall:
         heads = self.groups * self.kv_heads
         # where the model wants it: heads next to each other
         out = query.new_empty((query.shape[0], self.query_length, heads, self.value_dim))
-        rows = self.pairs * self.rows
-        launch = kernels.combine(rows if values.heads == 1 else 1, self.code_splits, sinks is not None)
+        launch = kernels.combine(self.code_splits, sinks is not None)
         launch(
-            (rows // launch.constants["ROWS"], -(-self.value_dim // COMBINE_COLUMNS), 1),
+            (self.pairs * self.rows, -(-self.value_dim // COMBINE_COLUMNS), 1),
             self.partial,
             self.stats,
             dual,

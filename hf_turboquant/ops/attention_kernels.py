@@ -197,67 +197,58 @@ def combine_kernel(
     partial, stats, dual, mean, sinks, out, rows, query_length, groups, kv_heads, dual_heads, mean_heads,
     splits, code_splits, out_b, out_h, out_t, level_scale,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, CODED: tl.constexpr, EXACT: tl.constexpr,
-    ROWS: tl.constexpr, MEAN: tl.constexpr, SINKS: tl.constexpr, ASM: tl.constexpr,
+    MEAN: tl.constexpr, SINKS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """
-    Merges the splits of `ROWS` rows by log-sum-exp, those of codes (at most `CODED`) in one step, and turns the part of
-    the codes back, x̂ = A⁻¹ ẑ. Grid (batch · KV heads · R / ROWS, ⌈DIM / COLUMNS⌉); `ROWS` divides batch · KV heads · R,
-    and is 1 where KV heads differ in A.
+    Merges the splits by log-sum-exp, those of codes (at most `CODED`) in one step, and turns the part of the codes
+    back, x̂ = A⁻¹ ẑ. Grid (batch · KV heads · R, ⌈DIM / COLUMNS⌉).
     """
+    flat_row = tl.program_id(0)
+    bh = flat_row // rows
+    row = flat_row % rows
+    head = bh % kv_heads
     k = tl.arange(0, DIM_PAD)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     outer = (d < DIM)[None, :]
+    first = flat_row.to(tl.int64) * splits
+    # everything is asked for before anything is needed: the time of this kernel is that of one trip to memory
+    matrix = dual + (head % dual_heads).to(tl.int64) * DIM * DIM + k[:, None] * DIM + d[None, :]
+    matrix = tl.load(matrix, mask=(k < DIM)[:, None] & outer, other=0)
     s = tl.arange(0, CODED)
     coded = s < code_splits
-    # everything is asked for before anything is needed: the time of this kernel is that of one trip to memory
-    matrix = (tl.program_id(0) * ROWS // rows % kv_heads % dual_heads).to(tl.int64) * DIM * DIM
-    matrix = dual + matrix + k[:, None] * DIM + d[None, :]
-    matrix = tl.load(matrix, mask=(k < DIM)[:, None] & outer, other=0)
-    parts = ()
-    for r in tl.static_range(ROWS):
-        at = (tl.program_id(0) * ROWS + r).to(tl.int64) * splits + s
-        x = tl.load(partial + at[:, None] * DIM + k[None, :], mask=coded[:, None] & (k < DIM)[None, :], other=0)
-        maxima = tl.load(stats + at * 2, mask=coded, other=LOWEST)
-        masses = tl.load(stats + at * 2 + 1, mask=coded, other=0)
-        parts = parts + (x, maxima, masses)
-    for r in tl.static_range(ROWS):
-        flat_row = tl.program_id(0) * ROWS + r
-        bh = flat_row // rows
-        row = flat_row % rows
-        head = bh % kv_heads
-        x = parts[3 * r]
-        maxima = parts[3 * r + 1]
-        masses = parts[3 * r + 2]
-        largest = LOWEST
-        total = 0.0
-        if SINKS:
-            largest = tl.load(sinks + head * groups + row // query_length).to(tl.float32) * 1.4426950408889634
-            total = 1.0
-        result = tl.zeros([COLUMNS], tl.float32)
-        first = flat_row.to(tl.int64) * splits
-        for start in range(code_splits, splits, EXACT):
-            e = start + tl.arange(0, EXACT)
-            here = e < splits
-            y = tl.load(partial + (first + e)[:, None] * DIM + d[None, :], mask=here[:, None] & outer, other=0)
-            exact_maxima = tl.load(stats + (first + e) * 2, mask=here, other=LOWEST)
-            exact_masses = tl.load(stats + (first + e) * 2 + 1, mask=here, other=0)
-            new_largest = tl.maximum(largest, tl.max(exact_maxima, axis=0))
-            decay = exp2(largest - new_largest, ASM)
-            weight = exp2(exact_maxima - new_largest, ASM)
-            largest = new_largest
-            total = total * decay + tl.sum(weight * exact_masses, axis=0)
-            result = result * decay + tl.sum(y * weight[:, None], axis=0)
-        new_largest = tl.maximum(largest, tl.max(maxima, axis=0))
+    x = partial + (first + s)[:, None] * DIM + k[None, :]
+    x = tl.load(x, mask=coded[:, None] & (k < DIM)[None, :], other=0)
+    maxima = tl.load(stats + (first + s) * 2, mask=coded, other=LOWEST)
+    masses = tl.load(stats + (first + s) * 2 + 1, mask=coded, other=0)
+    largest = LOWEST
+    total = 0.0
+    if SINKS:
+        largest = tl.load(sinks + head * groups + row // query_length).to(tl.float32) * 1.4426950408889634
+        total = 1.0
+    result = tl.zeros([COLUMNS], tl.float32)
+    for start in range(code_splits, splits, EXACT):
+        e = start + tl.arange(0, EXACT)
+        here = e < splits
+        y = tl.load(partial + (first + e)[:, None] * DIM + d[None, :], mask=here[:, None] & outer, other=0)
+        exact_maxima = tl.load(stats + (first + e) * 2, mask=here, other=LOWEST)
+        exact_masses = tl.load(stats + (first + e) * 2 + 1, mask=here, other=0)
+        new_largest = tl.maximum(largest, tl.max(exact_maxima, axis=0))
         decay = exp2(largest - new_largest, ASM)
-        weight = exp2(maxima - new_largest, ASM)
-        code_total = tl.sum(weight * masses, axis=0)
-        total = total * decay + code_total
-        turned = tl.sum(x * weight[:, None], axis=0) * level_scale
-        result = result * decay + tl.sum(turned[:, None] * matrix.to(tl.float32), axis=0)
-        if MEAN:
-            result += code_total * tl.load(mean + head % mean_heads * DIM + d, mask=d < DIM, other=0)
-        # a row that may attend to nothing is zero
-        result = tl.where(total > 0, result / total, 0.0)
-        offset = (bh // kv_heads).to(tl.int64) * out_b + (head * groups + row // query_length).to(tl.int64) * out_h
-        offset += row % query_length * out_t
-        tl.store(out + offset + d, result.to(out.dtype.element_ty), mask=d < DIM)
+        weight = exp2(exact_maxima - new_largest, ASM)
+        largest = new_largest
+        total = total * decay + tl.sum(weight * exact_masses, axis=0)
+        result = result * decay + tl.sum(y * weight[:, None], axis=0)
+    new_largest = tl.maximum(largest, tl.max(maxima, axis=0))
+    decay = exp2(largest - new_largest, ASM)
+    weight = exp2(maxima - new_largest, ASM)
+    code_total = tl.sum(weight * masses, axis=0)
+    total = total * decay + code_total
+    turned = tl.sum(x * weight[:, None], axis=0) * level_scale
+    result = result * decay + tl.sum(turned[:, None] * matrix.to(tl.float32), axis=0)
+    if MEAN:
+        result += code_total * tl.load(mean + head % mean_heads * DIM + d, mask=d < DIM, other=0)
+    # a row that may attend to nothing is zero
+    result = tl.where(total > 0, result / total, 0.0)
+    offset = (bh // kv_heads).to(tl.int64) * out_b + (head * groups + row // query_length).to(tl.int64) * out_h
+    offset += row % query_length * out_t
+    tl.store(out + offset + d, result.to(out.dtype.element_ty), mask=d < DIM)

@@ -56,10 +56,6 @@ class QuantizerConstants:
             return quantizer.dual
         return self._keep("dual", dtype, lambda: quantizer.dual.to(dtype))
 
-    def decode_operators(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
-        """`[operators, heads, head_dim, head_dim]`: see `dequantize_kernel`."""
-        return self._keep("decode", dtype, lambda: torch.stack([f.mT.to(dtype) for f in _factors(quantizer)]))
-
     def query_operators(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
         """What a row of queries is multiplied with, `[operators, passes, heads, head_dim, head_dim]`."""
 
@@ -290,12 +286,10 @@ class Kernels:
         self._static = static
         self._mask_dtype = mask_dtype or query_dtype
 
-    def combine(self, rows: int, code_splits: int, sinks: bool) -> Launcher:
-        """`combine_kernel` for so many rows, which share one matrix, and splits of codes."""
+    def combine(self, code_splits: int, sinks: bool) -> Launcher:
+        """`combine_kernel` for so many splits of codes."""
         coded = max(4, triton.next_power_of_2(code_splits))
-        # where there are many rows a program takes several and reads its part of the matrix once for all of them
-        together = 4 if rows >= 128 and rows % 4 == 0 and coded <= 8 else 1
-        launcher = self._combine.get((together, coded, sinks))
+        launcher = self._combine.get((coded, sinks))
         if launcher is None:
             constants = {
                 "DIM": self.value_dim,
@@ -303,13 +297,12 @@ class Kernels:
                 "COLUMNS": COMBINE_COLUMNS,
                 "CODED": coded,
                 "EXACT": 4,
-                "ROWS": together,
                 "MEAN": self.value_mean,
                 "SINKS": sinks,
                 "ASM": not self.portable,
             }
             warps = 4 if coded * constants["DIM_PAD"] <= 2**13 else 8
-            launcher = self._combine[together, coded, sinks] = Launcher(combine_kernel, constants, num_warps=warps)
+            launcher = self._combine[coded, sinks] = Launcher(combine_kernel, constants, num_warps=warps)
         return launcher
 
     @property
