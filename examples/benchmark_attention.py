@@ -222,6 +222,22 @@ def attention_us(sets, query) -> tuple[float, float]:
     return part, graph_time_us([lambda s=s: kernels.attention(query, s, scaling=scaling) for s in sets], inner)
 
 
+def launches_us(sets, query) -> dict[str, float]:
+    """Time of each launch of a call by itself."""
+    calls = [kernels.AttentionCall(query, s, None, False, None, None) for s in sets]
+    inner = copies(used_bytes(sets[0]))[1]
+    scaling = query.shape[-1] ** -0.5
+    launches = {
+        "prepare": lambda c: c.prepare(scaling),
+        "attend": lambda c: c.attend(),
+        "combine": lambda c: c.combine(),
+    }
+    return {
+        name: graph_time_us([lambda c=c, launch=launch: launch(c) for c in calls], inner)
+        for name, launch in launches.items()
+    }
+
+
 def scores_table(shape) -> None:
     batch, heads, kv_heads, dim, kv_len = shape
     sets = format_sets(shape, "4 bits QJL")
@@ -264,6 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS), metavar="FORMAT")
+    parser.add_argument("--launches", action="store_true", help="also time each launch of a call by itself")
     parser.add_argument("--scores", action="store_true", help="also time the logits alone against matrix products")
     parser.add_argument("--layer-step", action="store_true", help="also time append + attention through `update`")
     arguments = parser.parse_args()
@@ -290,6 +307,9 @@ def main() -> None:
                 f"{rate / copy:.0%} | {whole:.1f} | {best / whole:.2f} | {error:.1e} ({plain:.1e}) |",
                 flush=True,
             )
+            if arguments.launches:
+                times = launches_us(sets, query)
+                print(", ".join(f"{name} {time:.1f} us" for name, time in times.items()), flush=True)
             del sets
         torch.cuda.empty_cache()
         if arguments.scores:
