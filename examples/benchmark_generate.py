@@ -41,6 +41,8 @@ CACHES = {
     "turboquant-4-rescaled": lambda config: TurboQuantCache(config, nbits=4, key_estimator="rescaled"),
     "turboquant-3": lambda config: TurboQuantCache(config, nbits=3),
     "turboquant-2": lambda config: TurboQuantCache(config, nbits=2),
+    "dynamic-offloaded": lambda config: DynamicCache(config=config, offloading=True),
+    "turboquant-4-offloaded": lambda config: TurboQuantCache(config, nbits=4, offloading=True),
 }
 MARKDOWN_COLUMNS = ("batch × context", "cache", "step (ms)", "GPU busy (ms)", "peak memory (GB)", "cache (GB)")
 
@@ -131,7 +133,7 @@ def main():
     parser = argparse.ArgumentParser(description="Decode steps of an 8B-shaped model through each cache, on a GPU.")
     parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES)[:-2])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=2**18, help="skip larger batch × context")
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192], help="contexts whose prefill is timed")
