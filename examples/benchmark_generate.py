@@ -52,6 +52,8 @@ CACHES = {
     "turboquant-4-rescaled": lambda config: TurboQuantCache(config, nbits=4, key_estimator="rescaled"),
     "turboquant-3": lambda config: TurboQuantCache(config, nbits=3),
     "turboquant-2": lambda config: TurboQuantCache(config, nbits=2),
+    "dynamic-offloaded": lambda config: DynamicCache(config=config, offloading=True),
+    "turboquant-4-offloaded": lambda config: TurboQuantCache(config, nbits=4, offloading=True),
 }
 STATIC_CACHES = {
     "static": lambda config, length: StaticCache(config=config, max_cache_len=length),
@@ -215,7 +217,8 @@ def main():
     parser.add_argument("--largest-batch", type=int, default=0, help="find the largest batch at this context")
     args = parser.parse_args()
     caches = STATIC_CACHES if args.static else CACHES
-    names = args.caches or list(caches)
+    # offloading is for memory, not for speed: only where it is asked for
+    names = args.caches or [name for name in caches if "offloaded" not in name]
     if not set(names) <= set(caches):
         parser.error(f"--caches must be of {list(caches)}, got {names}")
     if not torch.cuda.is_available():

@@ -182,6 +182,7 @@ WAYS = {
     "repetition penalty": lambda run: run.generate(repetition_penalty=1.3, no_repeat_ngram_size=2),
     "draft model": lambda run: run.generate(assistant_model=run.draft),
     "draft model, sampling": lambda run: run.generate(assistant_model=run.draft, do_sample=True, top_k=20),
+    "early exit": lambda run: run.generate(assistant_early_exit=1),
     "prompt lookup": lambda run: run.generate(prompt_lookup_num_tokens=5),
     "left padding": left_padded,
     "chunked prefill": lambda run: run.generate(prefill_chunk_size=48),
