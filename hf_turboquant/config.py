@@ -120,6 +120,9 @@ class TurboQuantConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        scale = self.sketch_scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= 1:
+            raise ValueError(f"`sketch_scale` must be a number above 0, at most 1, got {scale!r}. Use 1 for no bias.")
         if self.key_estimator == "qjl" and self.key_bits < 2:
             raise ValueError(
                 "`key_bits` must be at least 2 with `key_estimator='qjl'` (one bit is the sketch), "
