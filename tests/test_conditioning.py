@@ -215,12 +215,12 @@ def test_a_model_that_collapses_is_cured():
         model(ids)
         for layer, spread in zip(model.model.layers, spreads, strict=True):
             layer.self_attn.k_proj.bias.view(2, 32)[:, [13, 14, 15, 29, 30, 31]] = 30 * spread
-        kl = {}
+        kl, full = {}, None
         for kind in ("full", "none", "attention"):
             cache = DynamicCache(config=config) if kind == "full" else TurboQuantCache(config, nbits=3, condition=kind)
             model(ids[:, :400], past_key_values=cache)
             log_probs = model(ids[:, 400:], past_key_values=cache).logits.log_softmax(-1)
-            full = log_probs if kind == "full" else full
+            full = log_probs if full is None else full
             kl[kind] = (full.exp() * (full - log_probs)).sum(-1).mean().item()
     assert kl["attention"] < kl["none"] / 10 and kl["none"] > 1e-4
 
