@@ -49,8 +49,6 @@ class TurboQuantConfig:
             `"rescaled"` or `"mse"`.
         sketch (`str`, defaults to `"orthogonal"`):
             `"orthogonal"` (2.75 times less variance) or `"gaussian"` (what Algorithm 2 prints).
-        sketch_scale (`float`, defaults to 1):
-            What the sketch's share of a score is multiplied by. 1 is unbiased; less trades a bias for variance.
         rotation (`str`, defaults to `"hadamard"`):
             `"hadamard"` (randomised) or `"haar"` (uniform over all rotations).
         condition (`str`, defaults to `"attention"`):
@@ -79,7 +77,6 @@ class TurboQuantConfig:
     key_estimator: str = "qjl"
     value_estimator: str = "rescaled"
     sketch: str = "orthogonal"
-    sketch_scale: float = 1.0
     rotation: str = "hadamard"
     condition: str = "attention"
     residual_length: int = 128
@@ -120,9 +117,6 @@ class TurboQuantConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        scale = self.sketch_scale
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= 1:
-            raise ValueError(f"`sketch_scale` must be a number above 0, at most 1, got {scale!r}. Use 1 for no bias.")
         if self.key_estimator == "qjl" and self.key_bits < 2:
             raise ValueError(
                 "`key_bits` must be at least 2 with `key_estimator='qjl'` (one bit is the sketch), "

@@ -46,9 +46,3 @@ def test_presets():
     assert (paper.key_bits, paper.sketch, paper.rotation) == (2.25, "gaussian", "haar")
     with pytest.raises(ValueError, match=r"`preset` must be one of \('quality', .*'paper-3.5'\), got 'fast'"):
         TurboQuantConfig.from_preset("fast")
-
-
-def test_a_sketch_scale_must_be_a_share():
-    for scale in (0, 1.5, True, "1", float("nan")):
-        with pytest.raises(ValueError, match="`sketch_scale` must be a number above 0, at most 1, got"):
-            TurboQuantConfig(sketch_scale=scale)
