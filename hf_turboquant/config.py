@@ -49,8 +49,6 @@ class TurboQuantConfig:
             `"rescaled"` or `"mse"`.
         sketch (`str`, defaults to `"orthogonal"`):
             `"orthogonal"` (2.75 times less variance) or `"gaussian"` (what Algorithm 2 prints).
-        sketch_scale (`float`, defaults to 1):
-            What the sketch's share of a score is multiplied by. 1 is unbiased; less trades a bias for variance.
         rotation (`str`, defaults to `"hadamard"`):
             `"hadamard"` (randomised) or `"haar"` (uniform over all rotations).
         condition (`str`, defaults to `"attention"`):
@@ -82,7 +80,6 @@ class TurboQuantConfig:
     key_estimator: str = "qjl"
     value_estimator: str = "rescaled"
     sketch: str = "orthogonal"
-    sketch_scale: float = 1.0
     rotation: str = "hadamard"
     condition: str = "attention"
     residual_length: int = 128

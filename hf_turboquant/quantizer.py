@@ -77,8 +77,7 @@ class Quantizer:
         device = torch.device("cpu" if device is None else device)
         seeds = config.seed, layer_idx, ("keys", "values").index(role), head_dim, *(() if part is None else (part,))
         prefix = "outlier_" if part == 0 else ""
-        sketch = config.sketch, config.sketch_scale
-        return _create(nbits, estimator, sketch, config.rotation, seeds, role, head_dim, device, prefix)
+        return _create(nbits, estimator, config.sketch, config.rotation, seeds, role, head_dim, device, prefix)
 
     def __deepcopy__(self, memo) -> "Quantizer":
         return self
@@ -140,9 +139,7 @@ def _create(nbits, estimator, sketch, rotation, seeds, role, head_dim, device, p
             transform=matrix,
             # the inverse transpose of a rotation is itself
             dual=matrix,
-            sketch=_tensor(sketch[1] * sketch_matrix(sketch[0], head_dim, generator), device)
-            if estimator == "qjl"
-            else None,
+            sketch=_tensor(sketch_matrix(sketch, head_dim, generator), device) if estimator == "qjl" else None,
             prefix=prefix,
         )
 

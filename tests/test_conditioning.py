@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
 from hf_turboquant.conditioning import QueryEnergy, condition, valid_tokens
@@ -197,6 +197,32 @@ def test_models_show_their_queries(implementation, expected, padded):
         model(ids, attention_mask=mask, past_key_values=cache)
     assert [layer.condition for layer in cache.layers] == [expected] * 2
     assert {"attention": "conditioned", "center": "centred"}[expected] in repr(cache)
+
+
+def test_a_model_that_collapses_is_cured():
+    """Biases of k_proj far larger than the spread of keys, in channels that hardly turn with the position (Qwen2)."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=99, max_position_embeddings=1024, rope_theta=1e6, initializer_range=0.07,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).eval()
+    ids = torch.randint(3, 99, (2, 600))
+    spreads = []
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.register_forward_hook(lambda _, inputs, out: spreads.append(out.std()))
+    with torch.no_grad():
+        model(ids)
+        for layer, spread in zip(model.model.layers, spreads, strict=True):
+            layer.self_attn.k_proj.bias.view(2, 32)[:, [13, 14, 15, 29, 30, 31]] = 30 * spread
+        kl, full = {}, None
+        for kind in ("full", "none", "attention"):
+            cache = DynamicCache(config=config) if kind == "full" else TurboQuantCache(config, nbits=3, condition=kind)
+            model(ids[:, :400], past_key_values=cache)
+            log_probs = model(ids[:, 400:], past_key_values=cache).logits.log_softmax(-1)
+            full = log_probs if full is None else full
+            kl[kind] = (full.exp() * (full - log_probs)).sum(-1).mean().item()
+    assert kl["attention"] < kl["none"] / 10 and kl["none"] > 1e-4
 
 
 def test_it_travels_with_the_cache_and_reset_forgets_it():

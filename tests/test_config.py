@@ -36,3 +36,13 @@ def test_wrong_options_say_what_must_hold(options, message):
 
 def test_one_bit_keys_without_a_sketch():
     assert TurboQuantConfig(key_bits=1, key_estimator="rescaled").key_bits == 1
+
+
+def test_presets():
+    assert TurboQuantConfig.from_preset("small") == TurboQuantConfig(nbits=2, key_estimator="rescaled")
+    assert TurboQuantConfig.from_preset("small", value_bits=3, residual_length=64).value_bits == 3
+    paper = TurboQuantConfig.from_preset("paper-2.5")
+    assert (paper.condition, paper.residual_length, paper.sink_length) == ("none", 0, 0)
+    assert (paper.key_bits, paper.sketch, paper.rotation) == (2.25, "gaussian", "haar")
+    with pytest.raises(ValueError, match=r"`preset` must be one of \('quality', .*'paper-3.5'\), got 'fast'"):
+        TurboQuantConfig.from_preset("fast")

@@ -131,3 +131,11 @@ def test_a_layer_of_split_codes(condition, window):
 def test_head_dims_that_cannot_be_split(head_dim):
     with pytest.raises(ValueError, match=rf"parts of at least 16 channels, multiples of 8; got .* of {head_dim}"):
         create_quantizer(TurboQuantConfig(nbits=2.25), "keys", 0, head_dim, CPU)
+
+
+def test_the_kernels_decline_in_words():
+    pytest.importorskip("triton")
+    layer = TurboQuantLayer(TurboQuantConfig(nbits=2.5, residual_length=0, backend="triton", condition="none"), 0)
+    with pytest.raises(ValueError, match="cannot run `quantize` here: the kernel writes 2, 3 and 4 bits, and the keys"):
+        layer.update(states(), states())
+    assert layer.get_seq_length() == 0
