@@ -140,7 +140,10 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         """Number of tokens held: as with transformers' static layers in device memory, once there are any."""
         if not self.is_initialized or self.pending is not None:
             return super().get_seq_length()
-        return seq_length(self.arena, self.description)
+        if torch.compiler.is_compiling():
+            return seq_length(self.arena, self.description)
+        # a copy: the next step counts on
+        return self.states.counters[0, 0, 0].to(torch.int64)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the mask of the next update, and the first one's position; all of them for a step of one token."""
