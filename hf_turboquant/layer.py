@@ -290,6 +290,14 @@ class TurboQuantLayer(DynamicLayer):
         )
         return tuple(QuantizedStates(states, role) for role in ROLES)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for tokens."""
+        return sum(buffer.nbytes for buffer in (*self.codes.values(), self.exact))
+
+    def measure(self) -> None:
+        """Brings lengths to the host: here they are always there."""
+
     def get_seq_length(self) -> int:
         """Number of tokens held."""
         return self.length + (self.pending["keys"].shape[2] if self.pending else 0)

@@ -58,15 +58,16 @@ class MemoryReport:
 def layer_memory(layer) -> MemoryReport:
     """The report of one layer of a cache, of whatever kind."""
     # a compressed layer has its tokens in buffers: its own tensors are recurrent states, and tokens not yet stored
-    held = _tensor_bytes(vars(layer))
+    held = _tensor_bytes({name: value for name, value in vars(layer).items() if name != "arena"})
     if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:
         return MemoryReport(other_bytes=held, full_bytes=held)
-    codes = scales = allocated = 0
+    layer.measure()
+    codes = scales = 0
     for buffer in layer.codes.values():
         used = buffer.used_nbytes
         scale_bytes = sum(t.nbytes for name, t in buffer.tensors.items() if "plane" not in name)
         scale_bytes = scale_bytes * buffer.length // buffer.capacity if buffer.capacity else 0
-        codes, scales, allocated = codes + used - scale_bytes, scales + scale_bytes, allocated + buffer.nbytes
+        codes, scales = codes + used - scale_bytes, scales + scale_bytes
     token_bytes = sum(
         tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size()
         for tensor in layer.exact.tensors.values()
@@ -76,7 +77,7 @@ def layer_memory(layer) -> MemoryReport:
         codes_bytes=codes,
         scales_bytes=scales,
         exact_bytes=exact,
-        slack_bytes=allocated + layer.exact.nbytes - codes - scales - exact,
+        slack_bytes=layer.nbytes - codes - scales - exact,
         constants_bytes=sum(quantizer.nbytes for quantizer in layer.quantizers.values()),
         other_bytes=held,
         full_bytes=token_bytes * layer.length + held,

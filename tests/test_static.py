@@ -1,0 +1,359 @@
+"""Static capacity: the same tokens as the cache that grows, in memory that stays, by steps that are compiled once."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    StaticCache,
+)
+from transformers.cache_utils import StaticSlidingWindowLayer
+from transformers.generation import CompileConfig
+
+from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig
+from hf_turboquant.layer import TurboQuantLayer
+from hf_turboquant.static import TurboQuantStaticLayer
+
+SHAPE = dict(
+    hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=32, vocab_size=99, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+SLIDING = dict(layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=64, query_pre_attn_scalar=32)
+LINEAR = dict(
+    layer_types=["linear_attention", "full_attention"] * 2, num_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=32, shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=16, linear_value_head_dim=16,
+)  # fmt: skip
+PROMPT, NEW = 150, 30
+
+
+def states(tokens, batch=2, heads=2, head_dim=32, seed=0, value_dim=64):
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(batch, heads, tokens, head_dim, generator=generator)
+    return keys, torch.randn(batch, heads, tokens, value_dim, generator=generator)
+
+
+def feed(layer, keys, values, pieces, start=0):
+    for piece in pieces:
+        out = layer.update(keys[:, :, start : start + piece], values[:, :, start : start + piece])
+        start += piece
+    return out
+
+
+def held(layer):
+    """All keys and values, without the room for others."""
+    layer.measure()
+    pairs = (layer.keys, layer.values)
+    plain = [x.dequantize() if isinstance(x, QuantizedStates) else x for x in pairs]
+    return [x[:, :, : layer.length] for x in plain]
+
+
+def new_layer(capacity=400, **options):
+    options = {"condition": "none", **options}
+    return TurboQuantStaticLayer(TurboQuantConfig(max_cache_len=capacity, **options), 0)
+
+
+def assert_same_tokens(layer, other):
+    for ours, theirs in zip(held(layer), held(other), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"residual_length": 0}, {"sink_length": 0, "residual_length": 7}], ids=str)
+@pytest.mark.parametrize(
+    "condition, pieces",
+    [
+        ("none", [1] * 160),
+        ("none", [3, 90, 1, 1, 70, 1]),
+        ("center", [200, *[1] * 20]),
+        ("center", [100, *[1] * 50, 60, 1, 1]),
+    ],
+)
+def test_the_same_as_the_layer_that_grows(condition, pieces, options):
+    options = {"residual_length": 16, "condition": condition, **options}
+    layer, grows = new_layer(**options), TurboQuantLayer(TurboQuantConfig(**options), 0)
+    keys, values = states(sum(pieces))
+    feed(layer, keys[:, :, :1], values[:, :, :1], [1])
+    address = layer.arena.data_ptr()
+    layer.reset()
+    feed(layer, keys, values, pieces)
+    feed(grows, keys, values, pieces)
+    assert layer.get_seq_length() == sum(pieces)
+    assert_same_tokens(layer, grows)
+    assert layer.codes["keys"].length == grows.codes["keys"].length > 0
+    assert layer.condition == grows.condition == condition
+    assert layer.arena.data_ptr() == address
+
+
+def test_a_step_returns_handles_of_the_whole_room():
+    layer = new_layer(300)
+    keys, values = states(202)
+    feed(layer, keys, values, [200, 1])
+    ours, theirs = feed(layer, keys, values, [1], start=201)
+    assert ours.shape == (2, 2, 300, 32) and theirs.shape == (2, 2, 300, 64)
+    plain = ours.dequantize()
+    assert plain.shape == ours.shape and not plain[:, :, 202:].any()
+    assert torch.equal(plain[:, :, -100 - 100 : 202], keys[:, :, 100:202])
+
+
+def test_nothing_is_written_beyond_the_capacity():
+    layer = new_layer(160, residual_length=16)
+    keys, values = states(200)
+    for pieces in ([161], [160]):
+        if pieces == [161]:
+            with pytest.raises(ValueError, match="max_cache_len=160.* got 161 after 0"):
+                feed(layer, keys, values, pieces)
+            assert layer.get_seq_length() == 0 and layer.arena is None
+        else:
+            feed(layer, keys, values, pieces)
+    before = held(layer)
+    for tokens in (1, 2, 17):
+        with pytest.raises(ValueError, match=f"max_cache_len=160.* got {tokens} after 160"):
+            layer.update(keys[:, :, :tokens], values[:, :, :tokens])
+        with pytest.raises(ValueError, match="max_cache_len=160"):
+            layer.get_mask_sizes(tokens)
+    assert layer.get_seq_length() == 160
+    for now, then in zip(held(layer), before, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_reset_keeps_the_memory_for_the_same_batch():
+    layer = new_layer(300, condition="center")
+    keys, values = states(200)
+    feed(layer, 5 + keys, values, [190, 1])
+    address = layer.arena.data_ptr()
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.condition is None
+    feed(layer, keys, values, [190, 1])
+    fresh = new_layer(300, condition="center")
+    feed(fresh, keys, values, [190, 1])
+    assert layer.arena.data_ptr() == address
+    assert_same_tokens(layer, fresh)
+    layer.reset()
+    feed(layer, keys[:1], values[:1], [190, 1])
+    assert layer.get_seq_length() == 191 and held(layer)[0].shape[0] == 1
+
+
+@pytest.mark.parametrize("length", [20, 100, 250])
+def test_crop_reorder_repeat_and_select(length):
+    options = {"residual_length": 16}
+    layer, grows = new_layer(**options), TurboQuantLayer(TurboQuantConfig(condition="none", **options), 0)
+    keys, values = states(300)
+    for each in (layer, grows):
+        feed(each, keys, values, [length, 1, 1])
+        each.crop(-9)
+        feed(each, keys, values, [1] * 4, start=length)
+    assert_same_tokens(layer, grows)
+    address = layer.arena.data_ptr()
+    for each in (layer, grows):
+        each.reorder_cache(torch.tensor([1, 0]))
+    assert layer.arena.data_ptr() == address
+    assert_same_tokens(layer, grows)
+    for each in (layer, grows):
+        each.batch_repeat_interleave(3)
+        each.batch_select_indices(torch.tensor([0, 4, 5]))
+        feed(each, *states(20, batch=3), [1] * 20)
+    assert held(layer)[0].shape[0] == 3
+    assert_same_tokens(layer, grows)
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"]
+)
+def test_a_copy_has_memory_of_its_own(twin):
+    layer = new_layer(300, condition="center")
+    keys, values = states(210)
+    feed(layer, keys, values, [200, 1])
+    other = twin(layer)
+    assert_same_tokens(layer, other)
+    before = held(layer)
+    feed(other, keys, values, [1] * 9, start=201)
+    for now, then in zip(held(layer), before, strict=True):
+        assert torch.equal(now, then)
+    feed(layer, keys, values, [1] * 9, start=201)
+    assert layer.condition == other.condition == "center"
+    assert_same_tokens(layer, other)
+
+
+@pytest.mark.parametrize("prompt", [30, 80])
+def test_a_short_prompt_conditions_what_steps_quantise(prompt):
+    layer = new_layer(300, condition="center")
+    keys, values = states(200)
+    keys = keys + 10
+    feed(layer, keys, values, [prompt, *[1] * (200 - prompt)])
+    layer.measure()
+    # 64 tokens at least make a statistic; the batch counts
+    expected = "center" if 2 * prompt >= 64 else "none"
+    assert layer.condition == expected
+    mean = layer.quantizers["keys"].mean
+    assert torch.allclose(mean, keys[:, :, 4:prompt].mean((0, 2), keepdim=True)[0]) == (expected == "center")
+    error = (held(layer)[0] - keys)[:, :, 4:60].norm() / (keys - 10)[:, :, 4:60].norm()
+    assert 0 < error < (0.3 if expected == "center" else 5)
+
+
+def test_memory_is_counted_and_does_not_change():
+    config = LlamaConfig(**SHAPE)
+    reports = []
+    for tokens in (150, 450):
+        cache = TurboQuantCache(config, max_cache_len=500, condition="none")
+        for index in range(4):
+            feed(cache.layers[index], *states(tokens + 20, value_dim=32), [tokens, *[1] * 20])
+        reports.append(cache.memory())
+        assert reports[-1].total_bytes == sum(
+            layer.arena.nbytes + sum(q.nbytes for q in layer.quantizers.values()) for layer in cache.layers
+        )
+    assert reports[0].total_bytes == reports[1].total_bytes
+    assert 0 < reports[0].codes_bytes < reports[1].codes_bytes and reports[1].slack_bytes < reports[0].slack_bytes
+    grows = TurboQuantCache(config, condition="none")
+    for index in range(4):
+        grows.update(*states(470, value_dim=32), index)
+    assert reports[1].codes_bytes == grows.memory().codes_bytes
+
+
+def models():
+    yield "llama", LlamaForCausalLM, LlamaConfig(**SHAPE)
+    yield "turboquant", LlamaForCausalLM, LlamaConfig(**SHAPE, attn_implementation="turboquant")
+    yield "qwen3", Qwen3ForCausalLM, Qwen3Config(**SHAPE)
+    yield "gemma3", Gemma3ForCausalLM, Gemma3TextConfig(**SHAPE, **SLIDING)
+    yield "softcap", Gemma2ForCausalLM, Gemma2Config(**SHAPE, **SLIDING, attn_implementation="turboquant")
+    yield "qwen3-next", Qwen3NextForCausalLM, Qwen3NextConfig(**SHAPE, **LINEAR)
+
+
+@pytest.fixture(scope="module", params=list(models()), ids=lambda case: case[0])
+def model(request):
+    _, kind, config = request.param
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    # otherwise all tokens are alike to a tiny model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def generate(model, cache, tokens=NEW, prompt=PROMPT, **options):
+    ids = torch.randint(3, 99, (2, prompt), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, **options}
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)[:, prompt:]
+
+
+def compiled(backend="eager"):
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    # otherwise only GPUs compile
+    config._compile_all_devices = True
+    torch.compiler.reset()
+    counters.clear()
+    return {"compile_config": config}
+
+
+def test_generate_gives_the_tokens_of_the_cache_that_grows(model):
+    new_cache = lambda: TurboQuantCache(model.config, max_cache_len=PROMPT + NEW)  # noqa: E731
+    expected = generate(model, TurboQuantCache(model.config))
+    assert torch.equal(generate(model, new_cache()), expected)
+    # the number of graphs is held to transformers' own cache
+    generate(model, StaticCache(model.config, max_cache_len=PROMPT + NEW), **compiled())
+    graphs = counters["stats"]["unique_graphs"]
+    options = compiled()
+    cache = new_cache()
+    assert cache.is_compileable
+    assert torch.equal(generate(model, cache, **options), expected)
+    # sliding layers count on the host, and have transformers compile once more
+    assert counters["stats"]["unique_graphs"] == graphs == (1 if not any(cache.is_sliding) else 2)
+    # neither does another cache, nor the same one again
+    assert torch.equal(generate(model, new_cache(), **options), expected)
+    cache.reset()
+    assert torch.equal(generate(model, cache, **options), expected)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_thousand_steps_are_compiled_once():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 1})).eval()
+    options = compiled("aot_eager")
+    generate(model, TurboQuantCache(model.config, max_cache_len=1200), tokens=1000, **options)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_a_chat_goes_on_with_compiled_steps():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    conversations = []
+    for cache, options in (
+        (TurboQuantCache(model.config), {}),
+        (TurboQuantCache(model.config, max_cache_len=400), compiled()),
+    ):
+        ids = torch.randint(3, 99, (1, 140), generator=torch.Generator().manual_seed(0))
+        for turn in range(3):
+            ids = model.generate(
+                ids, past_key_values=cache, max_new_tokens=20, min_new_tokens=20, do_sample=False, **options
+            )
+            ids = torch.cat([ids, torch.full((1, 15 + turn), 7)], dim=1)
+        conversations.append(ids)
+    assert torch.equal(*conversations)
+
+
+def test_generate_says_when_the_room_is_used_up():
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    for options in ({}, compiled()):
+        cache = TurboQuantCache(model.config, max_cache_len=PROMPT + 5)
+        with pytest.raises(ValueError, match=f"max_cache_len={PROMPT + 5}"):
+            generate(model, cache, tokens=10, **options)
+        assert cache.get_seq_length() == PROMPT + 5
+    with pytest.raises(ValueError, match="max_cache_len=100.* got 150 after 0"):
+        generate(model, TurboQuantCache(model.config, max_cache_len=100))
+
+
+@pytest.mark.parametrize("implementation, tokens", [("eager", 1), ("sdpa", 2)])
+def test_what_cannot_be_compiled_says_so(implementation, tokens):
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=implementation)).eval()
+    cache = TurboQuantCache(model.config, max_cache_len=300)
+    with torch.no_grad():
+        model(torch.full((1, 150), 5), past_key_values=cache)
+        step = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match="attn_implementation='sdpa'|Only steps of one token"):
+            step(torch.full((1, tokens), 5), past_key_values=cache)
+
+
+def test_what_a_static_cache_refuses(tmp_path):
+    config = LlamaConfig(**SHAPE)
+    cache = TurboQuantCache(config, max_cache_len=300)
+    cache.update(*states(150), 0)
+    with pytest.raises(ValueError, match="stay on its device"):
+        cache.layers[0].offload()
+    with pytest.raises(ValueError, match="max_cache_len=300"):
+        cache.save_pretrained(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match="model.config"):
+        TurboQuantCache(max_cache_len=300)
+    for bad in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="max_cache_len"):
+            TurboQuantConfig(max_cache_len=bad)
+
+
+def test_layers_come_from_the_config():
+    cache = TurboQuantCache(Gemma3TextConfig(**SHAPE, **SLIDING), max_cache_len=300, skip_layers=(1,))
+    kinds = [type(layer).__name__ for layer in cache.layers]
+    assert kinds == ["StaticSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer", "TurboQuantStaticLayer"]
+    assert isinstance(cache.layers[0], StaticSlidingWindowLayer) and cache.get_max_length() == 300
+    assert "room for 300 tokens" in repr(cache)
+    assert not TurboQuantCache(LlamaConfig(**SHAPE)).is_compileable
+
+
+def test_a_hybrid_layer_is_refused():
+    from transformers import FalconH1Config
+
+    with pytest.raises(ValueError, match="recurrent part in one layer"):
+        TurboQuantCache(FalconH1Config(num_hidden_layers=2), max_cache_len=300)
