@@ -47,7 +47,7 @@ def new_arena(description: str, device: torch.device) -> torch.Tensor:
 
 
 def open_arena(arena: torch.Tensor, description: str) -> LayerStates:
-    """The states in `arena`, as views. Their lengths are in `counters`; `kv_len` and those of buffers are bounds."""
+    """The states in `arena`, as views of it. Lengths are in `counters`; `kv_len` and those of buffers are bounds."""
     layout = _layout(description, arena.device)
     tensors = {name: layout.view(arena, name) for name in layout.tensors}
 

@@ -53,8 +53,8 @@ def turboquant_attention_forward(
     Returns:
         The output, of shape `[batch, query_length, num_attention_heads, head_dim]`, and the probabilities or `None`.
     """
-    for name in _SELECTIONS & kwargs.keys():
-        if kwargs[name] is not None:
+    for name in _SELECTIONS:
+        if kwargs.get(name) is not None:
             raise ValueError(
                 f"`attn_implementation='turboquant'` does not know the `{name}` that {type(module).__name__} attends "
                 "with. Load the model with another, such as 'eager'."

@@ -313,13 +313,13 @@ class TurboQuantLayer(DynamicLayer):
         )
         return tuple(QuantizedStates(states, role) for role in ROLES)
 
-    def measure(self) -> None:
-        """Has the lengths on the host, where they are but with a static capacity."""
-
     @property
-    def allocated_nbytes(self) -> int:
-        """Bytes allocated for tokens, spare capacity included."""
+    def nbytes(self) -> int:
+        """Bytes allocated for tokens."""
         return sum(buffer.nbytes for buffer in (*self.codes.values(), self.exact))
+
+    def measure(self) -> None:
+        """Brings lengths to the host: here they are always there."""
 
     def get_seq_length(self) -> int:
         """Number of tokens held."""

@@ -77,7 +77,7 @@ def layer_memory(layer) -> MemoryReport:
         codes_bytes=codes,
         scales_bytes=scales,
         exact_bytes=exact,
-        slack_bytes=layer.allocated_nbytes - codes - scales - exact,
+        slack_bytes=layer.nbytes - codes - scales - exact,
         constants_bytes=sum(quantizer.nbytes for quantizer in layer.quantizers.values()),
         other_bytes=held,
         full_bytes=token_bytes * layer.length + held,

@@ -27,6 +27,11 @@ SAVED_LAYERS |= {kind.__name__: kind for kind in (TurboQuantLayer, TurboQuantHyb
 
 def save_cache(cache, folder: str | Path) -> None:
     """[`TurboQuantCache.save_pretrained`]."""
+    if cache.options.max_cache_len is not None:
+        raise ValueError(
+            f"Only caches that grow can be saved, got one with `max_cache_len={cache.options.max_cache_len}`. Prefill "
+            "the text into one without it, and save that."
+        )
     for index, layer in enumerate(cache.layers):
         if SAVED_LAYERS.get(type(layer).__name__) is not type(layer):
             raise ValueError(

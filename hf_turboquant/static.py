@@ -1,6 +1,7 @@
 """TurboQuantStaticLayer: a layer of static capacity, whose decode step `torch.compile` and CUDA graphs can take."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -8,7 +9,11 @@ from . import ops
 from .arena import describe, new_arena, open_arena
 from .layer import ROLES, TurboQuantLayer
 from .states import LayerStates, QuantizedStates
+from .storage import TokenBuffer
 from .traced import TracedStates, append, seq_length
+
+# of the arena; made anew with it
+_VIEWS = {"states", "quantizers", "codes", "exact"}
 
 
 class TurboQuantStaticLayer(TurboQuantLayer):
@@ -36,21 +41,36 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes the memory, or takes it over from the sequence before; states are of shape `[batch, heads, T, D]`."""
-        super().lazy_initialization(key_states, value_states)
-        description = describe(self.config, self.layer_idx, key_states, value_states)
-        if self.arena is None or (self.description, self.arena.device) != (description, self.device):
-            self.arena = self.states = None
-            self.arena, self.description = new_arena(description, self.device), description
+        device, description = key_states.device, describe(self.config, self.layer_idx, key_states, value_states)
+        if self.arena is None or (self.description, self.arena.device) != (description, device):
+            # the old memory goes first
+            self.arena = self.states = self.description = None
+            self.arena, self.description = new_arena(description, device), description
         self._open()
         self.states.counters.zero_()
+        self._condition(None, None)
+        self.dtype, self.device = key_states.dtype, device
+        self.is_initialized = True
         ops.warm(self.states)
 
     def _open(self) -> None:
+        """Makes views of the arena, with no token in them."""
         self.states = open_arena(self.arena, self.description)
-        self.codes = {role: buffer.snapshot() for role, buffer in self.states.codes.items()}
-        for buffer in self.codes.values():
-            buffer.length = 0
-        self.exact.tensors = self.states.exact
+        self.quantizers = self.states.quantizers
+        self.codes = {role: TokenBuffer.over(b.tensors, b.block, 0) for role, b in self.states.codes.items()}
+        self.exact = TokenBuffer.over(self.states.exact, 1, 0)
+
+    def __getstate__(self) -> dict:
+        # copies of views would no longer be views of the copied arena
+        return {name: value for name, value in vars(self).items() if name not in _VIEWS}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.quantizers, self.codes, self.exact = {}, {}, None
+        if self.is_initialized:
+            torch._dynamo.mark_static_address(self.arena)
+            self._open()
+            self.measure()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -68,16 +88,18 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self._check(key_states, value_states)
         self.settle()
         self.measure()
-        tokens, room = key_states.shape[2], self.config.max_cache_len - self.length
-        if tokens > room:
+        self._check_room(key_states.shape[2])
+        if key_states.shape[2] != 1 or not self.is_initialized:
+            return super().update(key_states, value_states)
+        ops.append(self.states, key_states.detach(), value_states.detach())
+        return tuple(QuantizedStates(self.states, role) for role in ROLES)
+
+    def _check_room(self, tokens: int) -> None:
+        if self.length + tokens > self.config.max_cache_len:
             raise ValueError(
                 f"A cache with `max_cache_len={self.config.max_cache_len}` must get no more tokens than that, got "
                 f"{tokens} after {self.length} at layer {self.layer_idx}. Make a larger one, or `reset()` it."
             )
-        if tokens != 1 or not self.is_initialized:
-            return super().update(key_states, value_states)
-        ops.append(self.states, key_states.detach(), value_states.detach())
-        return tuple(QuantizedStates(self.states, role) for role in ROLES)
 
     def _traced_update(self, key_states, value_states) -> tuple[TracedStates, TracedStates]:
         if not self.is_initialized or self.pending is not None or key_states.shape[2] != 1:
@@ -109,15 +131,22 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self._count()
 
     def _freeze_condition(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None) -> None:
+        plain = replace(self.quantizers["keys"], mean=None, scale=None)
+        self.quantizers = {**self.quantizers, "keys": plain}
         super()._freeze_condition(new, valid)
-        conditioned, held = self.quantizers["keys"], self.states.quantizers["keys"]
-        if held.mean is not None:
-            held.mean.copy_(0 if conditioned.mean is None else conditioned.mean)
-            held.scale.copy_(1 if conditioned.scale is None else conditioned.scale)
+        conditioned = self.quantizers["keys"]
+        self._condition(conditioned.mean, conditioned.scale)
         self.quantizers = self.states.quantizers
 
+    def _condition(self, mean: torch.Tensor | None, scale: torch.Tensor | None) -> None:
+        """Writes mean and scale to the arena; without them, those that change nothing."""
+        held = self.states.quantizers["keys"]
+        if held.mean is not None:
+            held.mean.copy_(torch.zeros_like(held.mean) if mean is None else mean)
+            held.scale.copy_(torch.ones_like(held.scale) if scale is None else scale)
+
     def measure(self) -> None:
-        """Fetches the lengths from the device: compiled steps change them there alone."""
+        """Fetches the lengths from the device: steps change them there alone."""
         if not self.is_initialized:
             return
         states = self.states.measured()
@@ -126,11 +155,6 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self.codes[role].length = states.codes[role].length
         if self.codes["keys"].length and self.condition is None:
             self.condition, self.query_energy = self.provisional, None
-
-    @property
-    def allocated_nbytes(self) -> int:
-        """Bytes allocated for tokens."""
-        return self.arena.nbytes
 
     def _count(self) -> None:
         """Writes the lengths to the device."""
@@ -145,18 +169,30 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         """Number of tokens held: as with transformers' static layers in device memory, once there are any."""
         if not self.is_initialized or self.pending is not None:
             return super().get_seq_length()
-        return seq_length(self.arena, self.description)
+        if torch.compiler.is_compiling():
+            return seq_length(self.arena, self.description)
+        # a copy: the next step counts on
+        return self.states.counters[0, 0, 0].to(torch.int64)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the mask of the next update, and the first one's position; all of them for a step of one token."""
+        if not torch.compiler.is_compiling():
+            # `generate` asks before every compiled step, when it has waited for the one before
+            self.measure()
+            self._check_room(query_length)
         if query_length == 1 and self.is_initialized:
             return self.config.max_cache_len, 0
-        self.measure()
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
         """Tokens that there is room for."""
         return self.config.max_cache_len
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, but for the mean and scale, which count as constants."""
+        keys = self.quantizers["keys"]
+        return self.arena.nbytes - sum(t.nbytes for t in (keys.mean, keys.scale) if t is not None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """As [`TurboQuantLayer.crop`]."""
@@ -172,31 +208,30 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.settle()
         self.measure()
         before = self.states
-        parts = [("exact", before.exact), *((role, before.codes[role].tensors) for role in ROLES)]
-        mapped = [[(tensors[name], function(tensors[name])) for name in tensors] for _, tensors in parts]
-        keys, values = (function(before.exact[role][:, :, :1]) for role in ROLES)
-        if keys.shape != before.exact["keys"][:, :, :1].shape:
+        mapped = [{name: function(tensor) for name, tensor in tensors.items()} for tensors in _parts(before)]
+        exact = mapped[0]
+        description = describe(self.config, self.layer_idx, exact["keys"], exact["values"])
+        if description != self.description:
             # another batch takes other memory
-            self.description = describe(self.config, self.layer_idx, keys, values)
-            self.arena = new_arena(self.description, self.device)
-            lengths = self.codes["keys"].length
+            arena = new_arena(description, self.device)
+            self.arena, self.description, quantized = arena, description, self.codes["keys"].length
             self._open()
-            for role in ROLES:
-                self.codes[role].length = lengths
-            for name in ("mean", "scale"):
-                held, old = (getattr(states.quantizers["keys"], name) for states in (self.states, before))
-                if held is not None:
-                    held.copy_(old)
-            if self.quantizers is before.quantizers:
-                self.quantizers = self.states.quantizers
+            keys = before.quantizers["keys"]
+            self._condition(keys.mean, keys.scale)
+            for buffer in self.codes.values():
+                buffer.length = quantized
             self._count()
-        targets = [self.states.exact, *(self.states.codes[role].tensors for role in ROLES)]
-        for (_, tensors), target, pairs in zip(parts, targets, mapped, strict=True):
-            for name, (_, new) in zip(tensors, pairs, strict=True):
-                target[name].copy_(new)
+        for held, new in zip(_parts(self.states), mapped, strict=True):
+            for name, tensor in held.items():
+                tensor.copy_(new[name])
 
     def offload(self) -> None:
         """Refused: compiled steps have the addresses of this memory."""
         raise ValueError(
             "A cache with `max_cache_len` must stay on its device, got a call of `offload`. Leave `max_cache_len` out."
         )
+
+
+def _parts(states: LayerStates) -> list[dict[str, torch.Tensor]]:
+    """What is held of tokens, the batch in the first dimension: exact states first."""
+    return [states.exact, *(buffer.tensors for buffer in states.codes.values())]

@@ -52,6 +52,13 @@ def _(arena, description):
     return arena.new_empty((), dtype=torch.int64)
 
 
+_ONLY_ATTENTION = (
+    "A compiled step over a cache with `max_cache_len` must attend by torch's scaled_dot_product_attention or by "
+    "'turboquant', got another operation on keys or values. Load the model with `attn_implementation='sdpa'` or "
+    "`'turboquant'`."
+)
+
+
 class TracedStates:
     """
     Stands for keys or values of shape `[batch, num_key_value_heads, max_cache_len, head_dim]` while `torch.compile`
@@ -93,10 +100,11 @@ class TracedStates:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _sdpa(*args, **(kwargs or {}))
-        raise ValueError(
-            f"A compiled step over a cache with `max_cache_len` must attend by torch's scaled_dot_product_attention or "
-            f"by 'turboquant', got {func}. Load the model with `attn_implementation='sdpa'` or `'turboquant'`."
-        )
+        raise ValueError(_ONLY_ATTENTION)
+
+    def __getattr__(self, name: str):
+        # what eager attention does first is to transpose keys
+        raise AttributeError(_ONLY_ATTENTION)
 
 
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

@@ -1,12 +1,14 @@
-"""Static capacity: the tokens of the dynamic mode, one graph for all lengths, and clear words beyond the capacity."""
+"""Static capacity: the same tokens as the cache that grows, in memory that stays, by steps that are compiled once."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import (
-    FalconH1Config,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -15,215 +17,343 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    StaticCache,
 )
+from transformers.cache_utils import StaticSlidingWindowLayer
+from transformers.generation import CompileConfig
 
-from hf_turboquant import TurboQuantCache
+from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig
+from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.static import TurboQuantStaticLayer
 
-SIZES = {
-    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99, "initializer_range": 0.1, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-CONFIG = LlamaConfig(**SIZES)
-FAMILIES = {
-    "llama": (LlamaForCausalLM, CONFIG),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
-    "gemma3": (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig(
-            **SIZES, sliding_window=32, query_pre_attn_scalar=16, layer_types=["sliding_attention", "full_attention"]
-        ),
-    ),
-    "qwen3_next": (
-        Qwen3NextForCausalLM,
-        Qwen3NextConfig(
-            **SIZES, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32, shared_expert_intermediate_size=32,
-            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
-            layer_types=["linear_attention", "full_attention"],
-        ),
-    ),
-}  # fmt: skip
-# the recent window is shorter than the prompt and the steps, so that tokens leave it in both
-OPTIONS = {"residual_length": 8, "nbits": 4}
+SHAPE = dict(
+    hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=32, vocab_size=99, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+SLIDING = dict(layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=64, query_pre_attn_scalar=32)
+LINEAR = dict(
+    layer_types=["linear_attention", "full_attention"] * 2, num_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=32, shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=16, linear_value_head_dim=16,
+)  # fmt: skip
+PROMPT, NEW = 150, 30
 
 
-def build(family="llama", attention="sdpa"):
-    torch.manual_seed(0)
-    kind, config = FAMILIES[family]
-    config = copy.deepcopy(config)
-    config._attn_implementation = attention
-    return kind(config).eval()
+def states(tokens, batch=2, heads=2, head_dim=32, seed=0, value_dim=64):
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(batch, heads, tokens, head_dim, generator=generator)
+    return keys, torch.randn(batch, heads, tokens, value_dim, generator=generator)
 
 
-def prompt(tokens=80, batch=2):
-    return torch.randint(3, 99, (batch, tokens), generator=torch.Generator().manual_seed(1))
+def feed(layer, keys, values, pieces, start=0):
+    for piece in pieces:
+        out = layer.update(keys[:, :, start : start + piece], values[:, :, start : start + piece])
+        start += piece
+    return out
 
 
-def generate(model, cache, ids, mask=None, new=12):
-    mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False
-    )
+def held(layer):
+    """All keys and values, without the room for others."""
+    layer.measure()
+    pairs = (layer.keys, layer.values)
+    plain = [x.dequantize() if isinstance(x, QuantizedStates) else x for x in pairs]
+    return [x[:, :, : layer.length] for x in plain]
 
 
-def compressed(cache):
-    return [layer for layer in cache.layers if isinstance(layer, TurboQuantStaticLayer)]
+def new_layer(capacity=400, **options):
+    options = {"condition": "none", **options}
+    return TurboQuantStaticLayer(TurboQuantConfig(max_cache_len=capacity, **options), 0)
 
 
-@pytest.mark.parametrize("padding", (0, 17))
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_tokens_of_the_dynamic_mode(family, padding):
-    model, ids = build(family), prompt()
-    mask = torch.ones_like(ids)
-    mask[0, :padding] = 0
-    expected = generate(model, TurboQuantCache(model.config, **OPTIONS), ids, mask)
-    cache = TurboQuantCache(model.config, max_cache_len=128, **OPTIONS)
-    assert torch.equal(generate(model, cache, ids, mask), expected)
-    layers = compressed(cache)
-    assert len(layers) == (2 if family in ("llama", "qwen3") else 1)
-    for layer in layers:
-        # the last token is not fed
-        assert layer.states.measured().kv_len == 80 + 11
-        assert layer.states.measured().codes["keys"].length == 80 + 11 - 8 - 4
+def assert_same_tokens(layer, other):
+    for ours, theirs in zip(held(layer), held(other), strict=True):
+        assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("condition", ("attention", "center", "none"))
-@pytest.mark.parametrize("tokens", (2, 8, 40, 100))
-def test_prompts_of_any_length(tokens, condition):
-    model, ids = build(), prompt(tokens)
-    options = {**OPTIONS, "condition": condition}
-    first, again = (
-        generate(model, cache, ids, new=30)
-        for cache in (
-            TurboQuantCache(CONFIG, max_cache_len=140, **options),
-            TurboQuantCache(CONFIG, max_cache_len=512, **options),
-        )
-    )
-    assert torch.equal(first, again)
-    if tokens in (2, 100) or condition == "none":
-        # else the dynamic mode learns from the steps as well
-        assert torch.equal(first, generate(model, TurboQuantCache(CONFIG, **options), ids, new=30))
-
-
-@pytest.fixture
-def dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-# transformers' sliding layers count on the host until their window is full: a second cache costs them a graph
+@pytest.mark.parametrize("options", [{}, {"residual_length": 0}, {"sink_length": 0, "residual_length": 7}], ids=str)
 @pytest.mark.parametrize(
-    "family, attention, graphs", [("llama", "sdpa", 1), ("llama", "turboquant", 1), ("gemma3", "sdpa", 2)]
+    "condition, pieces",
+    [
+        ("none", [1] * 160),
+        ("none", [3, 90, 1, 1, 70, 1]),
+        ("center", [200, *[1] * 20]),
+        ("center", [100, *[1] * 50, 60, 1, 1]),
+    ],
 )
-def test_one_graph_for_all_lengths(dynamo, family, attention, graphs):
-    model, ids = build(family, attention), prompt()
-    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
-    for cache in (TurboQuantCache(model.config, max_cache_len=160, **OPTIONS) for _ in range(2)):
-        reference = TurboQuantCache(model.config, max_cache_len=160, **OPTIONS)
-        with torch.no_grad():
-            plain = model(ids, past_key_values=reference).logits[:, -1:].argmax(-1)
-            token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
-            for position in range(80, 110):
-                positions = torch.tensor([[position]])
-                mask = {"attention_mask": torch.ones(2, position + 1, dtype=torch.long)}
-                full_mask = torch.nn.functional.pad(mask["attention_mask"], (0, 160 - position - 1))
-                plain = model(plain, past_key_values=reference, position_ids=positions, **mask)
-                token = step(token, past_key_values=cache, position_ids=positions, attention_mask=full_mask)
-                torch.testing.assert_close(token.logits, plain.logits)
-                plain, token = plain.logits.argmax(-1), token.logits.argmax(-1)
-                assert torch.equal(token, plain)
-        assert compressed(cache)[0].states.measured().kv_len == 110
-    # a second cache of the same size finds what was compiled for the first
-    assert counters["stats"]["unique_graphs"] == graphs
-    assert not counters["graph_break"]
+def test_the_same_as_the_layer_that_grows(condition, pieces, options):
+    options = {"residual_length": 16, "condition": condition, **options}
+    layer, grows = new_layer(**options), TurboQuantLayer(TurboQuantConfig(**options), 0)
+    keys, values = states(sum(pieces))
+    feed(layer, keys[:, :, :1], values[:, :, :1], [1])
+    address = layer.arena.data_ptr()
+    layer.reset()
+    feed(layer, keys, values, pieces)
+    feed(grows, keys, values, pieces)
+    assert layer.get_seq_length() == sum(pieces)
+    assert_same_tokens(layer, grows)
+    assert layer.codes["keys"].length == grows.codes["keys"].length > 0
+    assert layer.condition == grows.condition == condition
+    assert layer.arena.data_ptr() == address
 
 
-def test_too_many_tokens_are_refused_and_nothing_is_written():
-    model, ids = build(), prompt(60)
-    cache = TurboQuantCache(CONFIG, max_cache_len=64, **OPTIONS)
-    model(ids, past_key_values=cache)
-    layer = cache.layers[0]
-    before = layer.arena.clone()
-    states = torch.randn(2, 2, 5, 16)
-    with pytest.raises(ValueError, match="`max_cache_len=64` must get no more tokens than that, got 5 after 60"):
-        layer.update(states, states)
-    assert torch.equal(layer.arena, before)
-    for _ in range(4):
-        layer.update(states[:, :, :1], states[:, :, :1])
-    with pytest.raises(ValueError, match="got 1 after 64"):
-        layer.update(states[:, :, :1], states[:, :, :1])
-    assert int(layer.get_seq_length()) == 64
+def test_a_step_returns_handles_of_the_whole_room():
+    layer = new_layer(300)
+    keys, values = states(202)
+    feed(layer, keys, values, [200, 1])
+    ours, theirs = feed(layer, keys, values, [1], start=201)
+    assert ours.shape == (2, 2, 300, 32) and theirs.shape == (2, 2, 300, 64)
+    plain = ours.dequantize()
+    assert plain.shape == ours.shape and not plain[:, :, 202:].any()
+    assert torch.equal(plain[:, :, -100 - 100 : 202], keys[:, :, 100:202])
 
 
-def test_reset_keeps_the_memory_and_forgets_the_tokens():
-    model = build()
-    cache = TurboQuantCache(CONFIG, max_cache_len=128, **OPTIONS)
-    first = generate(model, cache, prompt())
-    address = compressed(cache)[0].arena.data_ptr()
+def test_nothing_is_written_beyond_the_capacity():
+    layer = new_layer(160, residual_length=16)
+    keys, values = states(200)
+    for pieces in ([161], [160]):
+        if pieces == [161]:
+            with pytest.raises(ValueError, match="max_cache_len=160.* got 161 after 0"):
+                feed(layer, keys, values, pieces)
+            assert layer.get_seq_length() == 0 and layer.arena is None
+        else:
+            feed(layer, keys, values, pieces)
+    before = held(layer)
+    for tokens in (1, 2, 17):
+        with pytest.raises(ValueError, match=f"max_cache_len=160.* got {tokens} after 160"):
+            layer.update(keys[:, :, :tokens], values[:, :, :tokens])
+        with pytest.raises(ValueError, match="max_cache_len=160"):
+            layer.get_mask_sizes(tokens)
+    assert layer.get_seq_length() == 160
+    for now, then in zip(held(layer), before, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_reset_keeps_the_memory_for_the_same_batch():
+    layer = new_layer(300, condition="center")
+    keys, values = states(200)
+    feed(layer, 5 + keys, values, [190, 1])
+    address = layer.arena.data_ptr()
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.condition is None
+    feed(layer, keys, values, [190, 1])
+    fresh = new_layer(300, condition="center")
+    feed(fresh, keys, values, [190, 1])
+    assert layer.arena.data_ptr() == address
+    assert_same_tokens(layer, fresh)
+    layer.reset()
+    feed(layer, keys[:1], values[:1], [190, 1])
+    assert layer.get_seq_length() == 191 and held(layer)[0].shape[0] == 1
+
+
+@pytest.mark.parametrize("length", [20, 100, 250])
+def test_crop_reorder_repeat_and_select(length):
+    options = {"residual_length": 16}
+    layer, grows = new_layer(**options), TurboQuantLayer(TurboQuantConfig(condition="none", **options), 0)
+    keys, values = states(300)
+    for each in (layer, grows):
+        feed(each, keys, values, [length, 1, 1])
+        each.crop(-9)
+        feed(each, keys, values, [1] * 4, start=length)
+    assert_same_tokens(layer, grows)
+    address = layer.arena.data_ptr()
+    for each in (layer, grows):
+        each.reorder_cache(torch.tensor([1, 0]))
+    assert layer.arena.data_ptr() == address
+    assert_same_tokens(layer, grows)
+    for each in (layer, grows):
+        each.batch_repeat_interleave(3)
+        each.batch_select_indices(torch.tensor([0, 4, 5]))
+        feed(each, *states(20, batch=3), [1] * 20)
+    assert held(layer)[0].shape[0] == 3
+    assert_same_tokens(layer, grows)
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"]
+)
+def test_a_copy_has_memory_of_its_own(twin):
+    layer = new_layer(300, condition="center")
+    keys, values = states(210)
+    feed(layer, keys, values, [200, 1])
+    other = twin(layer)
+    assert_same_tokens(layer, other)
+    before = held(layer)
+    feed(other, keys, values, [1] * 9, start=201)
+    for now, then in zip(held(layer), before, strict=True):
+        assert torch.equal(now, then)
+    feed(layer, keys, values, [1] * 9, start=201)
+    assert layer.condition == other.condition == "center"
+    assert_same_tokens(layer, other)
+
+
+@pytest.mark.parametrize("prompt", [30, 80])
+def test_a_short_prompt_conditions_what_steps_quantise(prompt):
+    layer = new_layer(300, condition="center")
+    keys, values = states(200)
+    keys = keys + 10
+    feed(layer, keys, values, [prompt, *[1] * (200 - prompt)])
+    layer.measure()
+    # 64 tokens at least make a statistic; the batch counts
+    expected = "center" if 2 * prompt >= 64 else "none"
+    assert layer.condition == expected
+    mean = layer.quantizers["keys"].mean
+    assert torch.allclose(mean, keys[:, :, 4:prompt].mean((0, 2), keepdim=True)[0]) == (expected == "center")
+    error = (held(layer)[0] - keys)[:, :, 4:60].norm() / (keys - 10)[:, :, 4:60].norm()
+    assert 0 < error < (0.3 if expected == "center" else 5)
+
+
+def test_memory_is_counted_and_does_not_change():
+    config = LlamaConfig(**SHAPE)
+    reports = []
+    for tokens in (150, 450):
+        cache = TurboQuantCache(config, max_cache_len=500, condition="none")
+        for index in range(4):
+            feed(cache.layers[index], *states(tokens + 20, value_dim=32), [tokens, *[1] * 20])
+        reports.append(cache.memory())
+        assert reports[-1].total_bytes == sum(
+            layer.arena.nbytes + sum(q.nbytes for q in layer.quantizers.values()) for layer in cache.layers
+        )
+    assert reports[0].total_bytes == reports[1].total_bytes
+    assert 0 < reports[0].codes_bytes < reports[1].codes_bytes and reports[1].slack_bytes < reports[0].slack_bytes
+    grows = TurboQuantCache(config, condition="none")
+    for index in range(4):
+        grows.update(*states(470, value_dim=32), index)
+    assert reports[1].codes_bytes == grows.memory().codes_bytes
+
+
+def models():
+    yield "llama", LlamaForCausalLM, LlamaConfig(**SHAPE)
+    yield "turboquant", LlamaForCausalLM, LlamaConfig(**SHAPE, attn_implementation="turboquant")
+    yield "qwen3", Qwen3ForCausalLM, Qwen3Config(**SHAPE)
+    yield "gemma3", Gemma3ForCausalLM, Gemma3TextConfig(**SHAPE, **SLIDING)
+    yield "softcap", Gemma2ForCausalLM, Gemma2Config(**SHAPE, **SLIDING, attn_implementation="turboquant")
+    yield "qwen3-next", Qwen3NextForCausalLM, Qwen3NextConfig(**SHAPE, **LINEAR)
+
+
+@pytest.fixture(scope="module", params=list(models()), ids=lambda case: case[0])
+def model(request):
+    _, kind, config = request.param
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    # otherwise all tokens are alike to a tiny model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def generate(model, cache, tokens=NEW, prompt=PROMPT, **options):
+    ids = torch.randint(3, 99, (2, prompt), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, **options}
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)[:, prompt:]
+
+
+def compiled(backend="eager"):
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    # otherwise only GPUs compile
+    config._compile_all_devices = True
+    torch.compiler.reset()
+    counters.clear()
+    return {"compile_config": config}
+
+
+def test_generate_gives_the_tokens_of_the_cache_that_grows(model):
+    new_cache = lambda: TurboQuantCache(model.config, max_cache_len=PROMPT + NEW)  # noqa: E731
+    expected = generate(model, TurboQuantCache(model.config))
+    assert torch.equal(generate(model, new_cache()), expected)
+    # the number of graphs is held to transformers' own cache
+    generate(model, StaticCache(model.config, max_cache_len=PROMPT + NEW), **compiled())
+    graphs = counters["stats"]["unique_graphs"]
+    options = compiled()
+    cache = new_cache()
+    assert cache.is_compileable
+    assert torch.equal(generate(model, cache, **options), expected)
+    # sliding layers count on the host, and have transformers compile once more
+    assert counters["stats"]["unique_graphs"] == graphs == (1 if not any(cache.is_sliding) else 2)
+    # neither does another cache, nor the same one again
+    assert torch.equal(generate(model, new_cache(), **options), expected)
     cache.reset()
-    assert cache.get_seq_length() == 0
-    assert torch.equal(generate(model, cache, prompt()), first)
-    assert compressed(cache)[0].arena.data_ptr() == address
+    assert torch.equal(generate(model, cache, **options), expected)
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
-def test_crop_reorder_and_select_as_in_the_dynamic_mode():
-    model, ids = build(), prompt()
-    caches = TurboQuantCache(CONFIG, max_cache_len=128, **OPTIONS), TurboQuantCache(CONFIG, **OPTIONS)
-    outs = []
-    for cache in caches:
-        with torch.no_grad():
-            model(ids, past_key_values=cache)
-            for token in range(5):
-                model(ids[:, token : token + 1], past_key_values=cache)
-            cache.crop(-7)
-            cache.reorder_cache(torch.tensor([1, 0]))
-            cache.batch_repeat_interleave(2)
-            cache.batch_select_indices(torch.tensor([0, 3, 2]))
-            assert int(cache.get_seq_length()) == 78
-            outs.append(model(prompt(9, batch=3), past_key_values=cache).logits)
-            outs.append(model(prompt(1, batch=3), past_key_values=cache).logits)
-    torch.testing.assert_close(outs[0], outs[2])
-    torch.testing.assert_close(outs[1], outs[3])
+def test_a_thousand_steps_are_compiled_once():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 1})).eval()
+    options = compiled("aot_eager")
+    generate(model, TurboQuantCache(model.config, max_cache_len=1200), tokens=1000, **options)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-def test_several_turns():
-    model, ids = build(), prompt(200)
-    texts = []
-    for cache in (TurboQuantCache(CONFIG, max_cache_len=300, **OPTIONS), TurboQuantCache(CONFIG, **OPTIONS)):
-        text = generate(model, cache, ids[:, :100])
-        text = generate(model, cache, torch.cat([text, ids[:, 100:130]], dim=1))
-        texts.append(text)
-    assert torch.equal(*texts)
+def test_a_chat_goes_on_with_compiled_steps():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    conversations = []
+    for cache, options in (
+        (TurboQuantCache(model.config), {}),
+        (TurboQuantCache(model.config, max_cache_len=400), compiled()),
+    ):
+        ids = torch.randint(3, 99, (1, 140), generator=torch.Generator().manual_seed(0))
+        for turn in range(3):
+            ids = model.generate(
+                ids, past_key_values=cache, max_new_tokens=20, min_new_tokens=20, do_sample=False, **options
+            )
+            ids = torch.cat([ids, torch.full((1, 15 + turn), 7)], dim=1)
+        conversations.append(ids)
+    assert torch.equal(*conversations)
 
 
-def test_what_it_says_and_holds():
-    cache = TurboQuantCache(CONFIG, max_cache_len=4096, **OPTIONS)
-    assert cache.is_compileable and not TurboQuantCache(CONFIG).is_compileable
-    generate(build(), cache, prompt())
-    assert "room for 4,096 tokens" in repr(cache)
-    memory = cache.memory()
-    held = sum(layer.arena.nbytes for layer in compressed(cache))
-    assert memory.total_bytes == held + memory.constants_bytes
-    assert memory.full_bytes == 2 * 91 * 2 * 2 * 2 * 16 * 4
-    # a filled one is as small as the dynamic kind
-    assert held < 2 * 2 * 4096 * 2 * 16 * 4 * 2 / 5
+def test_generate_says_when_the_room_is_used_up():
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    for options in ({}, compiled()):
+        cache = TurboQuantCache(model.config, max_cache_len=PROMPT + 5)
+        with pytest.raises(ValueError, match=f"max_cache_len={PROMPT + 5}"):
+            generate(model, cache, tokens=10, **options)
+        assert cache.get_seq_length() == PROMPT + 5
+    with pytest.raises(ValueError, match="max_cache_len=100.* got 150 after 0"):
+        generate(model, TurboQuantCache(model.config, max_cache_len=100))
 
 
-def test_what_it_refuses(tmp_path):
-    cache = TurboQuantCache(CONFIG, max_cache_len=128)
-    with pytest.raises(ValueError, match="to be saved, got TurboQuantStaticLayer"):
+@pytest.mark.parametrize("implementation, tokens", [("eager", 1), ("sdpa", 2)])
+def test_what_cannot_be_compiled_says_so(implementation, tokens):
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=implementation)).eval()
+    cache = TurboQuantCache(model.config, max_cache_len=300)
+    with torch.no_grad():
+        model(torch.full((1, 150), 5), past_key_values=cache)
+        step = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match="attn_implementation='sdpa'|Only steps of one token"):
+            step(torch.full((1, tokens), 5), past_key_values=cache)
+
+
+def test_what_a_static_cache_refuses(tmp_path):
+    config = LlamaConfig(**SHAPE)
+    cache = TurboQuantCache(config, max_cache_len=300)
+    cache.update(*states(150), 0)
+    with pytest.raises(ValueError, match="stay on its device"):
+        cache.layers[0].offload()
+    with pytest.raises(ValueError, match="max_cache_len=300"):
         cache.save_pretrained(tmp_path / "cache")
-    with pytest.raises(ValueError, match="`max_cache_len` needs the model's `config`"):
-        TurboQuantCache(max_cache_len=128)
-    with pytest.raises(ValueError, match="whole numbers with `max_cache_len`"):
-        TurboQuantCache(CONFIG, max_cache_len=128, nbits=2.5)
-    with pytest.raises(ValueError, match="`max_cache_len` must be an integer from 1"):
-        TurboQuantCache(CONFIG, max_cache_len=0)
-    with pytest.raises(ValueError, match="must stay on its device"):
-        TurboQuantCache(CONFIG, max_cache_len=128).layers[0].offload()
-    hybrid = FalconH1Config(**{**SIZES, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16})
-    with pytest.raises(ValueError, match="a recurrent part in one layer"):
-        TurboQuantCache(hybrid, max_cache_len=128)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match="model.config"):
+        TurboQuantCache(max_cache_len=300)
+    for bad in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="max_cache_len"):
+            TurboQuantConfig(max_cache_len=bad)
+
+
+def test_layers_come_from_the_config():
+    cache = TurboQuantCache(Gemma3TextConfig(**SHAPE, **SLIDING), max_cache_len=300, skip_layers=(1,))
+    kinds = [type(layer).__name__ for layer in cache.layers]
+    assert kinds == ["StaticSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer", "TurboQuantStaticLayer"]
+    assert isinstance(cache.layers[0], StaticSlidingWindowLayer) and cache.get_max_length() == 300
+    assert "room for 300 tokens" in repr(cache)
+    assert not TurboQuantCache(LlamaConfig(**SHAPE)).is_compileable
+
+
+def test_a_hybrid_layer_is_refused():
+    from transformers import FalconH1Config
+
+    with pytest.raises(ValueError, match="recurrent part in one layer"):
+        TurboQuantCache(FalconH1Config(num_hidden_layers=2), max_cache_len=300)

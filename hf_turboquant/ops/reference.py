@@ -101,8 +101,8 @@ def append(states, new: dict[str, torch.Tensor]) -> None:
     quantized = now.codes["keys"].length
     if now.kv_len >= capacity:
         raise ValueError(
-            f"A cache with `max_cache_len={capacity}` must get no more tokens than that, got one more. "
-            "Make a larger one, or `reset()` it."
+            f"A cache with `max_cache_len={capacity}` must get no more tokens than that, got one more. Make a larger "
+            "one, or `reset()` it."
         )
     leaves = now.kv_len + 1 - sinks - ring > quantized
     for role, state in new.items():
