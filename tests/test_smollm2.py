@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from measure_quality import measure, split_windows
+from torch._dynamo.utils import counters
 from transformers import DynamicCache
+from transformers.generation import CompileConfig
 
 from hf_turboquant import TurboQuantCache
 
@@ -30,6 +32,21 @@ def test_8_bits_write_the_same_200_tokens(smollm2):
         logits = model(full[None, :first]).logits[0, -1].float()
     gap = logits[full[first]] - logits[ours[first]]
     assert gap < 0.02 * logits.std(), f"tokens differ from {first - 1500} on, where the logits are {gap:.3f} apart"
+
+
+def test_compiled_steps_write_what_steps_of_the_growing_cache_write(smollm2):
+    model, tokenizer = smollm2
+    ids = split_windows(tokenizer, TEXT, 400, 1).to(model.device)
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    # otherwise only GPUs compile
+    config._compile_all_devices = True
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    grown = model.generate(ids, past_key_values=TurboQuantCache(model.config), **options)
+    torch.compiler.reset()
+    counters.clear()
+    cache = TurboQuantCache(model.config, max_cache_len=464)
+    assert torch.equal(model.generate(ids, past_key_values=cache, compile_config=config, **options), grown)
+    assert counters["stats"]["unique_graphs"] == 1 and cache.layers[0].condition == "attention"
 
 
 @pytest.fixture(scope="module")
