@@ -58,7 +58,7 @@ def open_arena(arena: torch.Tensor, description: str) -> LayerStates:
     if ("condition", "mean") in tensors:
         quantizers["keys"] = replace(quantizers["keys"], **part("condition"))
     config = layout.config
-    codes = {role: TokenBuffer.over(part(role), BLOCK, layout.code_tokens) for role in quantizers}
+    codes = {role: TokenBuffer.over(part(role), block=BLOCK, length=layout.code_tokens) for role in quantizers}
     return LayerStates(
         quantizers,
         codes,

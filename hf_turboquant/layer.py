@@ -10,8 +10,8 @@ from .conditioning import QueryEnergy, condition, valid_tokens
 from .config import TurboQuantConfig
 from .quantizer import Quantizer
 from .split import SplitQuantizer, create_quantizer
-from .states import ExactStates, LayerStates, QuantizedStates, ring_runs
-from .storage import TokenBuffer
+from .states import ExactStates, LayerStates, QuantizedStates
+from .storage import SlotBuffer, TokenBuffer
 
 ROLES = ("keys", "values")
 
@@ -46,7 +46,7 @@ class TurboQuantLayer(DynamicLayer):
         self.length = 0
         self.quantizers: dict[str, Quantizer | SplitQuantizer] = {}
         self.codes: dict[str, TokenBuffer] = {}
-        self.exact: TokenBuffer | None = None
+        self.exact: SlotBuffer | None = None
         # the tokens of the last update, while they wait for their query
         self.pending: dict[str, torch.Tensor] | None = None
         # what conditioning came to, None until the first token is quantised
@@ -89,9 +89,8 @@ class TurboQuantLayer(DynamicLayer):
             role: create_quantizer(self.config, role, self.layer_idx, states[role].shape[-1], device) for role in ROLES
         }
         self.codes = {role: quantizers[role].new_buffer(batch, heads) for role in ROLES}
-        self.exact = TokenBuffer(
-            {role: (states[role].dtype, (states[role].shape[-1],)) for role in ROLES}, 1, batch, heads, device
-        )
+        shapes = {role: (states[role].dtype, (states[role].shape[-1],)) for role in ROLES}
+        self.exact = SlotBuffer(shapes, batch, heads, device, self.config.sink_length, self.config.residual_length)
         self.quantizers = quantizers
         self.dtype, self.device = key_states.dtype, device
         self.is_initialized = True
@@ -206,12 +205,12 @@ class TurboQuantLayer(DynamicLayer):
         for start, stop in ((before, min(after, sinks)), (max(before, sinks, after - window), after)):
             if start < stop:
                 for role in ROLES:
-                    self._write_exact(role, start, states[role][:, :, start - before : stop - before])
+                    self.exact.write(role, start, states[role][:, :, start - before : stop - before])
         self.length = after
 
     def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
         """The tokens at positions `start` to `stop`: from the recent window, then from the new ones."""
-        pieces = self._exact_pieces(role, start, min(self.length, stop))
+        pieces = self.exact.pieces(role, start, min(self.length, stop))
         if stop > self.length:
             pieces.append(states[:, :, max(start - self.length, 0) : stop - self.length])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
@@ -269,22 +268,6 @@ class TurboQuantLayer(DynamicLayer):
                     f"{expected}, got {got} at layer {self.layer_idx}. Use a new cache or `reset()` for another "
                     "batch, and `batch_repeat_interleave` or `batch_select_indices` to change the batch of this one."
                 )
-
-    def _runs(self, start: int, stop: int) -> list[slice]:
-        """Slots of the exact tokens at positions `start` to `stop`, in order."""
-        sinks, window = self.config.sink_length, self.config.residual_length
-        runs = [slice(start, min(stop, sinks))] if start < min(stop, sinks) else []
-        start = max(start, sinks)
-        return runs + (ring_runs((start - sinks) % window, stop - start, window, sinks) if stop > start else [])
-
-    def _exact_pieces(self, role: str, start: int, stop: int) -> list[torch.Tensor]:
-        return [self.exact[role][:, :, run] for run in self._runs(start, stop)]
-
-    def _write_exact(self, role: str, start: int, states: torch.Tensor) -> None:
-        for run in self._runs(start, start + states.shape[2]):
-            count = run.stop - run.start
-            self.exact[role][:, :, run] = states[:, :, :count]
-            states = states[:, :, count:]
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.codes["keys"].length:

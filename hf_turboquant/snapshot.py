@@ -30,7 +30,7 @@ def _tokens(layer) -> dict:
     def exact(role: str) -> torch.Tensor:
         # in the order of the sequence; slots that hold no token stay behind
         runs = [(0, sinks), (sinks + quantized, length)]
-        pieces = [piece for start, stop in runs for piece in layer._exact_pieces(role, start, stop)]
+        pieces = [piece for start, stop in runs for piece in layer.exact.pieces(role, start, stop)]
         return torch.cat([layer.exact[role][:, :, :0], *pieces], dim=2)
 
     return {
@@ -108,8 +108,8 @@ def _restore_tokens(
             layer.quantizers[role] = quantizer.with_channels(order)
     layer.exact.reserve(min(length, sinks + window), limit=sinks + window)
     for role in ROLES:
-        layer._write_exact(role, 0, exact[role][:, :, :sinks])
-        layer._write_exact(role, sinks + quantized, exact[role][:, :, sinks:])
+        layer.exact.write(role, 0, exact[role][:, :, :sinks])
+        layer.exact.write(role, sinks + quantized, exact[role][:, :, sinks:])
     if query_energy is not None:
         _must(query_energy.shape == (heads, head_dim), "query_energy", list(query_energy.shape))
         layer.query_energy = QueryEnergy(heads, head_dim, layer.device)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from . import ops
 from .quantizer import Quantizer
-from .storage import TokenBuffer
+from .storage import TokenBuffer, ring_runs
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +129,6 @@ class ExactStates:
     def dequantize(self, role: str) -> torch.Tensor:
         """The tokens as they are."""
         return self.exact[role]
-
-
-def ring_runs(start: int, count: int, ring: int, offset: int) -> list[slice]:
-    """`count` slots of a ring of `ring` slots that begins at `offset`, from ring slot `start` on, as slices."""
-    head = min(count, ring - start)
-    runs = [slice(offset + start, offset + start + head), slice(offset, offset + count - head)]
-    return [run for run in runs if run.stop > run.start]
 
 
 class QuantizedStates(torch.Tensor):

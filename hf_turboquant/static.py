@@ -9,7 +9,7 @@ from . import ops
 from .arena import describe, new_arena, open_arena
 from .layer import ROLES, TurboQuantLayer
 from .states import LayerStates, QuantizedStates
-from .storage import TokenBuffer
+from .storage import SlotBuffer
 from .traced import TracedStates, append, seq_length
 
 # of the arena; made anew with it
@@ -57,8 +57,11 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         """Makes views of the arena, with no token in them."""
         self.states = open_arena(self.arena, self.description)
         self.quantizers = self.states.quantizers
-        self.codes = {role: TokenBuffer.over(b.tensors, b.block, 0) for role, b in self.states.codes.items()}
-        self.exact = TokenBuffer.over(self.states.exact, 1, 0)
+        self.codes = {role: buffer.snapshot() for role, buffer in self.states.codes.items()}
+        for buffer in self.codes.values():
+            buffer.length = 0
+        sinks, ring = self.config.sink_length, self.config.residual_length
+        self.exact = SlotBuffer.over(self.states.exact, block=1, length=0, sinks=sinks, ring=ring)
 
     def __getstate__(self) -> dict:
         # copies of views would no longer be views of the copied arena

@@ -1,5 +1,6 @@
-"""TokenBuffer: named tensors that grow by tokens, in place."""
+"""TokenBuffer: named tensors that grow by tokens, in place; SlotBuffer: the exact tokens among them."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -30,10 +31,10 @@ class TokenBuffer:
             }
 
     @classmethod
-    def over(cls, tensors: dict[str, torch.Tensor], block: int, length: int) -> "TokenBuffer":
-        """A buffer that holds `length` tokens in tensors that are there already."""
+    def over(cls, tensors: dict[str, torch.Tensor], **fields) -> "TokenBuffer":
+        """A buffer over tensors that are there already; `fields` are the others, such as `block` and `length`."""
         buffer = object.__new__(cls)
-        buffer.tensors, buffer.block, buffer.length = tensors, block, length
+        vars(buffer).update(fields, tensors=tensors)
         return buffer
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -75,4 +76,41 @@ class TokenBuffer:
 
     def snapshot(self) -> "TokenBuffer":
         """The same tensors with a length of their own: later appends and moves don't show."""
-        return TokenBuffer.over(self.tensors, self.block, self.length)
+        return copy.copy(self)
+
+
+class SlotBuffer(TokenBuffer):
+    """
+    Exact tokens in slots, one tensor for keys and one for values: the first `sinks` tokens stay in the first slots, the
+    others go round a ring of `ring` slots behind them.
+    """
+
+    def __init__(self, shapes, batch: int, heads: int, device: torch.device, sinks: int, ring: int):
+        super().__init__(shapes, 1, batch, heads, device)
+        self.sinks, self.ring = sinks, ring
+
+    def runs(self, start: int, stop: int) -> list[slice]:
+        """Slots of the tokens at positions `start` to `stop`, in order."""
+        runs = [slice(start, min(stop, self.sinks))] if start < min(stop, self.sinks) else []
+        start = max(start, self.sinks)
+        if stop > start:
+            runs += ring_runs((start - self.sinks) % self.ring, stop - start, self.ring, self.sinks)
+        return runs
+
+    def pieces(self, name: str, start: int, stop: int) -> list[torch.Tensor]:
+        """Views of the tokens at positions `start` to `stop`."""
+        return [self[name][:, :, run] for run in self.runs(start, stop)]
+
+    def write(self, name: str, start: int, states: torch.Tensor) -> None:
+        """Writes states of shape `[batch, heads, tokens, head_dim]` to the slots of the positions from `start` on."""
+        for run in self.runs(start, start + states.shape[2]):
+            count = run.stop - run.start
+            self[name][:, :, run] = states[:, :, :count]
+            states = states[:, :, count:]
+
+
+def ring_runs(start: int, count: int, ring: int, offset: int) -> list[slice]:
+    """`count` slots of a ring of `ring` slots that begins at `offset`, from ring slot `start` on, as slices."""
+    head = min(count, ring - start)
+    runs = [slice(offset + start, offset + start + head), slice(offset, offset + count - head)]
+    return [run for run in runs if run.stop > run.start]

@@ -362,7 +362,7 @@ def fingerprint(layer):
             codes, scales = reference.codes_of(layer.codes[role], layer.quantizers[role], 0, layer.codes[role].length)
             tensors |= {f"{role} codes": codes, **{f"{role} {name}": scale for name, scale in scales.items()}}
         start = max(layer.config.sink_length, layer.length - layer.config.residual_length)
-        pieces = [*layer._exact_pieces(role, start, layer.length)]
+        pieces = [*layer.exact.pieces(role, start, layer.length)]
         pieces += [layer.exact[role][:, :, : min(layer.length, layer.config.sink_length)]]
         tensors[f"{role} exact"] = torch.cat(pieces, dim=2)
         if layer.pending is not None:
