@@ -7,6 +7,7 @@ import torch
 
 from . import ops
 from .arena import describe, new_arena, open_arena
+from .config import TurboQuantConfig
 from .layer import ROLES, TurboQuantLayer
 from .states import LayerStates, QuantizedStates
 from .storage import SlotBuffer
@@ -29,6 +30,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     """
 
     is_compileable = True
+    # here too: a compiled step checks what it has read, and looking up an inherited one takes longer than all the rest
+    is_sliding = False
     # the memory, and what is in it
     arena: torch.Tensor | None = None
     description: str | None = None
@@ -36,8 +39,12 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     # what conditioning would come to if the next token were quantised
     provisional: str | None = None
 
+    def __init__(self, config: TurboQuantConfig, layer_idx: int):
+        self.max_cache_len = config.max_cache_len
+        super().__init__(config, layer_idx)
+
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, room for {self.config.max_cache_len:,} tokens)"
+        return f"{super().__repr__()[:-1]}, room for {self.max_cache_len:,} tokens)"
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes the memory, or takes it over from the sequence before; states are of shape `[batch, heads, T, D]`."""
@@ -98,9 +105,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         return tuple(QuantizedStates(self.states, role) for role in ROLES)
 
     def _check_room(self, tokens: int) -> None:
-        if self.length + tokens > self.config.max_cache_len:
+        if self.length + tokens > self.max_cache_len:
             raise ValueError(
-                f"A cache with `max_cache_len={self.config.max_cache_len}` must get no more tokens than that, got "
+                f"A cache with `max_cache_len={self.max_cache_len}` must get no more tokens than that, got "
                 f"{tokens} after {self.length} at layer {self.layer_idx}. Make a larger one, or `reset()` it."
             )
 
@@ -117,7 +124,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
                 self.arena,
                 self.description,
                 role,
-                (batch, heads, self.config.max_cache_len, new.shape[3]),
+                (batch, heads, self.max_cache_len, new.shape[3]),
                 new.dtype,
                 new.device,
             )
@@ -184,12 +191,12 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self.measure()
             self._check_room(query_length)
         if query_length == 1 and self.is_initialized:
-            return self.config.max_cache_len, 0
+            return self.max_cache_len, 0
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
         """Tokens that there is room for."""
-        return self.config.max_cache_len
+        return self.max_cache_len
 
     @property
     def nbytes(self) -> int:
