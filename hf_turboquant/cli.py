@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections import Counter
 
 from .config import KEY_ESTIMATORS, TurboQuantConfig
@@ -16,13 +17,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hf-turboquant", description="TurboQuant KV caches: see, measure, decide.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_estimate(commands)
+    _add_evaluate(commands)
     args = parser.parse_args(arguments)
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            # names that transformers is about to change: not for the user of a command to mend
+            warnings.simplefilter("ignore", FutureWarning)
+            args.run(args)
     except BrokenPipeError:
         # whoever read our output has enough; without this, python complains again while it shuts down
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ImportError) as error:
+    except ModuleNotFoundError as error:
+        advice = "Install it with `pip install 'hf-turboquant[eval]'`."
+        print(f"hf-turboquant: this command needs the package {error.name!r}. {advice}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
         print(f"hf-turboquant: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -120,6 +129,39 @@ def _estimate(args) -> None:
         print(f"Longest context in {_readable(args.budget)}, in tokens: {', '.join(texts)}")
     for warning in _warnings(estimate, compressed, rows, states):
         print(f"Note: {warning}")
+
+
+def _add_evaluate(commands) -> None:
+    parser = commands.add_parser("evaluate", help="quality of compressed caches, measured on a model and a text")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a Hub name or a local folder")
+    add("--text", required=True, help="a text file, or hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub")
+    add("--out", default="evaluation", help="folder of results.json and plots; an interrupted run goes on from there")
+    add("--parts", nargs="+", help="quality, needle, fidelity, claims (default: all)")
+    add("--caches", nargs="+", metavar="SPEC", help="such as turboquant:nbits=4/3 quanto:nbits=4; see load.PRESETS")
+    add("--window", type=_positive, help="quality: tokens of a window")
+    add("--windows", type=_positive, help="quality: number of windows")
+    add("--block", type=_positive, help="quality: tokens fed at a time")
+    add("--prefill", type=_positive, help="quality: tokens of the first block")
+    add("--score-from", type=int, help="quality: count blocks from this position on")
+    add("--needle-lengths", type=_positive, nargs="+", help="tokens of the haystacks")
+    add("--needle-depths", type=float, nargs="+", help="where the needles are, 0 to 1")
+    add("--fidelity-lengths", type=_positive, nargs="+", help="tokens of context")
+    add("--dtype", help="of the model, such as float32 (default: float32 on CPU, bfloat16 elsewhere)")
+    add("--device", help="cuda where there is one, else cpu, by default")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(args) -> None:
+    # before anything else: whether this can run at all is known at once
+    from .evaluation import load, run
+
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    options = {name: given[name] for name in run.Settings.__dataclass_fields__ if name in given}
+    settings = run.Settings(**load.settings(options))
+    text = load.read_text(args.text)
+    model, tokenizer = load.load_model(args.model, args.dtype, args.device)
+    run.evaluate(model, tokenizer, text, settings, args.out)
 
 
 def _describe(cost) -> str:

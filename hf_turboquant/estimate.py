@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModel, DynamicCache, PreTrainedConfig
@@ -184,14 +184,13 @@ def _filled(layer: TurboQuantLayer, cost: LayerCost, context: int, batch: int, d
     """The report of a layer that has read `context` tokens at once."""
     states = [torch.empty(batch, heads, 0, dim, dtype=dtype, device="meta") for heads, dim in cost.shapes]
     layer.lazy_initialization(*states)
-    learned = {"attention": ("mean", "scale"), "center": ("mean",), "none": ()}[layer.config.condition]
-    (heads, dim), _ = cost.shapes
-    vectors = {name: torch.empty(heads, 1, dim, device="meta") for name in learned}
-    layer.quantizers["keys"] = replace(layer.quantizers["keys"], **vectors)
     exact = layer.config.sink_length + layer.config.residual_length
     for buffer in layer.codes.values():
         buffer.reserve(max(context - exact, 0))
         buffer.length = max(context - exact, 0)
     layer.exact.reserve(min(context, exact), limit=exact)
     layer.length = context
-    return layer_memory(layer)
+    learned = {"attention": 2, "center": 1, "none": 0}[layer.config.condition]
+    (heads, dim), _ = cost.shapes
+    # mean and scale of every channel, in fp32
+    return layer_memory(layer) + MemoryReport(constants_bytes=learned * heads * dim * 4)

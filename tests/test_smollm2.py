@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure_quality import measure, split_windows
 from transformers import DynamicCache
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant.evaluation.quality import measure, split_windows
 
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
 
