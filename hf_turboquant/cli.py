@@ -1,6 +1,7 @@
 """The command `hf-turboquant`: estimate memory from a config, evaluate quality on a model."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -138,7 +139,12 @@ def _add_evaluate(commands) -> None:
     add("--text", required=True, help="a text file, or hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub")
     add("--out", default="evaluation", help="folder of results.json and plots; an interrupted run goes on from there")
     add("--parts", nargs="+", help="quality, needle, fidelity, claims (default: all)")
-    add("--caches", nargs="+", metavar="SPEC", help="such as turboquant:nbits=4/3 quanto:nbits=4; see load.PRESETS")
+    add(
+        "--caches",
+        nargs="+",
+        metavar="SPEC",
+        help="such as turboquant:nbits=4/3 quanto:nbits=4 (default: all)",
+    )
     add("--window", type=_positive, help="quality: tokens of a window")
     add("--windows", type=_positive, help="quality: number of windows")
     add("--block", type=_positive, help="quality: tokens fed at a time")
@@ -161,6 +167,8 @@ def _evaluate(args) -> None:
     settings = run.Settings(**load.settings(options))
     text = load.read_text(args.text)
     model, tokenizer = load.load_model(args.model, args.dtype, args.device)
+    if not args.caches:
+        settings = dataclasses.replace(settings, caches=settings.caches + load.baselines(model.config))
     run.evaluate(model, tokenizer, text, settings, args.out)
 
 

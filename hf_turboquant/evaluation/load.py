@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .caches import label, parse
+from .caches import label, new_cache, parse
 
 _ALL_CODES = "condition=none,residual_length=0,sink_length=0"
 PRESETS = {
@@ -19,6 +19,19 @@ PRESETS = {
         "turboquant:nbits=4/3/2,key_estimator=qjl,condition=none",
     ],
 }
+
+
+def baselines(config) -> list[dict]:
+    """transformers' own quantised caches, those that are installed and hold this kind of model."""
+    found = []
+    for spec in ("quanto:nbits=4/2", "hqq:nbits=4/3/2", "fp8"):
+        for options in parse(spec):
+            try:
+                new_cache(config, options)
+            except ValueError:
+                continue
+            found.append(options)
+    return found
 
 
 def settings(options: dict) -> dict:

@@ -44,7 +44,7 @@ class Settings:
     prefill: int = 512
     score_from: int = 512
     needle_lengths: tuple[int, ...] = (256, 512, 1024)
-    needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    needle_depths: tuple[float, ...] = (0.0, 0.5, 1.0)
     fidelity_lengths: tuple[int, ...] = (512, 1024)
 
     def check(self, config, text: str) -> None:
