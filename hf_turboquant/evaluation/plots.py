@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..estimate import Estimate
 from .caches import label
@@ -124,8 +124,9 @@ def needle_figure(units: dict, settings) -> Figure:
 
 def _finish(figure: Figure, axis) -> None:
     """Plain numbers along a logarithmic axis, and the legend where it hides no line."""
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5), labelOnlyBase=False))
+    axis.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 

@@ -17,6 +17,7 @@ class Quality:
     tokens: int = 0
     nll_sum: float = 0.0
     agreement_sum: float = 0.0
+    bits_sum: float = 0.0
     kls: list[float] = field(default_factory=list)
     compression_ratio: float = 1.0
     total_bits: float = 16.0
@@ -41,17 +42,22 @@ class Quality:
         """Share of tokens after which both caches find the same next token most likely."""
         return self.agreement_sum / self.tokens
 
-    def add(self, full: torch.Tensor, log_probs: torch.Tensor, targets: torch.Tensor) -> None:
+    @property
+    def bits(self) -> float:
+        """Mean of what `weigh` said of the cache."""
+        return self.bits_sum / self.tokens
+
+    def add(self, full: torch.Tensor, log_probs: torch.Tensor, targets: torch.Tensor, bits: float = 0.0) -> None:
         """Count a block: log-probabilities `[batch, tokens, vocab]` of both caches, next tokens `[batch, tokens]`."""
         self.tokens += targets.numel()
+        self.bits_sum += bits * targets.numel()
         self.nll_sum -= log_probs.gather(-1, targets[..., None]).sum().item()
         self.kls += (full.exp() * (full - log_probs)).sum(-1).flatten().tolist()
         self.agreement_sum += (full.argmax(-1) == log_probs.argmax(-1)).sum().item()
 
     def __add__(self, other: "Quality") -> "Quality":
-        sums = {
-            name: getattr(self, name) + getattr(other, name) for name in ("tokens", "nll_sum", "agreement_sum", "kls")
-        }
+        names = "tokens", "nll_sum", "agreement_sum", "bits_sum", "kls"
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
         return Quality(**sums, compression_ratio=other.compression_ratio, total_bits=other.total_bits)
 
 
@@ -75,12 +81,13 @@ def split_windows(tokenizer, text: str, length: int, count: int) -> torch.Tensor
 def measure(
     model,
     windows: torch.Tensor,
-    configurations: list[dict],
+    configurations: list[dict | Callable],
     block: int = 32,
     batch: int = 4,
     prefill: int | None = None,
     score_from: int = 0,
     advance: Callable[[int], object] = lambda tokens: None,
+    weigh: Callable[[object], float] = lambda cache: 0.0,
 ) -> list[Quality]:
     """
     Compare compressed caches with the full one on the same text.
@@ -92,12 +99,14 @@ def measure(
     Args:
         model: a causal language model.
         windows (`torch.Tensor`): token ids of shape `[windows, length]`.
-        configurations (`list[dict]`): options of the caches, see [`caches.new_cache`].
+        configurations (`list[dict | Callable]`): options of the caches, see [`caches.new_cache`]; or functions that
+            make any other cache from the model's config.
         block (`int`): tokens fed at a time.
         batch (`int`): windows fed at a time; they share a cache, its conditioning and its constants.
         prefill (`int`, *optional*): tokens of the first block, if it is another.
         score_from (`int`): position of the first block whose predictions count.
         advance (`Callable`): called with the number of tokens done, after every block of every cache.
+        weigh (`Callable`): called with every cache after every scored block; [`Quality.bits`] is the mean.
 
     Returns:
         A [`Quality`] for the full cache, then one for each configuration.
@@ -105,7 +114,10 @@ def measure(
     qualities = [Quality() for _ in range(1 + len(configurations))]
     for ids in windows.to(model.device).split(batch):
         caches = [DynamicCache(config=model.config)]
-        caches += [new_cache(model.config, options) for options in configurations]
+        caches += [
+            options(model.config) if callable(options) else new_cache(model.config, options)
+            for options in configurations
+        ]
         starts = [0, *range(block if prefill is None else prefill, ids.shape[1], block)]
         for start, stop in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
             inputs = ids[:, start:stop]
@@ -117,7 +129,7 @@ def measure(
                 log_probs = logits.float().log_softmax(-1)
                 full = log_probs if full is None else full
                 if start >= score_from:
-                    quality.add(full, log_probs, targets)
+                    quality.add(full, log_probs, targets, weigh(cache))
                 advance(inputs.numel())
         full_bytes = held_bytes(caches[0])
         for cache, quality in zip(caches[1:], qualities[1:], strict=True):
