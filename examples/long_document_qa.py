@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from generate import PROMPT
+from load_model import TEXT as LIGHTHOUSE
 from load_model import load
 from rich.console import Console
 from rich.markup import escape
@@ -112,7 +112,7 @@ def main():
         for question in args.question:
             answer(model, tokenizer, args.load, question, args.max_new_tokens, console)
         return
-    text = args.text.read_text(encoding="utf-8") if args.text else PROMPT
+    text = (args.text or LIGHTHOUSE).read_text(encoding="utf-8")
     if args.save:
         save(model, tokenizer, text, args.save, console)
         return

@@ -1,6 +1,8 @@
 """Who imports whom."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import hf_turboquant
 
 ROOT = Path(hf_turboquant.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+OF_MODELS = {f"{name}.py" for name in ("cache", "hybrid", "layer", "attention", "pretrained", "estimate", "cli")}
 
 
 def imports(path):
@@ -30,11 +33,13 @@ def test_layers_of_the_package(path):
     names = set(imports(path))
     if path.parts[0] != "ops":
         assert "triton" not in roots, "triton belongs below ops/"
-    if (
-        path.name not in ("cache.py", "hybrid.py", "layer.py", "attention.py", "pretrained.py")
-        or path.parts[0] == "ops"
-    ):
-        assert "transformers" not in roots, "transformers belongs in cache, layers and attention"
+    of_models = path.parts[0] == "evaluation" or path.as_posix() in OF_MODELS
+    if not of_models:
+        assert "transformers" not in roots, "transformers belongs in cache, layers, attention and what runs models"
+    if path.parts[0] != "evaluation":
+        assert not roots & {"rich", "matplotlib", "datasets"}, "extras belong in evaluation/"
+        lazy = path == Path("cli.py")
+        assert lazy or not any("evaluation" in name for name in names), "nothing but the command needs evaluation"
     if path.name == "config.py":
         assert "torch" not in roots
     if path.name == "cache.py":
@@ -47,6 +52,12 @@ def test_the_scan_sees_imports():
     assert {"hf_turboquant.states", "hf_turboquant.ops", "transformers"} <= {
         name.split(".")[0] if name.startswith("transformers") else name for name in imports(Path("layer.py"))
     }
+
+
+def test_the_package_alone_brings_no_extras():
+    code = "import sys, hf_turboquant; print([m for m in sys.modules if m.split('.')[0] in ('rich', 'matplotlib')])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert found.stdout.strip() == "[]"
 
 
 def test_all_is_sorted_and_complete():

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure_quality import measure, split_windows
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 from transformers.generation import CompileConfig
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant.evaluation.quality import measure, split_windows
 
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
 

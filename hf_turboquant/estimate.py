@@ -1,0 +1,196 @@
+"""The memory of a model's cache, from its config alone: no weights are made or read."""
+
+import copy
+import warnings
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModel, DynamicCache, PreTrainedConfig
+
+from .cache import TurboQuantCache
+from .layer import TurboQuantLayer
+from .memory import MemoryReport, layer_memory
+
+# nobody waits for an answer beyond this
+MAX_CONTEXT = 2**40
+KINDS = {
+    "DynamicLayer": "full attention",
+    "DynamicSlidingWindowLayer": "sliding window",
+    "DynamicIndexedLayer": "sparse attention",
+    "LinearAttentionLayer": "linear attention",
+    "LinearAttentionAndFullAttentionLayer": "full attention beside a recurrent part",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "sliding window beside a recurrent part",
+    "DummyLayer": "no cache of its own",
+}
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """
+    What one layer of a model keeps for one sequence.
+
+    Args:
+        kind (`str`): in words, see `KINDS`.
+        token_bytes (`int`): of every token, in the model's dtype.
+        state_bytes (`int`): whatever the context: the state of linear attention.
+        window (`int`, *optional*): so many tokens are kept; all of them without one.
+        shapes (`tuple`): (num_key_value_heads, head_dim) of keys and of values, `()` where the layer has none.
+    """
+
+    kind: str
+    token_bytes: int
+    state_bytes: int
+    window: int | None
+    shapes: tuple[tuple[int, int], ...]
+
+    def full_bytes(self, context: int) -> int:
+        """Bytes of keys and values in the model's dtype, for one sequence."""
+        return self.token_bytes * (context if self.window is None else min(context, self.window))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    The caches of a model.
+
+    Args:
+        config (`PreTrainedConfig`): the model's.
+        layers (`list[LayerCost]`): of the whole model, in order.
+        dtype (`torch.dtype`): of the model.
+    """
+
+    config: PreTrainedConfig
+    layers: list[LayerCost]
+    dtype: torch.dtype
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> "Estimate":
+        """
+        Asks the model itself: it is made on the `meta` device, where tensors have shapes but no memory, and reads one
+        token and then two; what a token adds and what stays are read off the cache.
+
+        Raises:
+            `ValueError`: transformers cannot make or run the model from this config.
+        """
+        try:
+            one, two = (_run(config, tokens, dtype) for tokens in (1, 2))
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"`config` must be of a decoder-only model that transformers can make, got {config.model_type!r}: "
+                f"{reason}. Update transformers, or count from `cache.memory()` of a real run."
+            ) from None
+        layers = []
+        for first, second in zip(one.layers, two.layers, strict=True):
+            token_bytes = layer_memory(second).full_bytes - layer_memory(first).full_bytes
+            keys_values = [second.keys, second.values] if getattr(second, "keys", None) is not None else []
+            window = getattr(second, "sliding_window", None)
+            layers.append(
+                LayerCost(
+                    kind=KINDS.get(type(second).__name__, type(second).__name__),
+                    token_bytes=token_bytes,
+                    state_bytes=layer_memory(first).full_bytes - token_bytes,
+                    # the token that attends is not among those kept
+                    window=None if window is None else window - 1,
+                    shapes=tuple((states.shape[1], states.shape[3]) for states in keys_values),
+                )
+            )
+        return cls(config, layers, dtype)
+
+    @property
+    def state_bytes(self) -> int:
+        """The states of linear attention, for one sequence of any length."""
+        return sum(layer.state_bytes for layer in self.layers)
+
+    def compressed(self, **options) -> list[int]:
+        """The layers that a [`TurboQuantCache`] with these options compresses: asked of the cache itself."""
+        layers = TurboQuantCache(self.config, **options).layers
+        return [index for index, layer in enumerate(layers) if isinstance(layer, TurboQuantLayer)]
+
+    def full_bytes(self, context: int, batch: int = 1, fp8: bool = False) -> int:
+        """
+        Keys and values of a `DynamicCache`, without the states of linear attention; with `fp8`, one byte for every
+        coordinate of the layers that a `TurboQuantCache` compresses.
+        """
+        size, shrunk = self.dtype.itemsize, self.compressed() if fp8 else ()
+        return batch * sum(
+            layer.full_bytes(context) // (size if index in shrunk else 1) for index, layer in enumerate(self.layers)
+        )
+
+    def memory(self, context: int, batch: int = 1, **options) -> MemoryReport:
+        """
+        What `cache.memory()` says after a prefill of `context` tokens: real layers reserve real buffers, on the `meta`
+        device.
+
+        Args:
+            context (`int`), batch (`int`): tokens of each sequence, and sequences.
+            **options: of [`TurboQuantConfig`].
+        """
+        cache, total, known = TurboQuantCache(self.config, **options), MemoryReport(), {}
+        for layer, cost in zip(cache.layers, self.layers, strict=True):
+            other = MemoryReport(other_bytes=batch * cost.state_bytes, full_bytes=batch * cost.state_bytes)
+            if not isinstance(layer, TurboQuantLayer):
+                held = batch * cost.full_bytes(context)
+                total += other + MemoryReport(other_bytes=held, full_bytes=held)
+                continue
+            if cost not in known:
+                # layers alike but for their index hold the same
+                known[cost] = _filled(TurboQuantLayer(layer.config, 0), cost, context, batch, self.dtype)
+            total += other + known[cost]
+        return total
+
+    def longest_context(self, budget_bytes: int, batch: int = 1, **options) -> int:
+        """
+        Tokens that fit the budget, spare capacity included; without options, through a `DynamicCache`. `MAX_CONTEXT`
+        where the cache does not grow.
+        """
+
+        def fits(context: int) -> bool:
+            if options:
+                return self.memory(context, batch, **options).total_bytes <= budget_bytes
+            return self.full_bytes(context, batch) + batch * self.state_bytes <= budget_bytes
+
+        if fits(MAX_CONTEXT):
+            return MAX_CONTEXT
+        low, high = 0, MAX_CONTEXT
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+
+def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> DynamicCache:
+    """The cache of `tokens` tokens of one sequence, on the `meta` device."""
+    text = copy.deepcopy(config.get_text_config(decoder=True))
+    # some models look for padding in the tokens, which have no values here
+    text.pad_token_id = None
+    # and Gemma 3n draws a threshold from values too
+    if getattr(text, "activation_sparsity_pattern", None):
+        text.activation_sparsity_pattern = [0.0] * text.num_hidden_layers
+    with torch.device("meta"):
+        # the default of mixtures of experts checks for a dtype that a GPU would like
+        model = AutoModel.from_config(text, dtype=dtype, experts_implementation="batched_mm").eval()
+    cache = DynamicCache(config=config)
+    # state space models have another name for it
+    name = "cache_params" if text.model_type in ("mamba", "mamba2") else "past_key_values"
+    with torch.no_grad(), warnings.catch_warnings():
+        # newer releases of transformers call the argument `cache`
+        warnings.simplefilter("ignore", FutureWarning)
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True, **{name: cache})
+    return cache
+
+
+def _filled(layer: TurboQuantLayer, cost: LayerCost, context: int, batch: int, dtype: torch.dtype) -> MemoryReport:
+    """The report of a layer that has read `context` tokens at once."""
+    states = [torch.empty(batch, heads, 0, dim, dtype=dtype, device="meta") for heads, dim in cost.shapes]
+    layer.lazy_initialization(*states)
+    exact = layer.config.sink_length + layer.config.residual_length
+    for buffer in layer.codes.values():
+        buffer.reserve(max(context - exact, 0))
+        buffer.length = max(context - exact, 0)
+    layer.exact.reserve(min(context, exact), limit=exact)
+    layer.length = context
+    learned = {"attention": 2, "center": 1, "none": 0}[layer.config.condition]
+    (heads, dim), _ = cost.shapes
+    # mean and scale of every channel, in fp32
+    return layer_memory(layer) + MemoryReport(constants_bytes=learned * heads * dim * 4)

@@ -1,0 +1,119 @@
+"""The caches that are compared, as plain options: what to build, what to call it, how many bits it takes."""
+
+import itertools
+
+import torch
+from transformers import DynamicCache, QuantizedCache
+
+from ..cache import TurboQuantCache
+from ..layer import TurboQuantLayer
+
+KINDS = ("turboquant", "dynamic", "quanto", "hqq", "fp8")
+
+
+def parse(spec: str) -> list[dict]:
+    """
+    `"turboquant:nbits=4/3,key_estimator=qjl"` -> two sets of options, one for each of the values between slashes.
+
+    Raises:
+        `ValueError`: the spec has another form, or names an unknown kind of cache.
+    """
+    kind, _, rest = spec.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    if kind not in KINDS or any(not name or not values for name, _, values in pairs):
+        raise ValueError(
+            f"A cache must be given as KIND:OPTION=VALUE/VALUE,..., KIND one of {', '.join(KINDS)}, got {spec!r}. "
+            "Try `turboquant:nbits=4/3,key_estimator=rescaled`."
+        )
+    choices = [[(name, _value(value)) for value in values.split("/")] for name, _, values in pairs]
+    return [{"cache": kind, **dict(chosen)} for chosen in itertools.product(*choices)]
+
+
+def _value(text: str):
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            pass
+    return text
+
+
+def label(options: dict) -> str:
+    """A name for people: `"turboquant 4 bits qjl"`, what is not usual behind it."""
+    rest = {name: value for name, value in options.items() if name not in ("cache", "nbits", "key_estimator")}
+    words = [options.get("cache", "turboquant")]
+    words += [f"{options['nbits']} bits"] if "nbits" in options else []
+    words += [options["key_estimator"]] if "key_estimator" in options else []
+    return " ".join([*words, *(f"{name}={value}" for name, value in rest.items())])
+
+
+def new_cache(config, options: dict):
+    """
+    An empty cache.
+
+    Args:
+        config (`PreTrainedConfig`): the model's.
+        options (`dict`): `"cache"` (one of `KINDS`, `"turboquant"` if it is missing) and the arguments of that cache.
+            Integer caches take groups of `head_dim` unless told: a scale and a zero point for every vector, as many
+            bits in all as keys of Algorithm 2 with their two norms.
+
+    Raises:
+        `ValueError`: the options don't fit, or the cache cannot hold this model or needs a package.
+    """
+    options = dict(options)
+    kind = options.pop("cache", "turboquant")
+    if kind == "turboquant":
+        return TurboQuantCache(config, **options)
+    if kind == "dynamic":
+        return DynamicCache(config=config, **options)
+    text = config.get_text_config(decoder=True)
+    if kind != "fp8":
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        options.setdefault("q_group_size", head_dim)
+    try:
+        return QuantizedCache(kind, config, **options)
+    except (ImportError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"transformers' {kind} cache must fit this model and be installed: {reason}") from None
+
+
+def held_bytes(cache) -> int:
+    """Bytes of every tensor in a cache of any kind."""
+    return sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(vars(layer)))
+
+
+def bits_per_coordinate(cache) -> float:
+    """
+    Bits in all, scales and zero points included, of a coordinate that is held in codes: exact tokens and spare capacity
+    are left out, and scales count two bytes, as a 16-bit model keeps them (where they are wider by design they count in
+    full). 16 for full precision.
+    """
+    bits = coordinates = 0
+    for layer in cache.layers:
+        if isinstance(layer, TurboQuantLayer):
+            for role, buffer in layer.codes.items():
+                heads, dim = layer.exact[role].shape[1], layer.exact[role].shape[3]
+                bits += 8 * buffer.used_nbytes
+                coordinates += layer.exact[role].shape[0] * heads * dim * buffer.length
+        elif getattr(layer, "_quantized_keys", None) is not None:
+            for states in (layer._quantized_keys, layer._quantized_values):
+                tensors = list(_tensors(states))
+                bits += sum(
+                    8 * t.numel() * (min(t.itemsize, 2) if t.is_floating_point() else t.itemsize) for t in tensors
+                )
+                coordinates += layer._dequantize(states).numel()
+    return bits / coordinates if coordinates else 16.0
+
+
+def _tensors(tree):
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        for item in tree:
+            yield from _tensors(item)
+    elif hasattr(tree, "__tensor_flatten__"):
+        # a wrapper: what it holds counts, not what it stands for
+        for name in tree.__tensor_flatten__()[0]:
+            yield from _tensors(getattr(tree, name))
+    elif isinstance(tree, torch.Tensor):
+        yield tree

@@ -1,0 +1,124 @@
+"""Attention through a compressed cache, layer by layer, on the keys, values and queries of a real text."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..cache import TurboQuantCache
+from ..config import TurboQuantConfig
+from ..layer import TurboQuantLayer
+from ..states import QuantizedStates
+from .caches import new_cache
+
+# attention is compared for so many queries at the end of the text
+QUERIES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """
+    What one layer's attention computes with.
+
+    Args:
+        layer_idx (`int`): index of the layer in the model.
+        query (`torch.Tensor`): of shape `[1, num_attention_heads, tokens, head_dim]`.
+        keys, values (`torch.Tensor`): of shape `[1, num_key_value_heads, tokens, head_dim]`.
+    """
+
+    layer_idx: int
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class _RecordingLayer(TurboQuantLayer):
+    """Keeps the states and the query of the first prefill, which the layer's handles are shown anyway."""
+
+    query = None
+
+    def settle(self, query=None, attention_mask=None):
+        if query is not None and self.query is None:
+            self.query, self.seen = query.detach(), self.pending
+        super().settle(query, attention_mask)
+
+
+@torch.inference_mode()
+def capture(model, ids: torch.Tensor) -> list[LayerInputs]:
+    """
+    Queries, keys and values of the layers that a `TurboQuantCache` compresses.
+
+    Args:
+        ids (`torch.Tensor`): token ids of shape `[1, tokens]`.
+
+    Raises:
+        `ValueError`: the queries cannot be seen.
+    """
+    cache = TurboQuantCache(model.config, condition="attention")
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is TurboQuantLayer:
+            cache.layers[index] = _RecordingLayer(cache.options, index)
+    model(ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+    recorded = [layer for layer in cache.layers if isinstance(layer, _RecordingLayer)]
+    if not recorded or any(layer.query is None for layer in recorded):
+        raise ValueError(
+            "Fidelity needs layers of full attention whose queries can be seen, got none. Load the model with "
+            "`attn_implementation='sdpa'`, or leave this part out."
+        )
+    return [LayerInputs(layer.layer_idx, layer.query, *layer.seen.values()) for layer in recorded]
+
+
+@torch.inference_mode()
+def compare(config, inputs: LayerInputs, options: dict, length: int) -> dict[str, float]:
+    """
+    Attention of the last queries among the first `length` tokens, through a cache and exactly.
+
+    Only tokens that a cache with default options holds in codes are compared, for every kind of cache: sinks and recent
+    tokens are exact, and would flatter.
+
+    Args:
+        config (`PreTrainedConfig`): the model's.
+        options (`dict`): of the cache, see [`caches.new_cache`].
+
+    Returns:
+        `cosine` of the logits over tokens, mean over queries; `top1` and `top5`, how often the token with the largest
+        exact logit is first, or among the first five; `output_error`, |o - ô| / |o| of the whole attention's output.
+
+    Raises:
+        `ValueError`: `length` leaves no token in codes, or is longer than the text.
+    """
+    first, last = TurboQuantConfig.sink_length, length - TurboQuantConfig.residual_length - QUERIES
+    if not first + 5 < last or length > inputs.keys.shape[2]:
+        raise ValueError(
+            f"The lengths of the fidelity part must be from {first + 6 + length - last} to {inputs.keys.shape[2]}, the "
+            f"tokens of the text that was read, got {length}."
+        )
+    layer = new_cache(config, options).layers[inputs.layer_idx]
+    query, keys, values = (states[:, :, :length] for states in (inputs.query, inputs.keys, inputs.values))
+    read = length - QUERIES
+    layer.update(keys[:, :, :read].contiguous(), values[:, :, :read].contiguous())
+    if isinstance(layer, TurboQuantLayer):
+        layer.settle(query[:, :, :read])
+    held = layer.update(keys[:, :, read:], values[:, :, read:])
+    if isinstance(layer, TurboQuantLayer):
+        held = layer.keys, layer.values
+    held = [states.dequantize() if isinstance(states, QuantizedStates) else states for states in held]
+    query = query[:, :, read:].float()
+    exact, exact_output = _attend(query, keys.float(), values.float())
+    logits, output = _attend(query, *(states.float() for states in held))
+    exact, logits = (x[..., first:last] - x[..., first:last].mean(-1, keepdim=True) for x in (exact, logits))
+    best = exact.argmax(-1, keepdim=True)
+    return {
+        "cosine": torch.cosine_similarity(exact, logits, dim=-1).mean().item(),
+        "top1": (logits.argmax(-1, keepdim=True) == best).float().mean().item(),
+        "top5": (logits.topk(5, dim=-1).indices == best).any(-1).float().mean().item(),
+        "output_error": ((output - exact_output).norm() / exact_output.norm()).item(),
+    }
+
+
+def _attend(query, keys, values) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits before masking and outputs; query i is the token at position `kv_len - query_length + i`."""
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = (states.repeat_interleave(groups, dim=1) for states in (keys, values))
+    logits = query @ keys.mT * query.shape[-1] ** -0.5
+    hidden = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(keys.shape[2] - query.shape[2] + 1).to(logits.device)
+    return logits, logits.masked_fill(hidden, -torch.inf).softmax(-1) @ values

@@ -1,0 +1,104 @@
+"""From what a user types to a model, a text and settings."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .caches import label, new_cache, parse
+
+_ALL_CODES = "condition=none,residual_length=0,sink_length=0"
+PRESETS = {
+    "default": ["turboquant:nbits=4/3/2,key_estimator=qjl/rescaled"],
+    # every estimator of the papers: keys alone and values alone (the other in 8 bits), then both beside exact tokens
+    "estimators": [
+        f"turboquant:key_bits=4/3/2,value_bits=8,key_estimator=mse/rescaled,{_ALL_CODES}",
+        f"turboquant:key_bits=4/3/2,value_bits=8,key_estimator=qjl,sketch=orthogonal/gaussian,{_ALL_CODES}",
+        f"turboquant:key_bits=8,key_estimator=rescaled,value_bits=4/3/2,value_estimator=mse/rescaled,{_ALL_CODES}",
+        "turboquant:nbits=4/3/2,key_estimator=mse/rescaled,condition=none/center",
+        "turboquant:nbits=4/3/2,key_estimator=qjl,condition=none",
+    ],
+}
+
+
+def baselines(config) -> list[dict]:
+    """transformers' own quantised caches, those that are installed and hold this kind of model."""
+    found = []
+    for spec in ("quanto:nbits=4/2", "hqq:nbits=4/3/2", "fp8"):
+        for options in parse(spec):
+            try:
+                new_cache(config, options)
+            except ValueError:
+                continue
+            found.append(options)
+    return found
+
+
+def settings(options: dict) -> dict:
+    """
+    The arguments of [`run.Settings`], lists as tuples and caches parsed.
+
+    Raises:
+        `ValueError`: a part, a cache or a depth is not what it can be.
+    """
+    from .run import PARTS
+
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    named = options.get("caches") or ["default"]
+    caches = [found for name in named for spec in PRESETS.get(name, [name]) for found in parse(spec)]
+    for part in options.get("parts", ()):
+        if part not in PARTS:
+            raise ValueError(f"--parts must be of {', '.join(PARTS)}, got {part!r}.")
+    if any(not 0 <= depth <= 1 for depth in options.get("needle_depths", ())):
+        raise ValueError(f"--needle-depths must be from 0 (first) to 1 (last), got {options['needle_depths']}.")
+    names = [label(found) for found in caches]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--caches must differ from each other, got {', '.join(names)}.")
+    return {**options, "caches": caches}
+
+
+def read_text(source: str) -> str:
+    """
+    A text file, or `hub:DATASET:CONFIG:SPLIT:COLUMN` (the last three may be left out).
+
+    Raises:
+        `ValueError`: it cannot be read.
+    """
+    if source.startswith("hub:"):
+        name, config, split, column = (source.split(":") + ["", "", "", ""])[1:5]
+        # not one of our dependencies: only those who name a dataset need it
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(name, config or None, split=split or "test")
+            return "\n".join(rows[column or "text"])
+        except (OSError, ValueError, KeyError, ConnectionError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--text hub:... must name a dataset with that split and column: {reason}") from None
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"--text must be a text file or hub:DATASET, got {source}: {reason}.") from None
+
+
+def load_model(name: str, dtype: str | None = None, device: str | None = None):
+    """
+    A causal language model in evaluation mode, and its tokenizer.
+
+    Raises:
+        `ValueError`: there is none of that name, or no such dtype.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"--dtype must be a floating-point type of torch such as bfloat16, got {dtype!r}.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=found, device_map=device)
+        return model.eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(
+            f"MODEL must be a causal language model on the Hub or in a local folder, got {name!r}: {reason}. Check the "
+            "name, the path and the network."
+        ) from None

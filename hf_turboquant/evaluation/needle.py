@@ -1,0 +1,61 @@
+"""Needle in a haystack: a fact hidden in a long text, asked for at its end, read through the cache."""
+
+import random
+
+import torch
+
+from .caches import new_cache
+
+# digits are copied one by one, and a question that repeats the needle's words asks for no reasoning: what is tested is
+# the memory, also of a model too small to answer questions
+NEEDLE = " The secret code of the lighthouse is {code}. "
+QUESTION = "\n\nThe secret code of the lighthouse is"
+
+
+def haystack(tokenizer, text: str, length: int, depth: float, code: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Token ids, each of shape `[1, tokens]`: `length` of the text with the needle at `depth` (0 first, 1 last), and those
+    of the question.
+
+    Raises:
+        `ValueError`: the text is too short.
+    """
+    needle, question, hay = (
+        tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        for piece in (NEEDLE.format(code=code), QUESTION, text)
+    )
+    room = length - len(needle)
+    if room < 1 or len(hay) < room:
+        raise ValueError(
+            f"A haystack of {length} tokens must have room for a needle of {len(needle)} and a text that fills it, got "
+            f"{len(hay)} tokens. Take a longer text, or haystacks between {len(needle) + 1} and {len(hay)} tokens."
+        )
+    start = round(depth * room)
+    ids = hay[:start] + needle + hay[start:room]
+    return torch.tensor([ids]), torch.tensor([question])
+
+
+@torch.inference_mode()
+def find_needle(model, tokenizer, text: str, options: dict, length: int, depth: float, seed: int = 0) -> dict:
+    """
+    One cell of the grid: the haystack is read at once, the question through the cache, the answer greedily.
+
+    Args:
+        options (`dict`): of the cache, see [`caches.new_cache`].
+        length (`int`), depth (`float`): of the haystack, and where in it the needle is.
+        seed (`int`): of the secret code; it differs from cell to cell.
+
+    Returns:
+        `{"expected", "answer", "exact"}`: the code, what the model wrote, and whether they are the same.
+    """
+    code = str(random.Random(f"{seed} {length} {depth}").randrange(10_000, 100_000))
+    context, inputs = (ids.to(model.device) for ids in haystack(tokenizer, text, length, depth, code))
+    cache = new_cache(model.config, options)
+    model(context, past_key_values=cache, logits_to_keep=1)
+    answer, written = [], ""
+    # a token holds a digit at least; one more for a space in front
+    while len(answer) < len(code) + 1 and len(written.strip()) < len(code):
+        inputs = model(inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        answer.append(inputs.item())
+        written = tokenizer.decode(answer)
+    return {"expected": code, "answer": written, "exact": written.strip() == code}

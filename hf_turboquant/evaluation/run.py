@@ -1,0 +1,252 @@
+"""All parts of an evaluation in one run: progress, resuming, tables and plots."""
+
+import platform
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console, Group
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .. import __version__
+from . import claims, fidelity, needle, plots, quality
+from .caches import label, new_cache
+from .results import Results
+
+PARTS = ("quality", "needle", "fidelity", "claims")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What is measured, on what. All of it is saved with the results.
+
+    Args:
+        model (`str`), text (`str`): as the user named them.
+        caches (`list[dict]`): see [`caches.new_cache`].
+        parts (`tuple[str, ...]`): of `PARTS`.
+        window, windows, block, prefill, score_from (`int`): of the quality part, see [`quality.measure`].
+        needle_lengths, needle_depths: the grid.
+        fidelity_lengths: tokens of context.
+    """
+
+    model: str
+    text: str
+    caches: list[dict]
+    parts: tuple[str, ...] = PARTS
+    window: int = 1024
+    windows: int = 1
+    block: int = 64
+    prefill: int = 512
+    score_from: int = 512
+    needle_lengths: tuple[int, ...] = (256, 512, 1024)
+    needle_depths: tuple[float, ...] = (0.0, 0.5, 1.0)
+    fidelity_lengths: tuple[int, ...] = (512, 1024)
+
+    def check(self, config, text: str) -> None:
+        """
+        Raises:
+            `ValueError`: the text is empty, something is longer than the model can read, or nothing is left to score.
+        """
+        if not text.strip():
+            raise ValueError(f"The text must hold words, got an empty one from {self.text}. Give another --text.")
+        lengths = {
+            "quality": [self.window],
+            "needle": [length + 32 for length in self.needle_lengths],
+            "fidelity": self.fidelity_lengths,
+        }
+        longest = max((max(lengths[part]) for part in self.parts if part in lengths), default=0)
+        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit and longest > limit:
+            raise ValueError(
+                f"Contexts must be within the {limit:,} tokens that {self.model} can read, got {longest:,} (needles "
+                "need 32 for the question). Take a shorter --window, --needle-lengths or --fidelity-lengths."
+            )
+        if "quality" in self.parts and not max(self.prefill, self.score_from) < self.window - 1:
+            raise ValueError(
+                f"--prefill and --score-from must leave tokens of the window to score, got {self.prefill} and "
+                f"{self.score_from} of {self.window}. Take a longer --window."
+            )
+        for options in self.caches:
+            new_cache(config, options)
+
+
+def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console: Console | None = None) -> Results:
+    """
+    Measures everything that `settings` asks for and that `out` does not hold yet; writes `results.json` and plots.
+
+    Args:
+        model, tokenizer: a causal language model in evaluation mode.
+        text (`str`): to be predicted, and to hide needles in.
+        out (`Path`): the folder of the results.
+        console (`Console`, *optional*): where tables and progress go.
+
+    Raises:
+        `ValueError`: see [`Settings.check`] and [`Results`].
+    """
+    console = console or Console()
+    settings.check(model.config, text)
+    results = Results(out, conditions(model, settings))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    work = [
+        (f"{part}: {name}", cost, compute)
+        for part in settings.parts
+        for name, cost, compute in _UNITS[part](model, tokenizer, text, settings)
+    ]
+    work = [unit for unit in work if unit[0] not in results.units]
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=sum(cost for _, cost, _ in work))
+        done = 0
+        for name, cost, compute in work:
+            progress.update(task, description=name)
+            results.get(name, partial(compute, partial(progress.advance, task)))
+            done += cost
+            progress.update(task, completed=done)
+    for part in settings.parts:
+        console.print(_TABLES[part](results, settings))
+    for path in plots.draw(results, settings, Path(out), model.config):
+        console.print(f"plot: {path}", soft_wrap=True, highlight=False)
+    return results
+
+
+def conditions(model, settings: Settings) -> dict:
+    """All that results depend on."""
+    cuda = model.device.type == "cuda"
+    return {
+        **asdict(settings),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if cuda else f"{platform.machine()} CPU",
+        "hf_turboquant": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+# the units of each part: a name, about how many tokens of work, and a function that is told how to report progress
+
+
+def _quality_units(model, tokenizer, text, settings):
+    windows = quality.split_windows(tokenizer, text, settings.window, settings.windows)
+    for index, window in enumerate(windows):
+        cost = settings.window * (1 + len(settings.caches))
+        yield f"window {index}", cost, partial(_measure, model, window[None], settings)
+
+
+def _measure(model, window, settings, advance) -> dict:
+    options = {"block": settings.block, "prefill": settings.prefill, "score_from": settings.score_from}
+    found = quality.measure(model, window, settings.caches, advance=advance, **options)
+    names = ["full cache", *map(label, settings.caches)]
+    return {
+        name: {**asdict(q), "kls": [float(f"{kl:.4g}") for kl in q.kls]} for name, q in zip(names, found, strict=True)
+    }
+
+
+def _needle_units(model, tokenizer, text, settings):
+    for options in [{"cache": "dynamic"}, *settings.caches]:
+        for length in settings.needle_lengths:
+            for depth in settings.needle_depths:
+                find = _silent(needle.find_needle, model, tokenizer, text, options, length, depth)
+                yield f"{label(options)}, {length} tokens, depth {depth}", length, find
+
+
+def _fidelity_units(model, tokenizer, text, settings):
+    captured = []
+
+    def compare(options, length):
+        if not captured:
+            ids = quality.split_windows(tokenizer, text, max(settings.fidelity_lengths), 1)
+            captured.extend(fidelity.capture(model, ids))
+        found = [fidelity.compare(model.config, layer, options, length) for layer in captured]
+        return {"layer": [layer.layer_idx for layer in captured]} | {
+            name: [float(f"{layer[name]:.4g}") for layer in found] for name in found[0]
+        }
+
+    for options in settings.caches:
+        for length in settings.fidelity_lengths:
+            yield f"{label(options)}, {length} tokens", length, _silent(compare, options, length)
+
+
+def _claims_units(model, tokenizer, text, settings):
+    text_config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    for nbits in (4, 3, 2, 1):
+        yield f"distortion, {nbits} bits", 50, _silent(claims.distortion, nbits, head_dim)
+    for nbits in (4, 3, 2):
+        for estimator, sketch in ESTIMATORS:
+            measure = _silent(claims.inner_product, estimator, nbits, head_dim, sketch)
+            yield f"inner product, {nbits} bits, {estimator} {sketch}", 50, measure
+
+
+def _silent(function, *args):
+    """`function(*args)` for a caller that offers to show progress."""
+    return lambda advance: function(*args)
+
+
+ESTIMATORS = (("mse", "orthogonal"), ("rescaled", "orthogonal"), ("qjl", "gaussian"), ("qjl", "orthogonal"))
+_UNITS = {"quality": _quality_units, "needle": _needle_units, "fidelity": _fidelity_units, "claims": _claims_units}
+
+
+def _quality_table(results: Results, settings: Settings) -> Table:
+    title = f"Quality: {settings.windows} × {settings.window:,} tokens, scored from {settings.score_from:,}"
+    table = _table(title, "cache", "bits", "perplexity", "KL", "KL p99", "top-1", "smaller")
+    for name, q in quality.total(results.units, settings.windows).items():
+        cells = f"{q.total_bits:.2f}", f"{q.perplexity:.2f}", f"{q.kl:.4f}", f"{q.kl_p99:.3f}", f"{q.agreement:.3f}"
+        table.add_row(name, *cells, f"{q.compression_ratio:.2f}")
+    return table
+
+
+def _needle_table(results: Results, settings: Settings) -> Table:
+    title = f"Needle: exact answers at {len(settings.needle_depths)} depths"
+    table = _table(title, "cache", *(f"{length:,} tokens" for length in settings.needle_lengths))
+    for options in [{"cache": "dynamic"}, *settings.caches]:
+        cells = []
+        for length in settings.needle_lengths:
+            names = [f"needle: {label(options)}, {length} tokens, depth {depth}" for depth in settings.needle_depths]
+            cells.append(f"{sum(results.units[name]['exact'] for name in names)}/{len(names)}")
+        table.add_row(label(options), *cells)
+    return table
+
+
+def _fidelity_table(results: Results, settings: Settings) -> Table:
+    title = "Attention: means over layers, tokens in codes alone"
+    table = _table(title, "cache", "tokens", "cosine", "top-1", "top-5", "output error")
+    for options in settings.caches:
+        for length in settings.fidelity_lengths:
+            unit = results.units[f"fidelity: {label(options)}, {length} tokens"]
+            means = (sum(unit[name]) / len(unit[name]) for name in ("cosine", "top1", "top5", "output_error"))
+            table.add_row(label(options), f"{length:,}", *(f"{mean:.4f}" for mean in means))
+    return table
+
+
+def _claims_table(results: Results, settings: Settings) -> Group:
+    table = _table("Distortion of random unit vectors (Algorithm 1)", "bits", "measured", "codebook", "upper bound")
+    for nbits in (4, 3, 2, 1):
+        unit = results.units[f"claims: distortion, {nbits} bits"]
+        table.add_row(str(nbits), *(f"{unit[name]:.5f}" for name in ("measured", "codebook", "upper_bound")))
+    products = _table("Inner products of random unit vectors", "estimator", "bits", "slope", "d × variance")
+    for nbits in (4, 3, 2):
+        for estimator, sketch in ESTIMATORS:
+            unit = results.units[f"claims: inner product, {nbits} bits, {estimator} {sketch}"]
+            name = f"{estimator}, {sketch} sketch" if estimator == "qjl" else estimator
+            products.add_row(name, str(nbits), f"{unit['slope']:.3f}", f"{unit['variance']:.4f}")
+    return Group(table, products)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+_TABLES = {"quality": _quality_table, "needle": _needle_table, "fidelity": _fidelity_table, "claims": _claims_table}

@@ -1,0 +1,262 @@
+"""The parts of `hf-turboquant evaluate`, on a real small model and on tensors whose answers are known."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from load_model import default_model
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from hf_turboquant import TurboQuantCache, cli
+from hf_turboquant.evaluation import caches, claims, fidelity, load, needle, quality
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.125,
+}
+TEXT = "".join(f"Line {i} of the log says that nothing happened at {i * 7 % 24} o'clock.\n" for i in range(200))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)).eval()
+
+
+def test_specs():
+    found = caches.parse("turboquant:nbits=4/2,key_estimator=qjl/mse,residual_length=0")
+    assert [(o["nbits"], o["key_estimator"], o["residual_length"]) for o in found] == [
+        (4, "qjl", 0),
+        (4, "mse", 0),
+        (2, "qjl", 0),
+        (2, "mse", 0),
+    ]
+    assert caches.label(found[0]) == "turboquant 4 bits qjl residual_length=0"
+    assert caches.parse("dynamic") == [{"cache": "dynamic"}]
+    for spec in ("other:nbits=4", "turboquant:nbits", "turboquant:=4"):
+        with pytest.raises(ValueError, match="KIND:OPTION=VALUE"):
+            caches.parse(spec)
+
+
+def test_bits_are_counted(tiny):
+    tokens = torch.randint(0, 97, (1, 400))
+    expected = {
+        # codes, and 16 bits of scale over 16 dimensions; with the sketch, keys have two
+        "turboquant:nbits=4,key_estimator=rescaled": 5,
+        "turboquant:nbits=2,key_estimator=qjl": 3.5,
+        "dynamic": 16,
+        "fp8": 8,
+    }
+    for spec, bits in expected.items():
+        (options,) = caches.parse(spec)
+        try:
+            cache = caches.new_cache(tiny.config, options)
+        except ValueError as error:
+            # transformers 5.17 has no fp8 cache
+            assert spec == "fp8" and "Unknown quantization backend" in str(error)
+            continue
+        with torch.no_grad():
+            tiny(tokens, past_key_values=cache)
+        assert caches.bits_per_coordinate(cache) == pytest.approx(bits, rel=0.01)
+        if spec == "dynamic":
+            assert caches.held_bytes(cache) == 2 * 2 * 2 * 400 * 16 * 4
+
+
+def test_integers_of_transformers(tiny):
+    pytest.importorskip("optimum.quanto")
+    tokens = torch.randint(0, 97, (1, 400))
+    (options,) = caches.parse("quanto:nbits=4")
+    cache = caches.new_cache(tiny.config, options)
+    with torch.no_grad():
+        tiny(tokens, past_key_values=cache)
+    # a group is one vector of 16: two bytes of scale, and of zero point
+    assert caches.bits_per_coordinate(cache) == pytest.approx(4 + 32 / 16)
+
+
+def test_quality_adds_up(tiny):
+    windows = torch.randint(0, 97, (2, 200), generator=torch.Generator().manual_seed(0))
+    configurations = [{"cache": "dynamic"}, {"nbits": 2, "key_estimator": "rescaled"}]
+    options = {"block": 16, "prefill": 160, "score_from": 160}
+    full, same, coded = quality.measure(tiny, windows, configurations, batch=2, **options)
+    # the last token of a window has no next one
+    assert full.tokens == same.tokens == coded.tokens == 2 * 39 == len(coded.kls)
+    assert same.kl == 0 and same.agreement == 1 and same.perplexity == full.perplexity and same.compression_ratio == 1
+    assert coded.kl > 0 and coded.kl_p99 > coded.kl and coded.compression_ratio > 1
+    with torch.no_grad():
+        cache = TurboQuantCache(tiny.config, **configurations[1])
+        logits = [tiny(part, past_key_values=cache).logits for part in (windows[:, :160], windows[:, 160:176])]
+        plain = tiny(windows).logits[:, 160:176].log_softmax(-1)
+    kl = (plain.exp() * (plain - logits[1].log_softmax(-1))).sum(-1)
+    assert torch.tensor(coded.kls[: kl.numel()]) == pytest.approx(kl.flatten(), abs=1e-5)
+    halves = [quality.measure(tiny, half, configurations, **options)[0] for half in windows.split(1)]
+    assert (halves[0] + halves[1]).perplexity == pytest.approx(full.perplexity, rel=1e-5)
+    units = {f"quality: window {i}": {"full cache": vars(half)} for i, half in enumerate(halves)}
+    assert quality.total(units, 2)["full cache"].nll_sum == pytest.approx(full.nll_sum, rel=1e-5)
+
+
+def test_needles_lie_where_they_should(smollm2):
+    _, tokenizer = smollm2
+    for depth in (0.0, 0.5, 1.0):
+        context, question = needle.haystack(tokenizer, TEXT, 150, depth, "12345")
+        assert context.shape == (1, 150)
+        before, _, after = tokenizer.decode(context[0]).partition("12345")
+        assert abs(len(before) / len(before + after) - depth) < 0.15
+        assert tokenizer.decode(question[0]).endswith("lighthouse is")
+    with pytest.raises(ValueError, match="haystack of 10 tokens"):
+        needle.haystack(tokenizer, TEXT, 10, 0, "12345")
+
+
+def test_attention_is_compared_on_what_the_model_computes(tiny):
+    ids = torch.randint(0, 97, (1, 320), generator=torch.Generator().manual_seed(0))
+    layers = fidelity.capture(tiny, ids)
+    assert [layer.layer_idx for layer in layers] == [0, 1]
+    cache = DynamicCache(config=tiny.config)
+    with torch.no_grad():
+        tiny(ids, past_key_values=cache)
+    for layer, held in zip(layers, cache.layers, strict=True):
+        assert torch.allclose(layer.keys, held.keys, atol=1e-5) and torch.allclose(layer.values, held.values, atol=1e-5)
+        assert layer.query.shape == (1, 4, 320, 16)
+    exact = fidelity.compare(tiny.config, layers[1], {"cache": "dynamic"}, 320)
+    assert exact["top1"] == exact["top5"] == 1 and exact["cosine"] == pytest.approx(1) and exact["output_error"] < 1e-6
+    errors = [fidelity.compare(tiny.config, layers[1], {"nbits": nbits}, 320) for nbits in (8, 4, 2)]
+    for name, order in (("cosine", -1), ("output_error", 1)):
+        assert [found[name] for found in errors] == sorted((found[name] for found in errors), reverse=order < 0)
+    assert errors[0]["output_error"] < 0.02 < errors[2]["output_error"] and errors[2]["top5"] >= errors[2]["top1"]
+    with pytest.raises(ValueError, match="must be from 154 to 320"):
+        fidelity.compare(tiny.config, layers[1], {"nbits": 4}, 150)
+
+
+def test_claims_of_the_papers():
+    for nbits, gaussian in ((1, 0.363), (2, 0.1175), (3, 0.03455), (4, 0.0095)):
+        found = claims.distortion(nbits, 128)
+        assert found["measured"] == pytest.approx(found["codebook"], rel=0.02)
+        assert found["lower_bound"] < found["measured"] < gaussian < found["upper_bound"]
+    found = {
+        (estimator, sketch): claims.inner_product(estimator, 2, 128, sketch, seeds=8)
+        for estimator, sketch in (
+            ("mse", "orthogonal"),
+            ("rescaled", "orthogonal"),
+            ("qjl", "gaussian"),
+            ("qjl", "orthogonal"),
+        )
+    }
+    expected = {"mse": (0.883, 0.1156), "rescaled": (1, 0.1299)}
+    for (estimator, sketch), measured in found.items():
+        slope, variance = expected.get(estimator, (1, 0.565 if sketch == "gaussian" else 0.205))
+        assert measured["slope"] == pytest.approx(slope, abs=0.01)
+        assert measured["variance"] == pytest.approx(variance, rel=0.05)
+
+
+@pytest.fixture
+def arguments(smollm2, tmp_path):
+    text = tmp_path / "log.txt"
+    text.write_text(TEXT)
+    found = ["evaluate", str(default_model()), "--text", str(text), "--out", str(tmp_path / "out")]
+    found += ["--caches", "turboquant:nbits=4,key_estimator=rescaled", "--window", "224", "--prefill", "160"]
+    found += ["--score-from", "160", "--needle-lengths", "200", "--needle-depths", "0.2"]
+    return [*found, "--fidelity-lengths", "200"]
+
+
+def test_the_command_and_an_interrupted_run(arguments, tmp_path, capsys, monkeypatch):
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    for title in ("Quality", "Needle", "Attention", "Distortion", "Inner products"):
+        assert title in text
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "results.json",
+        *(f"{name}.png" for name in ("overview", "needle", "fidelity")),
+    }
+    found = json.loads((out / "results.json").read_text())
+    assert found["conditions"]["window"] == 224 and {"dtype", "device", "torch"} <= set(found["conditions"])
+    name = "turboquant 4 bits rescaled"
+    measured = found["results"]["quality: window 0"][name]
+    assert measured["tokens"] == 63 and 0 < sum(measured["kls"]) / 63 < 0.05 and measured["total_bits"] == 4.25
+    needles = {key: unit for key, unit in found["results"].items() if key.startswith("needle")}
+    # found at 4 bits, as through the full cache
+    assert len(needles) == 2 and all(unit["exact"] for unit in needles.values())
+    assert len(found["results"][f"fidelity: {name}, 200 tokens"]["cosine"]) == 30
+
+    # what is there is kept, what is missing is measured
+    lost = f"needle: {name}, 200 tokens, depth 0.2"
+    del found["results"][lost]
+    (out / "results.json").write_text(json.dumps(found))
+    monkeypatch.setattr(quality, "measure", lambda *args, **kwargs: pytest.fail("measured again"))
+    calls = []
+    find = needle.find_needle
+    monkeypatch.setattr(needle, "find_needle", lambda *args: calls.append(args) or find(*args))
+    assert cli.main(arguments) == 0
+    assert len(calls) == 1 and json.loads((out / "results.json").read_text())["results"][lost]["exact"]
+
+    # other conditions are another run
+    capsys.readouterr()
+    assert cli.main([*arguments, "--block", "8"]) == 2
+    assert "holds results of other conditions: block 64, now 8" in one_line(capsys)
+
+
+def one_line(capsys) -> str:
+    message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-turboquant: ")]
+    assert len(message) == 1
+    return message[0]
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--window", "9000"], "within the 8,192 tokens"),
+        (["--needle-lengths", "8190"], "within the 8,192 tokens"),
+        (["--window", "100"], "must leave tokens of the window to score"),
+        (["--text", "{empty}"], "must hold words"),
+        (["--text", "{missing}"], "must be a text file"),
+        (["--out", "{text}/out"], "must be a folder that can be written to"),
+        (["--parts", "speed"], "--parts must be of"),
+        (["--needle-depths", "2"], "--needle-depths must be from 0"),
+        (["--caches", "turboquant:nbits=9"], "`nbits` must be"),
+        (["--caches", "hqq:nbits=7"], "transformers' hqq cache must fit this model"),
+        (["--dtype", "float33"], "--dtype must be"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, tmp_path, capsys, extra, message):
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    places = {"empty": empty, "missing": tmp_path / "missing.txt", "text": tmp_path / "log.txt"}
+    assert cli.main([*arguments, *(word.format(**places) for word in extra)]) == 2
+    assert message in one_line(capsys)
+
+
+def test_an_unknown_model_is_one_line(arguments, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arguments[1] = "no-such/model"
+    assert cli.main(arguments) == 2
+    assert "MODEL must be a causal language model" in one_line(capsys)
+
+
+def test_a_missing_package_is_one_line(arguments, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "hf_turboquant.evaluation.run", raising=False)
+    monkeypatch.delattr("hf_turboquant.evaluation.run", raising=False)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert cli.main(arguments) == 2
+    assert "needs the package 'rich'" in one_line(capsys)
+
+
+def test_a_dataset_of_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return {"text": ["one", "two"], "other": ["three"]}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load.read_text("hub:owner/name") == "one\ntwo"
+    assert load.read_text("hub:owner/name:raw:train:other") == "three"
+    assert asked == [("owner/name", None, "test"), ("owner/name", "raw", "train")]
+    with pytest.raises(ValueError, match="hub:"):
+        load.read_text("hub:owner/name:raw:train:missing")
