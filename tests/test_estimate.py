@@ -13,7 +13,7 @@ from hf_turboquant import TurboQuantCache, cli
 from hf_turboquant.estimate import MAX_CONTEXT, Estimate
 
 CONFIGS = json.loads((Path(__file__).parent / "model_configs.json").read_text())
-# layers that hold anything, those that are compressed, and what these keep of a token: (heads, coordinates of key and value)
+# layers that hold anything, those that are compressed, and what these keep of a token: heads × (key + value)
 KNOWN = {
     "SmolLM2-135M": (30, 30, 3 * (64 + 64)),
     "Llama-3.2-1B": (16, 16, 8 * (64 + 64)),
