@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from test_models import ROWS, EncoderDecoderRow
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_turboquant import TurboQuantCache, cli
 from hf_turboquant.estimate import MAX_CONTEXT, Estimate
 
 CONFIGS = json.loads((Path(__file__).parent / "model_configs.json").read_text())
-# layers that hold anything, those that are compressed, and what these keep of a token: heads × coordinates
+# layers that hold anything, those that are compressed, and what these keep of a token: heads × (key + value)
 KNOWN = {
     "SmolLM2-135M": (30, 30, 3 * (64 + 64)),
     "Llama-3.2-1B": (16, 16, 8 * (64 + 64)),
@@ -97,6 +97,17 @@ def test_bytes_of_the_default_cache_and_of_skipped_layers():
         assert cache.layers[1].condition == "attention"
         found = Estimate.from_config(model.config, torch.float32)
         assert found.memory(700, 1, **options) == cache.memory()
+
+
+def test_bytes_of_half_bits():
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=64, vocab_size=99,
+    )  # fmt: skip
+    cache = TurboQuantCache(config, nbits=2.5)
+    with torch.no_grad():
+        LlamaForCausalLM(config)(torch.randint(3, 90, (1, 300)), past_key_values=cache)
+    assert Estimate.from_config(config, torch.float32).memory(300, 1, nbits=2.5) == cache.memory()
 
 
 def test_the_longest_context_is_the_longest():
