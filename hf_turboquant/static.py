@@ -17,12 +17,22 @@ from .traced import TracedStates, append, seq_length
 _VIEWS = {"states", "quantizers", "codes", "exact"}
 
 
+# so many tokens are a step: a token of a compiled model, or those that a draft proposes
+STEP_TOKENS = 16
+
+
+_NOT_COMPILED = (
+    "Only steps of a few tokens are compiled over a cache with `max_cache_len`, after a prefill that was not and whose "
+    "attention has run: `generate` does so. Leave `fullgraph=True` out for longer ones."
+)
+
+
 class TurboQuantStaticLayer(TurboQuantLayer):
     """
     As [`TurboQuantLayer`], with room for `config.max_cache_len` tokens, taken at once and kept by `reset`.
 
-    Steps of one token do the same work at every length and find both lengths in device memory; all other updates go
-    the way of the base class, which needs the lengths on the host.
+    Steps of one token, or a few, do the same work at every length and find both lengths in device memory; all other
+    updates go the way of the base class, which needs the lengths on the host.
 
     Args:
         config (`TurboQuantConfig`): with `max_cache_len`.
@@ -41,6 +51,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.max_cache_len = config.max_cache_len
+        # a longer chunk would be attended to after its own tokens have left the window
+        self.step_tokens = max(1, min(STEP_TOKENS, config.residual_length))
         super().__init__(config, layer_idx)
 
     def __repr__(self) -> str:
@@ -86,20 +98,24 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        As [`TurboQuantLayer.update`]. A step of one token after the first ones returns handles of `max_cache_len`
-        tokens, of which those that are not there yet must be masked, as transformers does.
+        As [`TurboQuantLayer.update`]. A step, of a few tokens after the first ones, returns handles of `max_cache_len`
+        tokens, of which those that are not there yet are not seen.
 
         Raises:
-            `ValueError`: as there, or there is no room. The layer is left as it was. While `torch.compile` traces: no
-                token is there yet, or several come at a time.
+            `ValueError`: as there, or there is no room. The layer is left as it was.
         """
-        if torch.compiler.is_compiling():
+        step = self.is_initialized and self.pending is None and key_states.shape[2] <= self.step_tokens
+        if torch.compiler.is_compiling() and step:
             return self._traced_update(key_states, value_states)
+        return self._plain_update(key_states, value_states)
+
+    @torch.compiler.disable(reason=_NOT_COMPILED)
+    def _plain_update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         self._check(key_states, value_states)
         self.settle()
         self.measure()
         self._check_room(key_states.shape[2])
-        if key_states.shape[2] != 1 or not self.is_initialized:
+        if key_states.shape[2] > self.step_tokens or not self.is_initialized:
             return super().update(key_states, value_states)
         ops.append(self.states, key_states.detach(), value_states.detach())
         return tuple(QuantizedStates(self.states, role) for role in ROLES)
@@ -112,11 +128,6 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             )
 
     def _traced_update(self, key_states, value_states) -> tuple[TracedStates, TracedStates]:
-        if not self.is_initialized or self.pending is not None or key_states.shape[2] != 1:
-            raise ValueError(
-                "Only steps of one token can be compiled, after a prefill that was not and whose attention has run. "
-                "`generate` does it so."
-            )
         append(self.arena, self.description, key_states, value_states)
         batch, heads = key_states.shape[:2]
         return tuple(
@@ -155,6 +166,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             held.mean.copy_(torch.zeros_like(held.mean) if mean is None else mean)
             held.scale.copy_(torch.ones_like(held.scale) if scale is None else scale)
 
+    @torch.compiler.disable(reason=_NOT_COMPILED)
     def measure(self) -> None:
         """Fetches the lengths from the device: steps change them there alone."""
         if not self.is_initialized:
@@ -185,12 +197,13 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         return self.states.counters[0, 0, 0].to(torch.int64)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of the mask of the next update, and the first one's position; all of them for a step of one token."""
-        if not torch.compiler.is_compiling():
+        """Columns of the mask of the next update, and the first one's position; all that there may be for a step."""
+        step = self.is_initialized and query_length <= self.step_tokens
+        if not (step and torch.compiler.is_compiling()):
             # `generate` asks before every compiled step, when it has waited for the one before
             self.measure()
             self._check_room(query_length)
-        if query_length == 1 and self.is_initialized:
+        if step:
             return self.max_cache_len, 0
         return self.length + query_length, 0
 

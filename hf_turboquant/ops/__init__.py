@@ -80,12 +80,12 @@ def quantize_pair(states, quantizers, buffers, backend: str = "auto") -> None:
 def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     """
     One step of a layer of static capacity, in place: quantises the token that leaves the recent window, if one does,
-    puts the new one to its exact slot and counts it. With the kernels one launch, whatever the length, that waits for
-    nothing on the host.
+    puts the new one to its exact slot and counts it; token by token where there are several. With the kernels one
+    launch for each, whatever the length, that waits for nothing on the host.
 
     Args:
         states (`LayerStates`): with `counters`.
-        key_states, value_states (`torch.Tensor`): one token, of shape `[batch, heads, 1, head_dim]`.
+        key_states, value_states (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`, few tokens.
 
     Raises:
         `ValueError`: shapes don't fit, the backend that was asked for cannot do it, or, where the reference runs, the
@@ -95,10 +95,10 @@ def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None
     new = {"keys": key_states, "values": value_states}
     for role, state in new.items():
         batch, heads, _, head_dim = states.exact[role].shape
-        if tuple(state.shape) != (batch, heads, 1, head_dim):
+        if tuple(state.shape) != (batch, heads, key_states.shape[2], head_dim):
             raise ValueError(
-                f"The {role} of one step must be of shape [{batch}, {heads}, 1, {head_dim}], got {list(state.shape)}. "
-                "More tokens at a time need a step that is not compiled."
+                f"The {role} of a step must be of shape [{batch}, {heads}, {key_states.shape[2]}, {head_dim}], got "
+                f"{list(state.shape)}."
             )
     kernels = {
         _pick(states.backend, state.device, quantize_kernels, "append", state, states.quantizers[role])
@@ -183,10 +183,8 @@ def attention(
         "softcap": softcap,
         "sinks": sinks,
     }
-    if query.shape[2] > 1 and states.counters is not None:
-        # counted from the end of the sequence, which the host has to know
-        states = states.measured()
     if query.shape[2] > MAX_KERNEL_QUERIES and softcap is None and sinks is None:
+        states = states.measured()
         return _dequantized_attention(query, states, scaling, attention_mask, is_causal)
     return _pick(states.backend, query.device, attention_kernels, "attention", query, states)(query, states, **options)
 

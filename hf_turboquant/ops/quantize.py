@@ -58,9 +58,13 @@ def quantize_pair(
 
 
 def append(states, new: dict[str, torch.Tensor]) -> None:
-    """[`ops.append`] in one launch."""
+    """[`ops.append`] in one launch for each token."""
     counters = states.counters
-    batch, heads = new["keys"].shape[:2]
+    batch, heads, tokens, _ = new["keys"].shape
+    if tokens > 1:
+        for index in range(tokens):
+            append(states, {role: state[:, :, index : index + 1] for role, state in new.items()})
+        return
     if not INTERPRETED and counters.device.index != torch.cuda.current_device():
         with torch.cuda.device(counters.device):
             append(states, new)

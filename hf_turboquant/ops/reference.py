@@ -96,14 +96,20 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) ->
 
 def append(states, new: dict[str, torch.Tensor]) -> None:
     """[`ops.append`], on lengths that it fetches from the device."""
-    sinks, ring, capacity = states.sink_length, states.ring, states.kv_len
+    tokens, capacity, length = new["keys"].shape[2], states.kv_len, states.measured().kv_len
+    if length + tokens > capacity:
+        raise ValueError(
+            f"A cache with `max_cache_len={capacity}` must get no more tokens than that, got {tokens} after {length}. "
+            "Make a larger one, or `reset()` it."
+        )
+    for index in range(tokens):
+        _append_one(states, {role: state[:, :, index : index + 1] for role, state in new.items()})
+
+
+def _append_one(states, new: dict[str, torch.Tensor]) -> None:
+    sinks, ring = states.sink_length, states.ring
     now = states.measured()
     quantized = now.codes["keys"].length
-    if now.kv_len >= capacity:
-        raise ValueError(
-            f"A cache with `max_cache_len={capacity}` must get no more tokens than that, got one more. Make a larger "
-            "one, or `reset()` it."
-        )
     leaves = now.kv_len + 1 - sinks - ring > quantized
     for role, state in new.items():
         exact = states.exact[role]

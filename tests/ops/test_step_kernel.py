@@ -150,6 +150,20 @@ def test_attention_reads_lengths_from_the_device(count, nbits, dtype):
         assert relative_error(got, truth) < (1e-3 if dtype == torch.float16 else 8e-3)
 
 
+def test_several_queries_see_up_to_themselves():
+    keys, values = random_tokens(200)
+    states = new_states(keys, values, 200, nbits=4, sink_length=4, residual_length=8)
+    fill(states, keys, values, 140)
+    ops.append(states, keys[:, :, 140:143], values[:, :, 140:143])
+    assert states.measured().kv_len == 143
+    query = torch.randn(1, 4, 3, 64, device=DEVICE).to(keys.dtype)
+    mask = (torch.arange(200, device=DEVICE) <= torch.arange(140, 143, device=DEVICE)[:, None])[None, None]
+    got = attention_kernels.attention(query, states, scaling=0.125, attention_mask=mask)
+    causal = attention_kernels.attention(query, states, scaling=0.125, is_causal=True)
+    truth = reference.attention(query.float(), states, scaling=0.125, is_causal=True)
+    assert relative_error(got, truth) < 1e-3 and relative_error(causal, truth) < 1e-3
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_a_captured_step_goes_on_where_it_is_replayed():
     keys, values = random_tokens(300)
