@@ -1,4 +1,4 @@
-"""The command `hf-turboquant`: estimate memory from a config, evaluate quality on a model."""
+"""The command `hf-turboquant`: estimate memory from a config, evaluate quality on a model, time its caches."""
 
 import argparse
 import dataclasses
@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_estimate(commands)
     _add_evaluate(commands)
+    _add_benchmark(commands)
     args = parser.parse_args(arguments)
     try:
         with warnings.catch_warnings():
@@ -170,6 +171,40 @@ def _evaluate(args) -> None:
     if not args.caches:
         settings = dataclasses.replace(settings, caches=settings.caches + load.baselines(model.config))
     run.evaluate(model, tokenizer, text, settings, args.out)
+
+
+def _add_benchmark(commands) -> None:
+    parser = commands.add_parser("benchmark", help="speed of a layer's cache in the shape of a model, on this machine")
+    parser.add_argument("model", metavar="MODEL", help="a Hub name, a local folder or a config.json")
+    parser.add_argument("--contexts", type=_positive, nargs="+", default=[8192, 32768], metavar="TOKENS")
+    parser.add_argument("--batch", type=_positive, default=1)
+    parser.add_argument("--nbits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--key-estimator", choices=KEY_ESTIMATORS, default=TurboQuantConfig.key_estimator)
+    parser.add_argument("--generate", type=_positive, metavar="TOKENS", help="also time generate, with the weights")
+    parser.add_argument("--dtype", help="such as bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")
+    parser.add_argument("--device", help="cuda where there is one, else cpu, by default")
+    parser.add_argument("--json", action="store_true", help="print everything as json")
+    parser.set_defaults(run=_benchmark)
+
+
+def _benchmark(args) -> None:
+    from transformers import logging
+
+    from .evaluation import benchmark, load
+
+    logging.set_verbosity_error()
+    caches = [{"nbits": nbits, "key_estimator": args.key_estimator} for nbits in args.nbits]
+    for options in caches:
+        TurboQuantConfig(**options)
+    device, dtype = load.place(args.dtype, args.device)
+    found = benchmark.benchmark(load_config(args.model), args.contexts, args.batch, caches, device, dtype)
+    if args.generate:
+        model, _ = load.load_model(args.model, args.dtype, args.device)
+        found["tokens_per_s"] = {n: benchmark.generation(model, n, args.generate, caches) for n in args.contexts}
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    benchmark.show(found)
 
 
 def _describe(cost) -> str:

@@ -82,6 +82,20 @@ def read_text(source: str) -> str:
         raise ValueError(f"--text must be a text file or hub:DATASET, got {source}: {reason}.") from None
 
 
+def place(dtype: str | None = None, device: str | None = None) -> tuple[str, torch.dtype]:
+    """
+    Device and dtype, those that suit this machine where none is given.
+
+    Raises:
+        `ValueError`: there is no such dtype.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"--dtype must be a floating-point type of torch such as bfloat16, got {dtype!r}.")
+    return device, found
+
+
 def load_model(name: str, dtype: str | None = None, device: str | None = None):
     """
     A causal language model in evaluation mode, and its tokenizer.
@@ -89,10 +103,7 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
     Raises:
         `ValueError`: there is none of that name, or no such dtype.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"), None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"--dtype must be a floating-point type of torch such as bfloat16, got {dtype!r}.")
+    device, found = place(dtype, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=found, device_map=device)
         return model.eval(), AutoTokenizer.from_pretrained(name)

@@ -1,0 +1,198 @@
+"""Speed of one layer's cache in the shape of a model, and of the model itself: full against compressed."""
+
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.benchmark import Timer
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .. import __version__
+from ..cache import TurboQuantCache
+from ..config import TurboQuantConfig
+from ..estimate import Estimate
+from ..layer import TurboQuantLayer
+
+COLUMNS = ("context", "cache", "attention", "×", "GB/s", "of copy", "step", "×", "prefill")
+# the fastest that takes a call is the baseline
+BACKENDS = (None, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def median_ms(function: Callable[[], object], seconds: float = 0.3) -> float:
+    """Median time of a call, the device waited for, its host time included."""
+    return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=seconds).median * 1e3
+
+
+def copy_bandwidth(device: torch.device, nbytes: int = 2**27) -> float:
+    """Bytes per second, read and written, of a copy of `nbytes`."""
+    source = torch.randn(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / median_ms(lambda: torch.mul(source, 2.0, out=target)) * 1e3
+
+
+def best_attention_ms(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> float:
+    """The fastest of torch's attention kernels that takes the call."""
+    times = []
+    for backend in BACKENDS:
+        try:
+            with sdpa_kernel(backend) if backend else nullcontext():
+                times.append(median_ms(lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True)))
+        except RuntimeError:
+            # not every kernel is there, or takes every shape
+            continue
+    return min(times)
+
+
+@torch.inference_mode()
+def layer_times(shape: dict, context: int, options: dict | None, device: torch.device, dtype: torch.dtype) -> dict:
+    """
+    Times of one layer that holds `context` random tokens: attention of one query, a whole step (append and attention),
+    and what a prefill costs the cache.
+
+    Args:
+        shape (`dict`): `batch`, `heads` (of queries), `kv_heads`, `key_dim`, `value_dim`.
+        options (`dict`, *optional*): of [`TurboQuantConfig`]; without them a `DynamicLayer`.
+
+    Returns:
+        `attention_ms`, `step_ms`, `prefill_ms` and the `bytes` that attention reads.
+    """
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def random(heads: int, tokens: int, dim: int) -> torch.Tensor:
+        return torch.randn(shape["batch"], heads, tokens, dim, generator=generator, device=device).to(dtype)
+
+    states = [random(shape["kv_heads"], context, shape[name]) for name in ("key_dim", "value_dim")]
+    query = random(shape["heads"], 1, shape["key_dim"])
+    seen = random(shape["heads"], min(context, 64), shape["key_dim"])
+
+    def filled():
+        layer = DynamicLayer() if options is None else TurboQuantLayer(TurboQuantConfig(**options), 0)
+        layer.update(*states)
+        if options is not None:
+            # what attention would do: show a query
+            layer.settle(seen)
+        return layer
+
+    prefill_ms = median_ms(filled)
+    layer = filled()
+    token = [state[:, :, :1].clone() for state in states]
+
+    def step():
+        return scaled_dot_product_attention(query, *layer.update(*token), enable_gqa=True)
+
+    step_ms = median_ms(step)
+    keys, values = layer.keys, layer.values
+    if options is None:
+        return {
+            "attention_ms": best_attention_ms(query, keys, values),
+            "step_ms": step_ms,
+            "prefill_ms": prefill_ms,
+            "bytes": keys.nbytes + values.nbytes,
+        }
+    nbytes = sum(buffer.used_nbytes for buffer in layer.codes.values()) + layer.exact.nbytes
+    attention_ms = median_ms(lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True))
+    return {"attention_ms": attention_ms, "step_ms": step_ms, "prefill_ms": prefill_ms, "bytes": nbytes}
+
+
+def layer_shape(config, batch: int) -> dict:
+    """
+    The shape of most of the layers of a model that a [`TurboQuantCache`] compresses.
+
+    Raises:
+        `ValueError`: there is none.
+    """
+    estimate = Estimate.from_config(config)
+    shapes = Counter(estimate.layers[index].shapes for index in estimate.compressed())
+    if not shapes:
+        raise ValueError("MODEL must have layers with full attention, got none: there is nothing to compress.")
+    ((kv_heads, key_dim), (_, value_dim)), _ = shapes.most_common(1)[0]
+    heads = config.get_text_config(decoder=True).num_attention_heads
+    return {"batch": batch, "heads": heads, "kv_heads": kv_heads, "key_dim": key_dim, "value_dim": value_dim}
+
+
+def generate_rate(model, cache, context: int, tokens: int) -> float:
+    """Tokens per second of greedy decoding after a prompt of `context` random tokens, which is not counted."""
+    ids = torch.randint(0, model.config.get_text_config(decoder=True).vocab_size, (1, context + 1), device=model.device)
+    with torch.inference_mode():
+        model(ids[:, :-1], past_key_values=cache)
+    options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
+    start = time.perf_counter()
+    # the tokens come to the host: nothing is left to do on the device
+    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options).tolist()
+    return tokens / (time.perf_counter() - start)
+
+
+def benchmark(config, contexts: list[int], batch: int, caches: list[dict], device: str, dtype: torch.dtype) -> dict:
+    """
+    All times of one layer, full and compressed, and the conditions.
+
+    Args:
+        config (`PreTrainedConfig`): the model's; no weights are needed.
+        caches (`list[dict]`): options of [`TurboQuantConfig`], one for each.
+    """
+    device = torch.device(device)
+    shape = layer_shape(config, batch)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "hf_turboquant": __version__}
+    rows = [
+        {"context": context, "options": options, **layer_times(shape, context, options, device, dtype)}
+        for context in contexts
+        for options in (None, *caches)
+    ]
+    conditions = {
+        "device": name,
+        "device_type": device.type,
+        "dtype": str(dtype),
+        **versions,
+        "threads": torch.get_num_threads(),
+        **shape,
+    }
+    return {"conditions": {**conditions, "copy_bytes_per_s": copy_bandwidth(device)}, "rows": rows}
+
+
+def show(found: dict) -> None:
+    """The times as a table, ratios to the full cache at the same context."""
+    console = Console()
+    conditions = dict(found["conditions"])
+    copy = conditions.pop("copy_bytes_per_s")
+    console.print(", ".join(f"{name} {value}" for name, value in conditions.items()) + f", copy {copy / 1e9:.0f} GB/s")
+    console.print(
+        "One layer, one query: median ms, host time included. step: append and attention; prefill: what all tokens at "
+        "once cost the cache. full: the fastest of torch's attention kernels."
+    )
+    if "cuda" not in str(conditions["device_type"]):
+        console.print("Without a GPU the torch reference attends to codes: that saves memory, not time.")
+    table = Table(*COLUMNS, box=box.SIMPLE)
+    for row in found["rows"]:
+        if row["options"] is None:
+            full, label = row, "full"
+        else:
+            label = " ".join(str(value) for value in row["options"].values())
+        rate = row["bytes"] / row["attention_ms"] * 1e3
+        ratios = [full[name] / row[name] for name in ("attention_ms", "step_ms")]
+        cells = [f"{row['context']:,}", label, f"{row['attention_ms']:.3f}", f"{ratios[0]:.2f}", f"{rate / 1e9:.1f}"]
+        cells += [f"{rate / copy:.0%}", f"{row['step_ms']:.3f}", f"{ratios[1]:.2f}", f"{row['prefill_ms']:.1f}"]
+        table.add_row(*cells)
+    console.print(table)
+    for context, rates in found.get("tokens_per_s", {}).items():
+        texts = [f"{name} {rate:.1f}" for name, rate in rates.items()]
+        console.print(f"generate after {context:,} tokens, tokens per second: {', '.join(texts)}")
+
+
+def generation(model, context: int, tokens: int, caches: list[dict]) -> dict[str, float]:
+    """Tokens per second of `generate`, by cache."""
+    rates = {"full": generate_rate(model, DynamicCache(config=model.config), context, tokens)}
+    for options in caches:
+        label = " ".join(str(value) for value in options.values())
+        rates[label] = generate_rate(model, TurboQuantCache(model.config, **options), context, tokens)
+    return rates

@@ -1,0 +1,98 @@
+"""`hf-turboquant benchmark`: every time is there, of what it says it is."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_turboquant import cli
+from hf_turboquant.evaluation import benchmark
+from hf_turboquant.layer import TurboQuantLayer
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32,
+}  # fmt: skip
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few repetitions of small copies."""
+    median, copy = benchmark.median_ms, benchmark.copy_bandwidth
+    monkeypatch.setattr(benchmark, "median_ms", lambda function: median(function, 0.01))
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: copy(device, 2**20))
+
+
+@pytest.fixture
+def config(tmp_path):
+    AutoConfig.for_model("llama", **SIZES).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_json_has_every_time_and_condition(quick, config, capsys):
+    command = [
+        "benchmark",
+        str(config),
+        "--contexts",
+        "200",
+        "400",
+        "--nbits",
+        "3",
+        "--batch",
+        "2",
+        "--dtype",
+        "float32",
+    ]
+    assert cli.main([*command, "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    conditions = found["conditions"]
+    assert (conditions["batch"], conditions["heads"], conditions["kv_heads"], conditions["key_dim"]) == (2, 4, 2, 32)
+    assert conditions["dtype"] == "torch.float32" and conditions["copy_bytes_per_s"] > 0
+    assert [(row["context"], row["options"] is None) for row in found["rows"]] == [
+        (200, True),
+        (200, False),
+        (400, True),
+        (400, False),
+    ]
+    for row in found["rows"]:
+        assert 0 < row["attention_ms"] and 0 < row["step_ms"] and 0 < row["prefill_ms"]
+    full, ours = found["rows"][2:]
+    # the full cache holds its 400 tokens and those of the steps
+    assert full["bytes"] >= 2 * 2 * 2 * 400 * 32 * 4 > 2 * ours["bytes"]
+
+
+def test_attention_reads_codes(quick, monkeypatch):
+    layers = []
+    update = TurboQuantLayer.update
+    monkeypatch.setattr(TurboQuantLayer, "update", lambda self, *states: layers.append(self) or update(self, *states))
+    shape = {"batch": 1, "heads": 4, "kv_heads": 2, "key_dim": 32, "value_dim": 32}
+    benchmark.layer_times(shape, 300, {"nbits": 4}, torch.device("cpu"), torch.float32)
+    assert layers[-1].codes["keys"].length >= 300 - 132 and layers[-1].condition == "attention"
+
+
+def test_table_and_generation(quick, config, capsys):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config))
+    model.save_pretrained(config)
+    from tokenizers import Tokenizer, models
+
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))).save_pretrained(config)
+    command = ["benchmark", str(config), "--contexts", "150", "--nbits", "4", "2", "--generate", "3", "--device", "cpu"]
+    assert cli.main(command) == 0
+    text = capsys.readouterr().out
+    assert "that saves memory, not time" in text.replace("\n", " ")
+    assert text.count("qjl") >= 4 and "generate after 150 tokens, tokens per second: full" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "model, extra, message",
+    [
+        ({"model_type": "mistral", "sliding_window": 16}, [], "must have layers with full attention"),
+        ({"model_type": "llama"}, ["--nbits", "9"], "`nbits` must be"),
+        ({"model_type": "llama"}, ["--dtype", "int8"], "--dtype must be a floating-point type"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, model, extra, message):
+    AutoConfig.for_model(**model, **SIZES).save_pretrained(tmp_path)
+    assert cli.main(["benchmark", str(tmp_path), *extra]) == 2
+    assert message in capsys.readouterr().err
