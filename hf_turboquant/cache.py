@@ -2,7 +2,6 @@
 
 import inspect
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from .config import TurboQuantConfig
+from .config import PRESETS, TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
@@ -93,12 +92,15 @@ class TurboQuantCache(DynamicCache):
     @classmethod
     def from_preset(cls, config: PreTrainedConfig | None, preset: str, **options) -> "TurboQuantCache":
         """
-        A cache with the options of a preset and `options` over them: see [`TurboQuantConfig.from_preset`].
+        A cache with the options of a preset and `options`, those of the constructor, over them: see
+        [`TurboQuantConfig.from_preset`].
 
         Raises:
             `ValueError`: there is no such preset, or as the constructor.
         """
-        return cls(config, **asdict(TurboQuantConfig.from_preset(preset, **options)))
+        # for its words where there is no such preset
+        TurboQuantConfig.from_preset(preset)
+        return cls(config, **{**PRESETS[preset], **options})
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Fetches the next offloaded layer, from `layer_idx` on and around, on a stream of its own."""
