@@ -16,10 +16,8 @@ from .traced import TracedStates, append, seq_length
 # of the arena; made anew with it
 _VIEWS = {"states", "quantizers", "codes", "exact"}
 
-
 # so many tokens are a step: a token of a compiled model, or those that a draft proposes
 STEP_TOKENS = 16
-
 
 _NOT_COMPILED = (
     "Only steps of a few tokens are compiled over a cache with `max_cache_len`, after a prefill that was not and whose "

@@ -170,17 +170,20 @@ def show(found: dict) -> None:
         "One layer, one query: median ms, host time included. step: append and attention; prefill: what all tokens at "
         "once cost the cache. full: the fastest of torch's attention kernels."
     )
-    if "cuda" not in str(conditions["device_type"]):
+    if conditions["device_type"] != "cuda":
         console.print("Without a GPU the torch reference attends to codes: that saves memory, not time.")
-    table = Table(*COLUMNS, box=box.SIMPLE)
+    table, full = Table(*COLUMNS, box=box.SIMPLE), None
     for row in found["rows"]:
-        if row["options"] is None:
-            full, label = row, "full"
-        else:
-            label = " ".join(str(value) for value in row["options"].values())
+        full = row if row["options"] is None else full
         rate = row["bytes"] / row["attention_ms"] * 1e3
         ratios = [full[name] / row[name] for name in ("attention_ms", "step_ms")]
-        cells = [f"{row['context']:,}", label, f"{row['attention_ms']:.3f}", f"{ratios[0]:.2f}", f"{rate / 1e9:.1f}"]
+        cells = [
+            f"{row['context']:,}",
+            _label(row["options"]),
+            f"{row['attention_ms']:.3f}",
+            f"{ratios[0]:.2f}",
+            f"{rate / 1e9:.1f}",
+        ]
         cells += [f"{rate / copy:.0%}", f"{row['step_ms']:.3f}", f"{ratios[1]:.2f}", f"{row['prefill_ms']:.1f}"]
         table.add_row(*cells)
     console.print(table)
@@ -191,8 +194,11 @@ def show(found: dict) -> None:
 
 def generation(model, context: int, tokens: int, caches: list[dict]) -> dict[str, float]:
     """Tokens per second of `generate`, by cache."""
-    rates = {"full": generate_rate(model, DynamicCache(config=model.config), context, tokens)}
+    rates = {_label(None): generate_rate(model, DynamicCache(config=model.config), context, tokens)}
     for options in caches:
-        label = " ".join(str(value) for value in options.values())
-        rates[label] = generate_rate(model, TurboQuantCache(model.config, **options), context, tokens)
+        rates[_label(options)] = generate_rate(model, TurboQuantCache(model.config, **options), context, tokens)
     return rates
+
+
+def _label(options: dict | None) -> str:
+    return "full" if options is None else " ".join(str(value) for value in options.values())
