@@ -9,7 +9,7 @@ from .quantizer import Quantizer
 # fewer tokens than this tell too little about the ones to come
 MIN_TOKENS = 64
 # statistics of so many tokens, evenly spaced, are as good as those of all, and take little memory
-MAX_TOKENS = 16_384
+MAX_TOKENS = 4_096
 # a channel counts as if it had at least this part of the average energy: keeps scales within a factor of ten
 MIN_ENERGY = 1e-4
 
@@ -32,12 +32,9 @@ class QueryEnergy:
             valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, query_length]`; false for padding.
         """
         query, valid = _sample(query, valid)
-        energy = query.float().square()
-        if valid is not None:
-            energy = energy.masked_fill(~valid[:, None, :, None], 0)
         heads, head_dim = self.total.shape
         # query heads of one KV head are neighbours
-        self.total += energy.sum((0, 2)).view(heads, -1, head_dim).sum(1)
+        self.total += _energy(query, valid).view(heads, -1, head_dim).sum(1)
 
 
 def condition(
@@ -63,22 +60,20 @@ def condition(
     if keys.shape[0] * keys.shape[2] < MIN_TOKENS:
         return quantizer, "none"
     keys, valid = _sample(keys, valid)
-    keys = keys.float()
-    weights = keys.new_ones(1) if valid is None else valid[:, None, :, None].float()
-    count = weights.expand(keys.shape[0], 1, keys.shape[2], 1).sum()
-    # where, not a product: padding may hold anything
-    mean = torch.where(weights > 0, keys, 0).sum((0, 2), keepdim=True) / count
-    key_energy = torch.where(weights > 0, (keys - mean).square(), 0).sum((0, 2)) / count
+    count = keys.shape[0] * keys.shape[2] if valid is None else valid.sum()
+    mean = _fill(keys, valid).sum((0, 2), keepdim=True, dtype=torch.float32) / count
+    key_energy = _energy(keys - mean, valid) / count
     scale = torch.ones_like(key_energy)
     if query_energy is not None:
         scale = (_floor(query_energy) / _floor(key_energy)).pow(0.25)
         # the overall factor is free: keep norms where they were
         scale = scale / scale.log().mean(-1, keepdim=True).exp()
     # one look at the device for all that can be wrong
-    enough, centre, scales = torch.stack(
-        [count >= MIN_TOKENS, mean.isfinite().all(), (scale.isfinite() & (scale > 0)).all()]
-    ).tolist()
-    if not (enough and centre):
+    checks = [mean.isfinite().all(), (scale.isfinite() & (scale > 0)).all()]
+    if valid is not None:
+        checks.append(count >= MIN_TOKENS)
+    centre, scales, *enough = torch.stack(checks).tolist()
+    if not (centre and all(enough)):
         return quantizer, "none"
     centred = replace(quantizer, mean=mean[0])
     if query_energy is None or not scales:
@@ -99,6 +94,17 @@ def _sample(states: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Ten
     """At most `MAX_TOKENS` tokens of `[batch, heads, tokens, head_dim]`, evenly spaced, and which of them count."""
     step = -(-states.shape[0] * states.shape[2] // MAX_TOKENS)
     return states.detach()[:, :, :: max(step, 1)], None if valid is None else valid[:, :: max(step, 1)]
+
+
+def _fill(states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    # filled, not multiplied: padding may hold anything
+    return states if valid is None else states.masked_fill(~valid[:, None, :, None], 0)
+
+
+def _energy(states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Sum of squares over batch and tokens, fp32 `[heads, head_dim]`, in one pass over the states."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    return torch.linalg.vector_norm(_fill(states, valid), dim=(0, 2), dtype=dtype).square().float()
 
 
 def _floor(energy: torch.Tensor) -> torch.Tensor:

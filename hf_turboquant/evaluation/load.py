@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .caches import label, new_cache, parse
 
-_ALL_CODES = "condition=none,residual_length=0,sink_length=0"
+# as in the measurements of the project: a block of 32 tokens sees itself exactly, and all that came before in codes
+_ALL_CODES = "condition=none,residual_length=32,sink_length=0"
 PRESETS = {
     "default": ["turboquant:nbits=4/3/2,key_estimator=qjl/rescaled"],
     # every estimator of the papers: keys alone and values alone (the other in 8 bits), then both beside exact tokens

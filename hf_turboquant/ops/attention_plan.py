@@ -69,6 +69,10 @@ class QuantizerConstants:
 
         return self._keep("query", dtype, make)
 
+    def decode_operators(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
+        """What turned vectors and signs are multiplied with, `[operators, heads, head_dim, head_dim]`."""
+        return self._keep("decode", dtype, lambda: torch.stack([factor.mT.to(dtype) for factor in _factors(quantizer)]))
+
     def _keep(self, name: str, dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         matrices = self._matrices.get((name, dtype))
         if matrices is None:

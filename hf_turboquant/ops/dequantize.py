@@ -9,7 +9,6 @@ from ..quantizer import Quantizer
 from ..storage import TokenBuffer
 from .attention_plan import DTYPES, INTERPRETED, Launcher, constants_of
 
-TILE = 64
 _launchers: dict[tuple, Launcher] = {}
 
 
@@ -19,8 +18,8 @@ def supports(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> st
         return f"the kernel reads 2, 3 and 4 bits, and the {quantizer.role} have {quantizer.nbits}"
     if quantizer.head_dim % 16 or quantizer.head_dim > 256:
         return f"the kernel takes a head_dim of 16 to 256 in steps of 16, and the {quantizer.role} have {out.shape[-1]}"
-    if out.dtype not in DTYPES or out.stride(3) != 1:
-        return f"the output is {out.dtype} of strides {out.stride()}"
+    if out.dtype not in DTYPES or out.stride(3) != 1 or any(n % 16 for n in (out.data_ptr(), *out.stride()[:3])):
+        return f"the output is {out.dtype} of strides {out.stride()}, or not aligned to 16 bytes"
     if out.device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on {out.device.type}"
     return None
@@ -32,12 +31,13 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
         return
     batch, heads, tokens, head_dim = out.shape
     constants = constants_of(quantizer)
-    # two matrices in 16 bits are as good as one in fp32: see `prepare_kernel`
+    # half the bytes of a matrix that every tile reads; it is rounded no more than the output is
     operator_dtype = torch.float32 if INTERPRETED or out.dtype == torch.float32 else torch.float16
     key = (quantizer.role, quantizer.nbits, quantizer.estimator, head_dim, quantizer.mean is None, out.dtype)
     key += (quantizer.scale is None, buffer["scales"].dtype, out.device)
+    padded = triton.next_power_of_2(head_dim)
+    tile = BLOCK if padded <= 128 else BLOCK // 2
     if key not in _launchers:
-        padded = triton.next_power_of_2(head_dim)
         options = {
             "KEYS": quantizer.role == "keys",
             "CODE_BITS": quantizer.code_bits,
@@ -45,22 +45,21 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
             "DIM": head_dim,
             "DIM_PAD": padded,
             "CHUNK": min(padded, 32),
-            "PASSES": 1 if operator_dtype == torch.float32 else 2,
             "SCALE": quantizer.scale is not None,
             "MEAN": quantizer.mean is not None,
-            "T": TILE,
+            "T": tile,
         }
-        _launchers[key] = Launcher(dequantize_kernel, options, num_warps=4 if padded <= 128 else 8)
+        _launchers[key] = Launcher(dequantize_kernel, options, num_warps=8)
     planes = [tensor for name, tensor in buffer.tensors.items() if name.startswith("plane")]
     with torch.cuda.device_of(out):
         _launchers[key](
-            (-(-tokens // TILE), batch * heads, 1),
+            (-(-tokens // tile), batch * heads, 1),
             planes[0],
             planes[-1],
             buffer["scales"],
             buffer.tensors.get("residual_norms", buffer["scales"]),
             quantizer.centroids,
-            constants.query_operators(quantizer, operator_dtype),
+            constants.decode_operators(quantizer, operator_dtype),
             quantizer.centroids if quantizer.scale is None else quantizer.scale,
             quantizer.centroids if quantizer.mean is None else quantizer.mean,
             out,
@@ -105,19 +104,18 @@ def _field(plane, block, token, d, WIDTH: tl.constexpr, KEYS: tl.constexpr, DIM:
     return (value >> shift) & ((1 << WIDTH) - 1)
 
 
-@triton.jit(do_not_specialize=["out_b", "out_h", "out_t", "length", "heads", "blocks", "operator_heads", "scale_heads",
-                               "mean_heads"], do_not_specialize_on_alignment=["out"])  # fmt: skip
+# strides are multiples of 16, which `supports` sees to
+@triton.jit(do_not_specialize=["length", "heads", "blocks", "operator_heads", "scale_heads", "mean_heads"])
 def dequantize_kernel(
     wide, one, scales, residual_norms, centroids, operators, scale, mean, out,
     out_b, out_h, out_t, length, heads, blocks, operator_heads, scale_heads, mean_heads, level_scale,
     KEYS: tl.constexpr, CODE_BITS: tl.constexpr, QJL: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    CHUNK: tl.constexpr, PASSES: tl.constexpr, SCALE: tl.constexpr, MEAN: tl.constexpr, T: tl.constexpr,
+    CHUNK: tl.constexpr, SCALE: tl.constexpr, MEAN: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """
     x̂ = (s c[codes] + |z| |r| (κS)ᵀ signs) A⁻ᵀ / t + μ for `T` tokens of a sequence. Grid (⌈length / T⌉, batch · heads).
 
-    Scales come after the product with A⁻ᵀ, which `operators` holds transposed, `PASSES` matrices that are added up, the
-    second times 2048; with `QJL` so they do for κS A⁻ᵀ.
+    Scales come after the products with `operators`: A⁻ᵀ and, with `QJL`, κS A⁻ᵀ.
     """
     sequence = tl.program_id(1).to(tl.int64)
     head = tl.program_id(1) % heads
@@ -147,14 +145,14 @@ def dequantize_kernel(
         if not KEYS:
             x = tl.trans(x)
         m_mask = (k < DIM)[:, None] & (n < DIM)[None, :]
-        at = operators + (head % operator_heads).to(tl.int64) * DIM * DIM + n[None, :] * DIM + k[:, None]
-        product = _dot_passes(x, at, operator_heads, product, m_mask, PASSES, DIM)
+        at = operators + (head % operator_heads).to(tl.int64) * DIM * DIM + k[:, None] * DIM + n[None, :]
+        product = tl.dot(x, tl.load(at, mask=m_mask, other=0), product, input_precision="ieee")
         if QJL:
             signs = ((code >> CODE_BITS) * 2 - 1).to(OPERAND)
             if not KEYS:
                 signs = tl.trans(signs)
-            at += (PASSES * operator_heads).to(tl.int64) * DIM * DIM
-            sketch_product = _dot_passes(signs, at, operator_heads, sketch_product, m_mask, PASSES, DIM)
+            m = tl.load(at + operator_heads.to(tl.int64) * DIM * DIM, mask=m_mask, other=0)
+            sketch_product = tl.dot(signs, m, sketch_product, input_precision="ieee")
     token = first + tl.arange(0, T)
     exists = token < length
     at = sequence * blocks * 128 + token
@@ -168,16 +166,3 @@ def dequantize_kernel(
         result += tl.load(mean + head % mean_heads * DIM + n, mask=inner, other=0)[None, :]
     to = out + (sequence // heads) * out_b + (sequence % heads) * out_h + token.to(tl.int64) * out_t
     tl.store(to[:, None] + n[None, :], result.to(out.dtype.element_ty), mask=exists[:, None] & inner[None, :])
-
-
-@triton.jit
-def _dot_passes(x, at, heads, acc, mask, PASSES: tl.constexpr, DIM: tl.constexpr):
-    m = tl.load(at, mask=mask, other=0)
-    if PASSES == 1:
-        acc = tl.dot(x, m, acc, input_precision="ieee")
-    else:
-        acc = tl.dot(x, m, acc)
-        rest = tl.load(at + heads.to(tl.int64) * DIM * DIM, mask=mask, other=0)
-        # x has few bits, so that this is exact
-        acc = tl.dot((x * (1 / 2048)).to(x.dtype), rest, acc)
-    return acc

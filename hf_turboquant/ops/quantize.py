@@ -146,9 +146,9 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
     if not INTERPRETED and tile > 1:
         # three products in tf32 are as good as fp32
         precision, sketch_operand = "tf32x3", tl.float16
-        if quantizer.mean is None and (quantizer.scale is None or dtype != torch.float16):
-            # such states are exact in their own dtype, and the matrix nearly so as the sum of two; a scale may take it
-            # out of fp16's range
+        if quantizer.scale is None or dtype != torch.float16:
+            # states are exact in their own dtype, and the matrix nearly so as the sum of two; a scale may take it out
+            # of fp16's range
             operand = DTYPES[dtype]
     if tile == 1:
         chunk = min(padded, 128)

@@ -45,10 +45,14 @@ def _rotated(
 ):  # fmt: skip
     """z = A (factors · (x - μ)) of shape `[T, DP]`, fp32, zero where there is no token or dimension."""
     dims, valid = _dims(tl.arange(0, DP), D, DP)
+    # 16-bit states stay as they are, and A (factors · μ) is taken off their product
+    LATE: tl.constexpr = mean is not None and T > 1 and OPERAND != tl.float32
     if T == 1:
         products = tl.zeros((DP, BK), tl.float32)
     else:
         z = tl.zeros((T, DP), tl.float32)
+    if LATE:
+        offset = tl.zeros((DP,), tl.float32)
     for start in tl.range(0, D, BK):
         k = start + tl.arange(0, BK)
         mask = has_token[:, None] & (k < D)[None, :]
@@ -69,7 +73,11 @@ def _rotated(
             if factors is not None:
                 # into the matrix: the states stay exact in their dtype
                 matrix *= tl.load(factors + k, mask=k < D, other=0.0)[:, None]
+            if LATE:
+                offset += tl.sum(matrix * tl.load(mean + k, mask=k < D, other=0.0)[:, None], axis=0)
             z = _precise_dot(x, matrix, z, OPERAND, 1, PRECISION)
+    if LATE:
+        z = tl.where(has_token[:, None], z - offset[None, :], 0.0)
     if T == 1:
         z = tl.sum(products, axis=1)[None, :]
     return z

@@ -34,7 +34,8 @@ def assert_right(role, dtype=torch.float32, heads=2, change=None, kv_len=300, di
     kernels.dequantize(buffer, quantizer, out)
     rounding = relative_error(expected.to(dtype), expected)
     # fp32 products add up in another order
-    assert relative_error(out, expected) <= 1.1 * rounding + 1e-6
+    # a matrix in fp16 is rounded as much as an output in fp16
+    assert relative_error(out, expected) <= 1.5 * rounding + 1e-6
     assert around[:, :, :3].isnan().all() and around[:, :, kv_len + 3 :].isnan().all()
 
 
