@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_turboquant import TurboQuantCache
 from hf_turboquant.evaluation.caches import new_cache
 from hf_turboquant.evaluation.quality import Quality
 
@@ -142,3 +143,52 @@ def test_compare_quality(run, monkeypatch, tmp_path):
     assert text.count("| full cache | 16.00 | 0.0000 |") == 2 and "log.txt**" in text and "reference**" in text
     bits = [float(bits) for bits in re.findall(r"\| (?:quality: rescaled 4|qjl 2) \| ([\d.]+)", text)]
     assert len(bits) == 4 and all(2 < found < 16 for found in bits)
+
+
+def test_statistics_of_another_text_stay_when_its_tokens_go(tiny):
+    from measure_drift import informed
+
+    ids = torch.randint(0, 97, (1, 600), generator=torch.Generator().manual_seed(0))
+    options = {"nbits": 3, "key_estimator": "rescaled"}
+    with torch.inference_mode():
+        early, whole = TurboQuantCache(tiny.config, **options), TurboQuantCache(tiny.config, **options)
+        later = informed(tiny, ids, options)
+        assert later.get_seq_length() == 0
+        tiny(ids, past_key_values=whole)
+        for cache in (early, later):
+            tiny(ids[:, :200], past_key_values=cache)
+            tiny(ids[:, 200:300], past_key_values=cache)
+    for mine, other, first in zip(later.layers, whole.layers, early.layers, strict=True):
+        assert mine.condition == first.condition == "attention" and mine.get_seq_length() == 300
+        # 300 tokens but sinks and window, no more
+        assert mine.codes["keys"].length == 300 - 4 - 128
+        learned = [layer.quantizers["keys"].scale for layer in (mine, other, first)]
+        assert torch.equal(learned[0], learned[1]) and not torch.allclose(learned[0], learned[2], rtol=0.01)
+
+
+def test_drift_is_read_by_stretches(tiny, monkeypatch):
+    import measure_drift
+
+    monkeypatch.setattr(measure_drift, "SETTINGS", {"coarse": {"nbits": 2, "key_estimator": "rescaled"}})
+    ids = torch.randint(0, 97, (2, 500), generator=torch.Generator().manual_seed(0))
+    found = measure_drift.drift(tiny, ids, 200, 100, 50)
+    assert list(found) == [("coarse", statistics) for statistics in ("prompt", "whole", "none")]
+    # one that is not conditioned needs no statistics: the mean over all is that of the quality that is measured
+    plain = {"nbits": 2, "key_estimator": "rescaled", "condition": "none"}
+    quality = measure_drift.measure(tiny, ids, [plain], 50, 1, 200, score_from=200)[1]
+    weights = torch.tensor([100, 100, 99]) / 299
+    assert (found["coarse", "none"] * weights).sum() == pytest.approx(quality.kl, rel=1e-4)
+    assert found["coarse", "prompt"].ne(found["coarse", "whole"]).all()
+    ratio = (found["coarse", "prompt"][-1] / found["coarse", "whole"][-1]).item()
+    assert measure_drift.rows(found, 200, 100)[2].endswith(f"| {ratio:.2f} |")
+
+
+def test_measure_drift(run, monkeypatch):
+    import measure_drift
+
+    monkeypatch.setattr(measure_drift, "SETTINGS", {"coarse": {"nbits": 2, "key_estimator": "rescaled"}})
+    arguments = ("--text", "reference", "--sequences", "1", "--prompt", "160", "--stretch", "10", "--block", "10")
+    text = run("measure_drift", *arguments, "--tokens", "20")
+    assert "then 20 sampled" in text and text.count("| coarse |") == 3
+    with pytest.raises(SystemExit):
+        run("measure_drift", *arguments, "--stretch", "15")
