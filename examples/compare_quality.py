@@ -156,6 +156,9 @@ def main():
     parser.add_argument("--windows", type=int, default=12, help="number of windows")
     parser.add_argument("--batch", type=int, default=12, help="windows fed at a time")
     args = parser.parse_args()
+    # keys by channel come in groups of 64 tokens, from the prefill on
+    if args.length % 128:
+        parser.error(f"--length must be a multiple of 128, two halves in blocks of 64, got {args.length}.")
     half = args.length // 2
     options = {"block": 64, "batch": args.batch, "prefill": half, "score_from": half, "weigh": bits_per_coordinate}
     for source in args.model:

@@ -138,11 +138,13 @@ def test_compare_quality(run, monkeypatch, tmp_path):
     monkeypatch.setattr(compare_quality, "new_cache", refuse)
     file = tmp_path / "log.txt"
     file.write_text("Nothing happened at the lighthouse. " * 100)
-    arguments = ("--windows", "1", "--batch", "1", "--length", "320")
+    arguments = ("--windows", "1", "--batch", "1", "--length", "384")
     text = run("compare_quality", "--text", str(file), "reference", *arguments)
     assert text.count("| full cache | 16.00 | 0.0000 |") == 2 and "log.txt**" in text and "reference**" in text
     bits = [float(bits) for bits in re.findall(r"\| (?:quality: rescaled 4|qjl 2) \| ([\d.]+)", text)]
     assert len(bits) == 4 and all(2 < found < 16 for found in bits)
+    with pytest.raises(SystemExit):
+        run("compare_quality", "--text", str(file), "--length", "320")
 
 
 def test_statistics_of_another_text_stay_when_its_tokens_go(tiny):
