@@ -4,60 +4,69 @@ transformers' `QuantizedCache` has them.
 
     pip install optimum-quanto hqq
     python examples/compare_quality.py --text book.txt --windows 12 --batch 12
+    python examples/compare_quality.py --text book.txt reference --model first-model second-model --length 2048
 
-Bits are counted per coordinate of a cached token, mean over the scored blocks: codes, scales, zero points and exact
-tokens, in the recent window and elsewhere; floats count 16 bits, as in a model in half precision. What does not grow
-with the tokens does not count.
+Windows are prefilled with their first half, the second half is fed in blocks of 64 and scored. Bits are counted per
+coordinate of a cached token, mean over the scored blocks: codes, scales, zero points and exact tokens, in the recent
+window and elsewhere; floats count 16 bits, as in a model in half precision. What does not grow with the tokens does not
+count.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from load_model import load
-from transformers import QuantizedCache
+import transformers
+from load_model import load, load_text
 
 from hf_turboquant import TurboQuantCache
 from hf_turboquant.config import PRESETS
+from hf_turboquant.evaluation.caches import new_cache
 from hf_turboquant.evaluation.quality import Quality, measure, split_windows
 
 NBITS = (4, 3.5, 3, 2.5, 2)
+# what is exact weighs most in a short context: ours keep a window full, the integers empty theirs when it is. A block
+# of 64 is longer than the short windows: as with the integers, it sees itself exactly and the rest in codes
+WINDOWS = {"rescaled": (128, 32, 1), "qjl": (128, 1)}
 
 
-def turboquant(**options):
-    return lambda config: TurboQuantCache(config, **options)
+def candidates() -> dict[str, dict]:
+    """Names and options of our caches."""
+    found = {}
+    for estimator, windows in WINDOWS.items():
+        for window in windows:
+            for nbits in NBITS:
+                options = {"nbits": nbits, "key_estimator": estimator}
+                # the presets are among these rows
+                preset = "".join(f"{name}: " for name in PRESETS if PRESETS[name] == options and window == 128)
+                name = f"{preset}{estimator} {nbits}" + (f", window {window}" if window != 128 else "")
+                found[name] = {**options, "residual_length": window}
+    for nbits in (4, 3, 2):
+        options = {"nbits": nbits, "key_estimator": "rescaled", "condition": "none"}
+        found[f"rescaled {nbits}, not conditioned"] = {**options, "residual_length": 128}
+    return found | {name: options for name, options in PRESETS.items() if name.startswith("paper")}
 
 
-def preset(name: str):
-    return lambda config: TurboQuantCache.from_preset(config, name)
-
-
-def integers(backend: str, nbits: int, **options):
-    """Groups of 64 values with a scale and a zero point, and a recent window of 128 tokens."""
-    return lambda config: QuantizedCache(backend, config, nbits=nbits, residual_length=128, **options)
-
-
-def candidates() -> dict[str, object]:
-    """Name and maker of every cache."""
-    found = {f"{estimator} {nbits}": turboquant(nbits=nbits, key_estimator=estimator)
-             for estimator in ("rescaled", "qjl") for nbits in NBITS}  # fmt: skip
-    found |= {
-        f"rescaled {nbits}, not conditioned": turboquant(nbits=nbits, key_estimator="rescaled", condition="none")
-        for nbits in NBITS
-    }
-    # what is exact weighs most in a short context: a window as long as the integers have on average
-    found |= {
-        f"{estimator} {nbits}, window 32": turboquant(nbits=nbits, key_estimator=estimator, residual_length=32)
-        for estimator in ("rescaled", "qjl")
-        for nbits in NBITS
-    }
-    found |= {name: preset(name) for name in PRESETS}
-    for nbits in (4, 2):
-        # groups along the channels of a token, and keys along the tokens of a channel, as KIVI has them
-        found[f"quanto int{nbits}"] = integers("quanto", nbits)
-        found[f"quanto int{nbits}, keys by channel"] = integers("quanto", nbits, axis_key=-1)
-        found[f"HQQ int{nbits}"] = integers("hqq", nbits, axis_key=1, axis_value=1)
-    return found
+def integers(config) -> dict[str, dict]:
+    """Names and options of transformers' integers that are installed: groups of 64 values, a scale and a zero point."""
+    found = {}
+    for window in (128, 32):
+        for nbits in (4, 2):
+            options = {"nbits": nbits, "residual_length": window, "q_group_size": 64}
+            end = f", window {window}" if window != 128 else ""
+            # groups along the channels of a token, and keys along the tokens of a channel, as KIVI has them
+            found[f"quanto int{nbits}{end}"] = {"cache": "quanto", **options}
+            found[f"quanto int{nbits}, keys by channel{end}"] = {"cache": "quanto", **options, "axis_key": -1}
+            found[f"HQQ int{nbits}{end}"] = {"cache": "hqq", **options, "axis_key": 1, "axis_value": 1}
+    usable = {}
+    for name, options in found.items():
+        try:
+            new_cache(config, options)
+            usable[name] = options
+        except ValueError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    return usable
 
 
 def bits_per_coordinate(cache) -> float:
@@ -94,27 +103,81 @@ def _coordinates(quantized) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-def rows(names: list[str], qualities: list[Quality]) -> list[str]:
+def rows(qualities: dict[str, Quality]) -> list[str]:
     """A markdown table, fewest bits last."""
     lines = ["| cache | bits in all | KL (nats) | perplexity | top-1 |", "|---|---|---|---|---|"]
-    for name, q in sorted(zip(names, qualities, strict=True), key=lambda pair: -pair[1].bits):
+    for name, q in sorted(qualities.items(), key=lambda item: -item[1].bits):
         lines.append(f"| {name} | {q.bits:.2f} | {q.kl:.4f} | {q.perplexity:.2f} | {q.agreement:.3f} |")
+    return lines
+
+
+def at_equal_bits(groups: dict[str, dict[str, Quality]], theirs: dict[str, Quality]) -> list[str]:
+    """A markdown table: for each of `theirs` the best of every group of ours that takes no more bits."""
+    columns = ["integers", "bits in all", "KL", *(cell for group in groups for cell in (group, "KL"))]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, their in sorted(theirs.items(), key=lambda item: -item[1].bits):
+        cells = [name, f"{their.bits:.2f}", f"{their.kl:.4f}"]
+        for group in groups.values():
+            fitting = {other: q for other, q in group.items() if q.bits <= their.bits}
+            best = min(fitting, key=lambda other: fitting[other].kl, default=None)
+            cells += [f"{best} ({fitting[best].bits:.2f})", f"{fitting[best].kl:.4f}"] if best else ["none", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def beaten(ours: dict[str, Quality], theirs: dict[str, Quality]) -> list[str]:
+    """Those of `ours` that one of `theirs` betters with no more bits, each with the one that does most."""
+    lines = []
+    for name, q in ours.items():
+        better = {other: their for other, their in theirs.items() if their.bits <= q.bits and their.kl < q.kl}
+        if better:
+            other = min(better, key=lambda each: better[each].kl)
+            lines.append(
+                f"- {name} ({q.bits:.2f}, {q.kl:.4f}): {other} ({better[other].bits:.2f}, {better[other].kl:.4f})"
+            )
     return lines
 
 
 def main():
     parser = argparse.ArgumentParser(description="KL, perplexity and top-1 against all bits that a cache holds.")
-    parser.add_argument("--model", help="a Hub name or a local folder (default: SmolLM2-135M-Instruct from PyPI)")
-    parser.add_argument("--text", type=Path, required=True, help="any text file; its first windows are used")
-    parser.add_argument("--windows", type=int, default=12, help="number of windows of 1,024 tokens")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=[None],
+        help="Hub names or local folders (default: SmolLM2-135M-Instruct from PyPI)",
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        required=True,
+        help="text files, of which the first windows are used, or `reference`: the reference of the Python language",
+    )
+    parser.add_argument("--length", type=int, default=1024, help="tokens in a window")
+    parser.add_argument("--windows", type=int, default=12, help="number of windows")
     parser.add_argument("--batch", type=int, default=12, help="windows fed at a time")
     args = parser.parse_args()
-    model, tokenizer = load(args.model, torch.float32)
-    windows = split_windows(tokenizer, args.text.read_text(encoding="utf-8"), 1024, args.windows)
-    caches = candidates()
-    options = {"block": 64, "batch": args.batch, "prefill": 512, "score_from": 512, "weigh": bits_per_coordinate}
-    qualities = measure(model, windows, list(caches.values()), **options)
-    print("\n".join(rows(["full cache", *caches], qualities)))
+    # keys by channel come in groups of 64 tokens, from the prefill on
+    if args.length % 128:
+        parser.error(f"--length must be a multiple of 128, two halves in blocks of 64, got {args.length}.")
+    half = args.length // 2
+    options = {"block": 64, "batch": args.batch, "prefill": half, "score_from": half, "weigh": bits_per_coordinate}
+    for source in args.model:
+        model, tokenizer = load(source, torch.float32)
+        ours, theirs = candidates(), integers(model.config)
+        for text in args.text:
+            windows = split_windows(tokenizer, load_text(text), args.length, args.windows)
+            qualities = measure(model, windows, [*ours.values(), *theirs.values()], **options)
+            found = dict(zip(["full cache", *ours, *theirs], qualities, strict=True))
+            our, their = ({name: found[name] for name in names} for names in (ours, theirs))
+            print(
+                f"\n**{Path(source or 'SmolLM2-135M-Instruct').name}, {Path(text).name}**, {args.windows} windows of "
+                f"{args.length:,} tokens, {args.batch} in a batch, float32, {model.device.type}, "
+                f"torch {torch.__version__}, transformers {transformers.__version__}\n"
+            )
+            usual = {name: found[name] for name, options in ours.items() if options["residual_length"] == 128}
+            groups = {"ours, no more bits": our, "with a window of 128": usual}
+            print("\n".join([*rows(found), "", *at_equal_bits(groups, their), ""]))
+            print("\n".join(["Ours that integers better with no more bits:", *(beaten(our, their) or ["- none"])]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,13 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_turboquant import TurboQuantCache
+from hf_turboquant.evaluation.caches import new_cache
+from hf_turboquant.evaluation.quality import Quality
+
+TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.fixture
@@ -71,3 +78,119 @@ def test_common_length():
     assert common_length(torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4, 5])) == 2
     assert common_length(torch.tensor([1]), torch.tensor([1, 2])) == 1
     assert common_length(torch.tensor([], dtype=torch.long), torch.tensor([1])) == 0
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    options = {"num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.125}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY, **options)).eval()
+
+
+def test_all_bits_count(tiny):
+    from compare_quality import bits_per_coordinate
+
+    def bits(options):
+        cache = new_cache(tiny.config, options)
+        with torch.no_grad():
+            for part in torch.randint(0, 97, (1, 400)).split([384, 16], dim=1):
+                tiny(part, past_key_values=cache)
+        return bits_per_coordinate(cache)
+
+    # 4 first and 128 last tokens exact, otherwise 4 bits and a scale of 16 for every 16 coordinates
+    assert bits({"nbits": 4, "key_estimator": "rescaled"}) == pytest.approx((132 * 16 + 268 * 5) / 400)
+    pytest.importorskip("optimum.quanto")
+    # 16 tokens wait in the window, a group of 64 has a scale and a zero point
+    for axis in (0, -1):
+        options = {"cache": "quanto", "nbits": 4, "q_group_size": 64, "axis_key": axis}
+        assert bits(options) == pytest.approx((16 * 16 + 384 * 4.5) / 400)
+
+
+def test_ours_and_theirs_at_equal_bits():
+    from compare_quality import at_equal_bits, beaten
+
+    def quality(bits, kl):
+        return Quality(tokens=1, bits_sum=bits, kls=[kl])
+
+    ours = {"fat": quality(6, 0.02), "good": quality(4.5, 0.03), "lean": quality(4, 0.05)}
+    theirs = {"int4": quality(5, 0.04), "int4, longer": quality(5.5, 0.01), "int2": quality(3, 1.0)}
+    lines = at_equal_bits({"ours": ours, "some": {"lean": ours["lean"]}}, theirs)
+    assert lines[2:] == [
+        "| int4, longer | 5.50 | 0.0100 | good (4.50) | 0.0300 | lean (4.00) | 0.0500 |",
+        "| int4 | 5.00 | 0.0400 | good (4.50) | 0.0300 | lean (4.00) | 0.0500 |",
+        "| int2 | 3.00 | 1.0000 | none |  | none |  |",
+    ]
+    assert beaten(ours, theirs) == ["- fat (6.00, 0.0200): int4, longer (5.50, 0.0100)"]
+
+
+def test_compare_quality(run, monkeypatch, tmp_path):
+    import compare_quality
+
+    presets = [name for name in compare_quality.candidates() if ":" in name]
+    assert presets == ["quality: rescaled 4", "balanced: rescaled 3", "small: rescaled 2"]
+    some = {name: options for name, options in compare_quality.candidates().items() if name in (*presets[:1], "qjl 2")}
+    monkeypatch.setattr(compare_quality, "candidates", lambda: some)
+
+    def refuse(config, options):
+        raise ValueError("not installed")
+
+    # the rest is measured where quanto or HQQ are missing
+    monkeypatch.setattr(compare_quality, "new_cache", refuse)
+    file = tmp_path / "log.txt"
+    file.write_text("Nothing happened at the lighthouse. " * 100)
+    arguments = ("--windows", "1", "--batch", "1", "--length", "384")
+    text = run("compare_quality", "--text", str(file), "reference", *arguments)
+    assert text.count("| full cache | 16.00 | 0.0000 |") == 2 and "log.txt**" in text and "reference**" in text
+    bits = [float(bits) for bits in re.findall(r"\| (?:quality: rescaled 4|qjl 2) \| ([\d.]+)", text)]
+    assert len(bits) == 4 and all(2 < found < 16 for found in bits)
+    with pytest.raises(SystemExit):
+        run("compare_quality", "--text", str(file), "--length", "320")
+
+
+def test_statistics_of_another_text_stay_when_its_tokens_go(tiny):
+    from measure_drift import informed
+
+    ids = torch.randint(0, 97, (1, 600), generator=torch.Generator().manual_seed(0))
+    options = {"nbits": 3, "key_estimator": "rescaled"}
+    with torch.inference_mode():
+        early, whole = TurboQuantCache(tiny.config, **options), TurboQuantCache(tiny.config, **options)
+        later = informed(tiny, ids, options)
+        assert later.get_seq_length() == 0
+        tiny(ids, past_key_values=whole)
+        for cache in (early, later):
+            tiny(ids[:, :200], past_key_values=cache)
+            tiny(ids[:, 200:300], past_key_values=cache)
+    for mine, other, first in zip(later.layers, whole.layers, early.layers, strict=True):
+        assert mine.condition == first.condition == "attention" and mine.get_seq_length() == 300
+        # 300 tokens but sinks and window, no more
+        assert mine.codes["keys"].length == 300 - 4 - 128
+        learned = [layer.quantizers["keys"].scale for layer in (mine, other, first)]
+        assert torch.equal(learned[0], learned[1]) and not torch.allclose(learned[0], learned[2], rtol=0.01)
+
+
+def test_drift_is_read_by_stretches(tiny, monkeypatch):
+    import measure_drift
+
+    monkeypatch.setattr(measure_drift, "SETTINGS", {"coarse": {"nbits": 2, "key_estimator": "rescaled"}})
+    ids = torch.randint(0, 97, (2, 500), generator=torch.Generator().manual_seed(0))
+    found = measure_drift.drift(tiny, ids, 200, 100, 50)
+    assert list(found) == [("coarse", statistics) for statistics in ("prompt", "whole", "none")]
+    # one that is not conditioned needs no statistics: the mean over all is that of the quality that is measured
+    plain = {"nbits": 2, "key_estimator": "rescaled", "condition": "none"}
+    quality = measure_drift.measure(tiny, ids, [plain], 50, 1, 200, score_from=200)[1]
+    weights = torch.tensor([100, 100, 99]) / 299
+    assert (found["coarse", "none"] * weights).sum() == pytest.approx(quality.kl, rel=1e-4)
+    assert found["coarse", "prompt"].ne(found["coarse", "whole"]).all()
+    ratio = (found["coarse", "prompt"][-1] / found["coarse", "whole"][-1]).item()
+    assert measure_drift.rows(found, 200, 100)[2].endswith(f"| {ratio:.2f} |")
+
+
+def test_measure_drift(run, monkeypatch):
+    import measure_drift
+
+    monkeypatch.setattr(measure_drift, "SETTINGS", {"coarse": {"nbits": 2, "key_estimator": "rescaled"}})
+    arguments = ("--text", "reference", "--sequences", "1", "--prompt", "160", "--stretch", "10", "--block", "10")
+    text = run("measure_drift", *arguments, "--tokens", "20")
+    assert "then 20 sampled" in text and text.count("| coarse |") == 3
+    with pytest.raises(SystemExit):
+        run("measure_drift", *arguments, "--stretch", "15")

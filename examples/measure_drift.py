@@ -1,0 +1,124 @@
+"""
+Does conditioning that was frozen early go stale? A prompt of 200 tokens, then 3,000 that the model samples or that come
+from another text; KL to the full cache by stretches of 400 tokens.
+
+    python examples/measure_drift.py --text book.txt
+    python examples/measure_drift.py --text book.txt --then reference
+
+KL rises along a text whatever is frozen: at first most tokens are exact, later nearly all are codes. What drift adds is
+the difference from the same cache with statistics from the whole text, `whole`; `none` is not conditioned.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import transformers
+from load_model import load, load_text
+
+from hf_turboquant import TurboQuantCache
+from hf_turboquant.evaluation.quality import measure, split_windows
+
+SETTINGS = {
+    "rescaled 4": {"nbits": 4, "key_estimator": "rescaled"},
+    "rescaled 3": {"nbits": 3, "key_estimator": "rescaled"},
+    "qjl 4": {"nbits": 4, "key_estimator": "qjl"},
+    # more of the first tokens are codes
+    "rescaled 3, window 32": {"nbits": 3, "key_estimator": "rescaled", "residual_length": 32},
+}
+
+
+def informed(model, ids: torch.Tensor, options: dict) -> TurboQuantCache:
+    """An empty cache whose conditioning comes from `ids`, of shape `[1, tokens]`."""
+    cache = TurboQuantCache(model.config, **options)
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    # tokens go, what was frozen stays
+    cache.crop(-ids.shape[1])
+    return cache
+
+
+def caches(model, ids: torch.Tensor) -> dict[tuple[str, str], object]:
+    """Options or maker of every cache, by setting and statistics."""
+    found = {}
+    for name, options in SETTINGS.items():
+        found[name, "prompt"] = options
+        found[name, "whole"] = lambda config, options=options: informed(model, ids, options)
+        found[name, "none"] = {**options, "condition": "none"}
+    return found
+
+
+def drift(model, sequences: torch.Tensor, prompt: int, stretch: int, block: int) -> dict[tuple[str, str], torch.Tensor]:
+    """
+    KL by stretches, mean over sequences: each has caches and statistics of its own.
+
+    Args:
+        model: a causal language model.
+        sequences (`torch.Tensor`): token ids of shape `[sequences, length]`.
+        prompt (`int`): tokens of the prefill, from which `prompt` has its statistics.
+        stretch (`int`): tokens of a stretch, a multiple of `block`.
+        block (`int`): tokens fed at a time.
+
+    Returns:
+        A tensor of shape `[stretches]` for every setting and statistics.
+    """
+    sums = {}
+    for ids in sequences.to(model.device).split(1):
+        makers = caches(model, ids)
+        _, *qualities = measure(model, ids, list(makers.values()), block, 1, prompt, score_from=prompt)
+        for key, quality in zip(makers, qualities, strict=True):
+            # the last stretch is one shorter: the last token has no next one
+            means = torch.stack([part.mean() for part in torch.tensor(quality.kls).split(stretch)])
+            sums[key] = sums.get(key, 0) + means / len(sequences)
+    return sums
+
+
+def rows(found: dict[tuple[str, str], torch.Tensor], prompt: int, stretch: int) -> list[str]:
+    """A markdown table: stretches, the last against the first, and against the same stretch of `whole`."""
+    count = len(next(iter(found.values())))
+    starts = [prompt + stretch * index for index in range(count)]
+    columns = ["setting", "statistics", *(f"from {start:,}" for start in starts), "last : first", "last : whole's"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for (name, statistics), means in found.items():
+        ratios = f"{means[-1] / means[0]:.2f}", f"{means[-1] / found[name, 'whole'][-1]:.2f}"
+        lines.append(f"| {' | '.join([name, statistics, *(f'{kl:.4f}' for kl in means), *ratios])} |")
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description="KL along a text, of caches whose conditioning was frozen early.")
+    parser.add_argument("--model", help="a Hub name or a local folder (default: SmolLM2-135M-Instruct from PyPI)")
+    parser.add_argument("--text", required=True, help="text file that the prompts come from, or `reference`")
+    parser.add_argument("--then", help="text that goes on in place of what the model samples")
+    parser.add_argument("--sequences", type=int, default=4, help="prompts, one after the other in the text")
+    parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=3000, help="tokens after the prompt")
+    parser.add_argument("--stretch", type=int, default=400, help="tokens that are averaged")
+    parser.add_argument("--block", type=int, default=100, help="tokens fed at a time")
+    args = parser.parse_args()
+    if args.stretch % args.block:
+        parser.error(f"--stretch must be a multiple of --block, got {args.stretch} and {args.block}. Change one.")
+
+    model, tokenizer = load(args.model, torch.float32)
+    sequences = split_windows(tokenizer, load_text(args.text), args.prompt, args.sequences)
+    if args.then:
+        rest = split_windows(tokenizer, load_text(args.then), args.tokens, args.sequences)
+        sequences = torch.cat([sequences, rest], dim=1)
+    else:
+        torch.manual_seed(0)
+        # sampled: a small model that takes the likeliest token repeats itself
+        sampling = {"do_sample": True, "top_k": 50, "max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
+        prompts = sequences.to(model.device)
+        sequences = model.generate(prompts, attention_mask=torch.ones_like(prompts), **sampling)
+    found = drift(model, sequences, args.prompt, args.stretch, args.block)
+    name, then = Path(args.model or "SmolLM2-135M-Instruct").name, f"of {args.then and Path(args.then).name}"
+    print(
+        f"\n**{name}**, {args.sequences} prompts of {args.prompt} tokens of {Path(args.text).name}, then "
+        f"{args.tokens:,} {then if args.then else 'sampled'}; "
+        f"KL (nats) by stretches of {args.stretch}, fed in blocks of {args.block}; float32, {model.device.type}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}\n"
+    )
+    print("\n".join(rows(found, args.prompt, args.stretch)))
+
+
+if __name__ == "__main__":
+    main()
