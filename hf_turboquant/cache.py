@@ -18,6 +18,7 @@ from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
 from .pretrained import load_cache, model_fields, save_cache
+from .rotary import rotary_frequencies
 from .static import TurboQuantStaticLayer
 
 
@@ -71,6 +72,8 @@ class TurboQuantCache(DynamicCache):
                 self.layers[index] = self._layer(index)
             elif type(layer) is LinearAttentionAndFullAttentionLayer and index not in self.skipped:
                 self.layers[index] = TurboQuantHybridLayer(self.options, index, layer.number_of_states)
+            if isinstance(self.layers[index], TurboQuantLayer):
+                self.layers[index].frequencies = rotary_frequencies(config, index)
 
     def _resolve_skip_layers(self) -> frozenset[int]:
         count, skipped = len(self.layers), self.options.skip_layers

@@ -1,5 +1,6 @@
 """Conditioning: a mean and a scale for every channel of the keys, so that bits go where queries look."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,8 @@ from .quantizer import Quantizer
 MIN_TOKENS = 64
 # statistics of so many tokens, evenly spaced, are as good as those of all, and take little memory
 MAX_TOKENS = 4_096
+# with fewer tokens than this, statistics are those to be expected of so many
+HORIZON = 4_096
 # a channel counts as if it had at least this part of the average energy: keeps scales within a factor of ten
 MIN_ENERGY = 1e-4
 
@@ -38,7 +41,12 @@ class QueryEnergy:
 
 
 def condition(
-    quantizer: Quantizer, keys: torch.Tensor, query_energy: torch.Tensor | None, valid: torch.Tensor | None
+    quantizer: Quantizer,
+    keys: torch.Tensor,
+    query_energy: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    frequencies: list[float] | None = None,
+    first: int = 0,
 ) -> tuple[Quantizer, str]:
     """
     The quantizer of keys with a mean μ and a scale t per KV head and channel: y = Π t (k - μ), queries Π q / t.
@@ -47,11 +55,16 @@ def condition(
     to (Σ_c E q_c² / t_c²) (Σ_c t_c² E k_c²), smallest where t_c⁴ = E q_c² / E k_c² (Cauchy-Schwarz), k centred. Both
     expectations come from the tokens at hand; padding does not count, nor do sinks, which stay exact.
 
+    Rotary embeddings turn the mean of slow pairs of channels as positions go on. Where there are fewer than `HORIZON`
+    tokens, μ is the mean over so many positions, and what leaves it counts as energy: see [`future_mean`].
+
     Args:
         quantizer (`Quantizer`): without mean and scale.
         keys (`torch.Tensor`): of shape `[batch, num_key_value_heads, tokens, head_dim]`.
         query_energy (`torch.Tensor`, *optional*): E q² up to a factor, of shape `[num_key_value_heads, head_dim]`.
         valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, tokens]`; false for padding.
+        frequencies (`list[float]`, *optional*): ω of each pair of channels: see [`rotary.rotary_frequencies`].
+        first (`int`): position of the first of `keys`.
 
     Returns:
         The quantizer and what it does: `"attention"` (mean and scale), `"center"` (mean: no query was seen, or the
@@ -59,10 +72,15 @@ def condition(
     """
     if keys.shape[0] * keys.shape[2] < MIN_TOKENS:
         return quantizer, "none"
+    stop = first + keys.shape[2]
+    positions = torch.arange(first, stop, device=keys.device)[:: _step(keys)]
     keys, valid = _sample(keys, valid)
     count = keys.shape[0] * keys.shape[2] if valid is None else valid.sum()
     mean = _fill(keys, valid).sum((0, 2), keepdim=True, dtype=torch.float32) / count
     key_energy = _energy(keys - mean, valid) / count
+    if frequencies and stop < HORIZON:
+        mean, lost = future_mean(_fill(keys, valid), mean, count, positions, mean.new_tensor(frequencies))
+        key_energy = key_energy + lost[0, :, 0]
     scale = torch.ones_like(key_energy)
     if query_energy is not None:
         scale = (_floor(query_energy) / _floor(key_energy)).pow(0.25)
@@ -81,6 +99,53 @@ def condition(
     return replace(centred, scale=scale.unsqueeze(1)), "attention"
 
 
+def future_mean(
+    keys: torch.Tensor, mean: torch.Tensor, count, positions: torch.Tensor, frequencies: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The mean of keys over the first `HORIZON` positions, if what it is before the embedding stays as it is here.
+
+    The embedding multiplies a pair of channels, as a complex number, by e^(iωp) at position p. Undone, pairs have a
+    mean m, which over H positions comes to m (e^(iωH) - 1) / (iωH): slow pairs turn for thousands of positions, and
+    their mean over a few hundred is not what it will be. Pairs are channels i and i + `pairs` or 2 i and 2 i + 1,
+    whichever leaves more of a mean; if both leave less than there is without, keys come some other way.
+
+    Args:
+        keys (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`, zero where they don't count.
+        mean (`torch.Tensor`): theirs, fp32 `[1, heads, 1, head_dim]`.
+        count (`int` or `torch.Tensor`): how many it is of.
+        positions (`torch.Tensor`): of the tokens.
+        frequencies (`torch.Tensor`): ω, of shape `[pairs]`.
+
+    Returns:
+        The mean, and the energy that leaves it for each channel; both of the shape of `mean`.
+    """
+    pairs = len(frequencies)
+    angles = positions[:, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    end = HORIZON * frequencies
+    # real and imaginary part of (e^(iωH) - 1) / (iωH), for ω = 0 too
+    shrink, turn = torch.sinc(end / math.pi), torch.sinc(end / (2 * math.pi)) * (end / 2).sin()
+    best, lost, left = mean, torch.zeros_like(mean), mean[..., : 2 * pairs].square().sum()
+    halves, neighbours = (slice(pairs), slice(pairs, 2 * pairs)), (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
+    for x, y in (halves, neighbours):
+        real, imaginary = keys[..., x].float(), keys[..., y].float()
+        still = (
+            (real * cos + imaginary * sin).sum((0, 2), keepdim=True) / count,
+            (imaginary * cos - real * sin).sum((0, 2), keepdim=True) / count,
+        )
+        found, leaves = mean.clone(), torch.zeros_like(mean)
+        found[..., x] = still[0] * shrink - still[1] * turn
+        found[..., y] = still[0] * turn + still[1] * shrink
+        less = mean.square() - found.square()
+        leaves[..., x] = leaves[..., y] = (less[..., x] + less[..., y]).clamp_min(0) / 2
+        # decided on the device
+        remains = still[0].square().sum() + still[1].square().sum()
+        best, lost = torch.where(remains > left, found, best), torch.where(remains > left, leaves, lost)
+        left = torch.maximum(remains, left)
+    return best, lost
+
+
 def valid_tokens(attention_mask: torch.Tensor | None, kv_len: int) -> torch.Tensor | None:
     """Boolean of shape `[batch, kv_len]`: the tokens that the last query may attend to; `None` where all count."""
     if attention_mask is None or attention_mask.dim() != 4 or attention_mask.shape[-1] < kv_len:
@@ -92,8 +157,12 @@ def valid_tokens(attention_mask: torch.Tensor | None, kv_len: int) -> torch.Tens
 
 def _sample(states: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """At most `MAX_TOKENS` tokens of `[batch, heads, tokens, head_dim]`, evenly spaced, and which of them count."""
-    step = -(-states.shape[0] * states.shape[2] // MAX_TOKENS)
-    return states.detach()[:, :, :: max(step, 1)], None if valid is None else valid[:, :: max(step, 1)]
+    step = _step(states)
+    return states.detach()[:, :, ::step], None if valid is None else valid[:, ::step]
+
+
+def _step(states: torch.Tensor) -> int:
+    return max(-(-states.shape[0] * states.shape[2] // MAX_TOKENS), 1)
 
 
 def _fill(states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

@@ -31,6 +31,8 @@ class TurboQuantLayer(DynamicLayer):
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.config = config
         self.layer_idx = layer_idx
+        # of the rotary embedding of the keys, where the model's config tells: see `conditioning.condition`
+        self.frequencies: list[float] | None = None
         super().__init__()
         self.reset()
 
@@ -228,7 +230,9 @@ class TurboQuantLayer(DynamicLayer):
         with torch.inference_mode(False), torch.no_grad():
             if self.condition != "none":
                 energy = None if self.query_energy is None else self.query_energy.total
-                quantizers["keys"], self.condition = condition(quantizers["keys"], tokens("keys"), energy, valid)
+                quantizers["keys"], self.condition = condition(
+                    quantizers["keys"], tokens("keys"), energy, valid, self.frequencies, sinks
+                )
             for role in ROLES:
                 if isinstance(quantizers[role], SplitQuantizer):
                     quantizers[role] = quantizers[role].choose(tokens(role), valid)

@@ -5,12 +5,21 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    DynamicCache,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
-from hf_turboquant.conditioning import QueryEnergy, condition, valid_tokens
+from hf_turboquant.conditioning import HORIZON, QueryEnergy, condition, valid_tokens
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.quantizer import Quantizer
+from hf_turboquant.rotary import rotary_frequencies
 
 
 def skewed_states(tokens, batch=1, heads=2, seed=0):
@@ -234,3 +243,67 @@ def test_it_travels_with_the_cache_and_reset_forgets_it():
     assert torch.equal(twin.keys.dequantize(), layer.keys.dequantize())
     layer.reset()
     assert layer.condition is None and layer.query_energy is None and layer.pending is None
+
+
+FREQUENCIES = tuple(10_000 ** (-i / 32) for i in range(32))
+
+
+def rotated_states(start, stop, layout, seed=0):
+    """Keys `[1, 2, tokens, 64]` whose mean before the rotary embedding stays what it is."""
+    keys = 0.3 * torch.randn(1, 2, stop - start, 64, generator=torch.Generator().manual_seed(seed))
+    keys += torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(99))
+    angles = torch.arange(start, stop)[:, None] * torch.tensor(FREQUENCIES)
+    x, y = (slice(32), slice(32, 64)) if layout == "halves" else (slice(0, 64, 2), slice(1, 64, 2))
+    turned = torch.empty_like(keys)
+    turned[..., x] = keys[..., x] * angles.cos() - keys[..., y] * angles.sin()
+    turned[..., y] = keys[..., y] * angles.cos() + keys[..., x] * angles.sin()
+    return turned
+
+
+@pytest.mark.parametrize("layout", ("halves", "neighbours"))
+@pytest.mark.parametrize("padded", (False, True))
+def test_the_mean_is_that_of_positions_to_come(layout, padded):
+    whole = rotated_states(0, HORIZON, layout)
+    prompt, valid = rotated_states(4, 300, layout, seed=1), None
+    if padded:
+        valid = torch.ones(1, 296, dtype=torch.bool)
+        valid[:, :40] = False
+        prompt[:, :, :40] = torch.nan
+    energy = torch.ones(2, 64)
+    early, _ = condition(plain_quantizer(), prompt, energy, valid)
+    told, kind = condition(plain_quantizer(), prompt, energy, valid, FREQUENCIES, 4)
+    expected = whole.mean((0, 2)).unsqueeze(1)
+    assert kind == "attention"
+    assert (told.mean - expected).norm() < 0.1 * (early.mean - expected).norm()
+    # and so is the energy: channels get the scale that the whole text would have given them
+    known, _ = condition(plain_quantizer(), whole, energy, None)
+    assert (told.scale / known.scale).log().std() < 0.3 * (early.scale / known.scale).log().std()
+
+
+def test_keys_without_the_embedding_keep_their_mean():
+    _, keys, _ = skewed_states(300)
+    plain, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None)
+    told, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None, FREQUENCIES, 4)
+    torch.testing.assert_close((told.mean, told.scale), (plain.mean, plain.scale))
+
+
+def test_long_prompts_are_taken_as_they_are():
+    keys = rotated_states(4, HORIZON, "halves")
+    plain, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None)
+    told, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None, FREQUENCIES, 4)
+    assert torch.equal(told.mean, plain.mean)
+
+
+def test_frequencies_come_from_the_config():
+    llama = LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters={"rope_theta": 100.0})
+    assert rotary_frequencies(llama, 0) == pytest.approx([100 ** (-i / 8) for i in range(8)])
+    parameters = {"rope_theta": 100.0, "rope_type": "linear", "factor": 4.0}
+    scaled = LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters=parameters)
+    assert rotary_frequencies(scaled, 0) == pytest.approx([100 ** (-i / 8) / 4 for i in range(8)])
+    # another one for each type of layer
+    gemma = Gemma3TextConfig(num_hidden_layers=6)
+    local, far = rotary_frequencies(gemma, 0), rotary_frequencies(gemma, 5)
+    assert gemma.layer_types[0] != gemma.layer_types[5] and local[-1] > 10 * far[-1]
+    assert rotary_frequencies(GPT2Config(), 0) is None
+    cache = TurboQuantCache(llama, nbits=4)
+    assert cache.layers[3].frequencies == rotary_frequencies(llama, 3)
