@@ -12,7 +12,7 @@ MIN_TOKENS = 64
 # statistics of so many tokens, evenly spaced, are as good as those of all, and take little memory
 MAX_TOKENS = 4_096
 # with fewer tokens than this, statistics are those to be expected of so many
-HORIZON = 4_096
+HORIZON = 2_048
 # a channel counts as if it had at least this part of the average energy: keeps scales within a factor of ten
 MIN_ENERGY = 1e-4
 
