@@ -15,11 +15,13 @@ import argparse
 import gc
 import statistics
 import time
+from itertools import pairwise
 
 import torch
 import transformers
 from rich.progress import track
 from torch._dynamo.utils import counters
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
@@ -66,11 +68,15 @@ STATIC_COLUMNS = (
     "cache",
     "step (ms)",
     "GPU busy (ms)",
+    "between kernels (ms)",
+    "kernels",
     "first steps (s)",
     "graphs",
     "peak memory (GB)",
     "cache (GB)",
 )
+# a longer one means that the GPU waits for the host
+HOST_GAP_US = 20
 MARKDOWN_COLUMNS = ("batch × context", "cache", "step (ms)", "GPU busy (ms)", "peak memory (GB)", "cache (GB)")
 
 
@@ -121,24 +127,41 @@ def decode(model, make_cache, batch: int, context: int, steps: int) -> tuple[str
 
 
 class Clock(StoppingCriteria):
-    """Notes the time of every step; `generate` waits for the GPU before the next."""
+    """
+    Notes the time of every step; `generate` waits for the GPU before the next. Starts a profiler after the first one,
+    which is not compiled and does other work.
+    """
 
-    def __init__(self):
+    def __init__(self, profiler: profile | None = None):
         self.times_s: list[float] = []
+        self.profiler = profiler
 
     def __call__(self, input_ids, scores, **kwargs):
+        if self.profiler is not None and not self.times_s:
+            torch.cuda.synchronize()
+            self.profiler.start()
         self.times_s.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def generate(model, cache, ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, list[float]]:
-    """Goes on from a filled cache: the ids and the times between steps, of which the first is not compiled."""
-    clock = Clock()
+def generate(model, cache, ids: torch.Tensor, tokens: int, profiler=None) -> tuple[torch.Tensor, list[float]]:
+    """Goes on from a filled cache: the ids and the times of all steps but the first, which is not compiled."""
+    clock = Clock(profiler)
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     ids = model.generate(
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, stopping_criteria=[clock], **options
     )
     return ids, [stop - start for start, stop in zip(clock.times_s, clock.times_s[1:], strict=False)]
+
+
+def gpu_times(events) -> tuple[float, float, int]:
+    """Of a profile: ms in which the GPU worked, ms between kernels that follow at once, number of kernels."""
+    # what torch.compile marks as its own is a range around kernels that are counted already
+    own = (e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith("#"))
+    ranges = sorted((event.time_range.start, event.time_range.end) for event in own)
+    busy_us = sum(stop - start for start, stop in ranges)
+    gaps_us = [max(0, start - stop) for (_, stop), (start, _) in pairwise(ranges)]
+    return busy_us / 1e3, sum(gap for gap in gaps_us if gap < HOST_GAP_US) / 1e3, len(ranges)
 
 
 @torch.inference_mode()
@@ -155,15 +178,16 @@ def decode_static(model, make_cache, batch: int, context: int, tokens: int) -> t
     # compilation, and what CUDA graphs run before they are captured
     first_s = time.perf_counter() - start - sum(times_s[len(times_s) // 4 :])
     peak = torch.cuda.max_memory_allocated()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        generate(model, cache, ids, 8)
-        torch.cuda.synchronize()
-    # what torch.compile marks as its own is a range around kernels that are counted already
-    events = (event for event in profiler.key_averages() if not event.key.startswith("#"))
-    busy_ms = sum(event.self_device_time_total for event in events) / 8e3
+    profiler = profile(activities=[ProfilerActivity.CUDA])
+    _, profiled_s = generate(model, cache, ids, 8, profiler)
+    torch.cuda.synchronize()
+    profiler.stop()
+    busy_ms, between_ms, kernels = (total / len(profiled_s) for total in gpu_times(profiler.events()))
     return (
         f"{statistics.median(times_s[len(times_s) // 4 :]) * 1e3:.1f}",
         f"{busy_ms:.1f}",
+        f"{between_ms:.1f}",
+        f"{kernels:.0f}",
         f"{first_s:.0f}",
         str(counters["stats"]["unique_graphs"]),
         f"{peak / 1e9:.1f}",

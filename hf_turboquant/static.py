@@ -46,6 +46,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     states: LayerStates | None = None
     # what conditioning would come to if the next token were quantised
     provisional: str | None = None
+    # no more tokens than these, with those of compiled steps, which the length on the host does not have yet
+    most_tokens: int = 0
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.max_cache_len = config.max_cache_len
@@ -116,6 +118,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         if key_states.shape[2] > self.step_tokens or not self.is_initialized:
             return super().update(key_states, value_states)
         ops.append(self.states, key_states.detach(), value_states.detach())
+        self.most_tokens += key_states.shape[2]
         return tuple(QuantizedStates(self.states, role) for role in ROLES)
 
     def _check_room(self, tokens: int) -> None:
@@ -170,7 +173,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         if not self.is_initialized:
             return
         states = self.states.measured()
-        self.length = states.kv_len
+        self.length = self.most_tokens = states.kv_len
         for role in ROLES:
             self.codes[role].length = states.codes[role].length
         if self.codes["keys"].length and self.condition is None:
@@ -178,6 +181,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def _count(self) -> None:
         """Writes the lengths to the device."""
+        self.most_tokens = self.length
         self.states.counters[..., 0] = self.length
         self.states.counters[..., 1] = self.codes["keys"].length
 
@@ -196,14 +200,18 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the mask of the next update, and the first one's position; all that there may be for a step."""
-        step = self.is_initialized and query_length <= self.step_tokens
-        if not (step and torch.compiler.is_compiling()):
-            # `generate` asks before every compiled step, when it has waited for the one before
+        if not self.is_initialized or query_length > self.step_tokens:
             self.measure()
             self._check_room(query_length)
-        if step:
-            return self.max_cache_len, 0
-        return self.length + query_length, 0
+            return self.length + query_length, 0
+        if not torch.compiler.is_compiling():
+            # `generate` asks before every compiled step, while the device has nothing to do: waiting for the length too
+            # would keep it so for longer
+            if self.most_tokens + query_length > self.max_cache_len:
+                self.measure()
+                self._check_room(query_length)
+            self.most_tokens += query_length
+        return self.max_cache_len, 0
 
     def get_max_length(self) -> int:
         """Tokens that there is room for."""

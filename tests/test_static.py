@@ -287,6 +287,27 @@ def test_a_thousand_steps_are_compiled_once():
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+def test_compiled_steps_fetch_no_length(monkeypatch):
+    fetched = []
+    measure = TurboQuantStaticLayer.measure
+    monkeypatch.setattr(TurboQuantStaticLayer, "measure", lambda layer: fetched.append(layer) or measure(layer))
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    counts = []
+    for tokens in (5, 25):
+        # the last tokens fill the cache
+        cache = TurboQuantCache(model.config, max_cache_len=PROMPT + 24)
+        fetched.clear()
+        generate(model, cache, tokens=tokens, **compiled())
+        counts.append(len(fetched))
+    assert counts[0] == counts[1]
+    # steps that nobody has heard of: asked often enough, the layer looks
+    layer = cache.layers[0]
+    layer.crop(-2)
+    for _ in range(4):
+        assert layer.get_mask_sizes(1) == (PROMPT + 24, 0)
+    assert layer.length == PROMPT + 22
+
+
 @pytest.mark.parametrize("way", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True}], ids=str)
 def test_other_ways_of_generating(way):
     torch.manual_seed(0)
