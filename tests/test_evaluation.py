@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from load_model import default_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_turboquant import TurboQuantCache, cli
-from hf_turboquant.evaluation import caches, claims, fidelity, load, needle, quality
+from hf_turboquant.evaluation import caches, claims, fidelity, load, names, needle, plots, quality, run
 
 TINY = {
     "vocab_size": 97,
@@ -44,6 +45,70 @@ def test_specs():
     for spec in ("other:nbits=4", "turboquant:nbits", "turboquant:=4"):
         with pytest.raises(ValueError, match="KIND:OPTION=VALUE"):
             caches.parse(spec)
+
+
+def named(*specs):
+    return [options for spec in specs for options in caches.parse(spec)]
+
+
+def test_what_caches_share_is_said_once():
+    found = names.arranged(named(*load.PRESETS["estimators"]))
+    assert [(head, len(members)) for head, members in found] == [
+        ("turboquant, values 8 bits, plain, window 32, 0 sinks", 12),
+        ("turboquant, keys 8 bits rescaled, plain, window 32, 0 sinks", 6),
+        ("turboquant", 15),
+    ]
+    rows = [[name.row for name, _ in members] for _, members in found]
+    assert rows[0][0] == "keys 4 bits mse" and "keys 2 bits qjl gaussian" in rows[0]
+    assert rows[1][-1] == "values 2 bits rescaled" and rows[2][1] == "4 bits mse, centred"
+    for group in rows:
+        # short, and still telling all of them apart
+        assert len(set(group)) == len(group) and max(map(len, group)) < 28
+    # where little is shared there are no heads
+    few = named("turboquant:nbits=4/2,key_estimator=rescaled", "quanto:nbits=4,axis_key=0/-1", "fp8")
+    assert [head for head, _ in names.arranged(few[:2] + few[-1:])] == [""]
+    assert names.names(few[:1])[0].row == "turboquant 4 bits rescaled"
+    assert [name.line for name in names.names(named("turboquant:nbits=4/2,residual_length=32"))] == ["by bits"] * 2
+
+
+@pytest.mark.parametrize(
+    "specs, lines",
+    [
+        (["turboquant:nbits=4", "fp8"], 2),
+        (
+            [
+                "turboquant:nbits=4/3/2,key_estimator=rescaled,residual_length=32",
+                "quanto:nbits=4/2,axis_key=0/-1",
+                "fp8",
+            ],
+            4,
+        ),
+        (load.PRESETS["estimators"], 11),
+    ],
+)
+def test_plots_of_few_and_many_caches(tiny, tmp_path, specs, lines):
+    found, units = named(*specs), {}
+    for index, options in enumerate(found):
+        name, error = caches.label(options), 0.01 * (index + 1)
+        quality_ = vars(quality.Quality(tokens=1, kls=[error], total_bits=3 + index % 3))
+        units.setdefault("quality: window 0", {})[name] = quality_
+        units[f"fidelity: {name}, 200 tokens"] = {"layer": [0, 1], "output_error": [error, 2 * error]}
+    parts = ("quality", "fidelity")
+    settings = run.Settings("model", "text", found, parts, fidelity_lengths=(200,))
+    with warnings.catch_warnings():
+        # matplotlib only warns when a legend leaves no room for the axes
+        warnings.simplefilter("error")
+        assert len(plots.draw(SimpleNamespace(units=units), settings, tmp_path, tiny.config)) == 2
+    figure = plots.overview_figure(quality.total(units, 1), found, tiny.config)
+    figure.draw_without_rendering()
+    drawn = figure.axes[0].get_lines()
+    assert len(drawn) == lines
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in drawn}
+    assert len(looks) == lines
+    assert all(axis.get_window_extent().height > figure.bbox.height / 2 for axis in figure.axes)
+    for legend in [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]:
+        box = legend.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
 
 
 def test_bits_are_counted(tiny):
