@@ -146,6 +146,45 @@ def test_integers_of_transformers(tiny):
     assert caches.bits_per_coordinate(cache) == pytest.approx(4 + 32 / 16)
 
 
+def test_integers_of_hqq(tiny):
+    pytest.importorskip("hqq")
+    tokens, found = torch.randint(0, 97, (1, 400)), {}
+    for spec, bits in {
+        "hqq:nbits=4": 4 + 32 / 16,
+        "hqq:nbits=2": 2 + 32 / 16,
+        # ten codes in 32 bits: a group of 16 takes two of them
+        "hqq:nbits=3": 4 + 32 / 16,
+        "hqq:nbits=4,axis_key=0,axis_value=0": 4 + 32 / 16,
+    }.items():
+        cache = caches.new_cache(tiny.config, *caches.parse(spec))
+        with torch.no_grad():
+            tiny(tokens, past_key_values=cache)
+            logits = tiny(tokens[:, :8], past_key_values=cache).logits
+        assert caches.bits_per_coordinate(cache) == pytest.approx(bits)
+        found[spec] = logits
+        layer = cache.layers[1]
+        # a scale for every vector, or for every place of a group that runs across tokens
+        assert layer._quantized_keys[1]["scale"].shape == ((1, 800) if "0" in spec or "3" in spec else (800, 1))
+    assert not torch.equal(found["hqq:nbits=4"], found["hqq:nbits=4,axis_key=0,axis_value=0"])
+    for spec in ("hqq:nbits=3,axis_key=1", "hqq:nbits=4,axis_key=-1", "hqq:nbits=7"):
+        with pytest.raises(ValueError, match="`axis_key`|`nbits`"):
+            caches.new_cache(tiny.config, *caches.parse(spec))
+
+
+@pytest.mark.parametrize("kind, package", [("quanto", "optimum.quanto"), ("hqq", "hqq")])
+def test_tokens_that_an_integer_cache_cannot_hold(tiny, kind, package):
+    pytest.importorskip(package)
+    options = {"cache": kind, "nbits": 4, "q_group_size": 10_000}
+    with pytest.raises(ValueError, match=f"{kind} 4 bits q_group_size=10000 cannot hold these tokens"):
+        quality.measure(tiny, torch.randint(0, 97, (1, 64)), [options], prefill=48)
+
+
+def test_options_that_no_cache_has(tiny):
+    for spec in ("turboquant:colour=3", "dynamic:nbits=4", "quanto:q_group_size=0"):
+        with pytest.raises(ValueError, match="colour|nbits|q_group_size"):
+            caches.new_cache(tiny.config, *caches.parse(spec))
+
+
 def test_quality_adds_up(tiny):
     windows = torch.randint(0, 97, (2, 200), generator=torch.Generator().manual_seed(0))
     configurations = [{"cache": "dynamic"}, {"nbits": 2, "key_estimator": "rescaled"}]

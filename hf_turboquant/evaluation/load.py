@@ -25,7 +25,7 @@ PRESETS = {
 def baselines(config) -> list[dict]:
     """transformers' own quantised caches, those that are installed and hold this kind of model."""
     found = []
-    for spec in ("quanto:nbits=4/2", "hqq:nbits=4/3/2", "fp8"):
+    for spec in ("quanto:nbits=4/2", "hqq:nbits=4/2", "fp8"):
         for options in parse(spec):
             try:
                 new_cache(config, options)
