@@ -135,6 +135,8 @@ def test_table_and_generation(quick, config, capsys):
         ({"model_type": "mistral", "sliding_window": 16}, [], "must have layers with full attention"),
         ({"model_type": "llama"}, ["--nbits", "9"], "`nbits` must be"),
         ({"model_type": "llama"}, ["--dtype", "int8"], "--dtype must be a floating-point type"),
+        ({"model_type": "llama"}, ["--device", "gpu"], "--device must be one that this machine"),
+        ({"model_type": "llama"}, ["--contexts", "2000000000", "--batch", "200000"], "out of memory"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, model, extra, message):

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_turboquant import TurboQuantCache, cli
 from hf_turboquant.evaluation import caches, claims, fidelity, load, names, needle, plots, quality, run
+from hf_turboquant.evaluation.results import Results
 
 TINY = {
     "vocab_size": 97,
@@ -325,7 +326,12 @@ def one_line(capsys) -> str:
         (["--needle-depths", "2"], "--needle-depths must be from 0"),
         (["--caches", "turboquant:nbits=9"], "`nbits` must be"),
         (["--caches", "hqq:nbits=7"], "transformers' hqq cache must fit this model"),
+        (["--caches", "turboquant:colour=4"], "must be given options that it has"),
         (["--dtype", "float33"], "--dtype must be"),
+        (["--dtype", "float8_e4m3fn"], "--dtype must be"),
+        (["--device", "gpu"], "--device must be one that this machine"),
+        (["--device", "meta"], "--device must be one that this machine"),
+        (["--windows", "900"], "must hold 900 windows"),
     ],
 )
 def test_bad_input_is_one_line(arguments, tmp_path, capsys, extra, message):
@@ -334,6 +340,42 @@ def test_bad_input_is_one_line(arguments, tmp_path, capsys, extra, message):
     places = {"empty": empty, "missing": tmp_path / "missing.txt", "text": tmp_path / "log.txt"}
     assert cli.main([*arguments, *(word.format(**places) for word in extra)]) == 2
     assert message in one_line(capsys)
+    # nothing that the next run would take for results of other conditions
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"config.json": "{"}, "not a valid JSON file"),
+        ({"config.json": '{"model_type": "llama", "hidden_size": "x"}'}, "hidden_size"),
+        ({"config.json": '{"model_type": "llama"}'}, "no file named model.safetensors"),
+        ({"config.json": '{"model_type": "llama"}', "model.safetensors": "no tensors"}, "MODEL must be a causal"),
+        ({}, "got the file"),
+    ],
+)
+def test_a_broken_model_is_one_line(arguments, tmp_path, capsys, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    arguments[1] = str(tmp_path if files else tmp_path / "log.txt")
+    assert cli.main(arguments) == 2
+    assert message in one_line(capsys)
+
+
+def test_out_of_memory_is_one_line(arguments, capsys, monkeypatch):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(quality, "measure", fail)
+    assert cli.main(arguments) == 2
+    assert "out of memory. Take shorter contexts" in one_line(capsys)
+
+
+def test_a_run_that_was_over_at_once_leaves_nothing_to_agree_with(tmp_path):
+    Results(tmp_path, {"window": 1})
+    Results(tmp_path, {"window": 2}).get("unit", dict)
+    with pytest.raises(ValueError, match="other conditions: window 2, now 3"):
+        Results(tmp_path, {"window": 3})
 
 
 def test_an_unknown_model_is_one_line(arguments, capsys, monkeypatch):
@@ -348,7 +390,13 @@ def test_a_missing_package_is_one_line(arguments, capsys, monkeypatch):
     monkeypatch.delattr("hf_turboquant.evaluation.run", raising=False)
     monkeypatch.setitem(sys.modules, "rich", None)
     assert cli.main(arguments) == 2
-    assert "needs the package 'rich'" in one_line(capsys)
+    message = one_line(capsys)
+    assert "needs the package 'rich'" in message and "pip install 'hf-turboquant[eval]'" in message
+    # what the extra does not bring
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert cli.main([*arguments, "--text", "hub:owner/name"]) == 2
+    assert "pip install datasets`" in one_line(capsys)
 
 
 def test_a_dataset_of_the_hub(monkeypatch):

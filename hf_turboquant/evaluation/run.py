@@ -92,7 +92,6 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
     """
     console = console or Console()
     settings.check(model.config, text)
-    results = Results(out, conditions(model, settings))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -105,6 +104,8 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
         for part in settings.parts
         for name, cost, compute in _UNITS[part](model, tokenizer, text, settings)
     ]
+    # after all that can be wrong with text and settings
+    results = Results(out, conditions(model, settings))
     work = [unit for unit in work if unit[0] not in results.units]
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(cost for _, cost, _ in work))
