@@ -201,9 +201,8 @@ def show(found: dict) -> None:
         "One layer, one query: median ms, host time included. step: append and attention; prefill: what all tokens at "
         "once cost the cache. full: the fastest of torch's attention kernels."
     )
-    if conditions["device_type"] == "cuda":
-        console.print("One cache is read again and again: what fits the GPU's own cache can be faster than a copy.")
-    else:
+    console.print("One cache is read again and again: what fits the processor's own can be faster than a copy.")
+    if conditions["device_type"] != "cuda":
         console.print("Without a GPU the torch reference attends to codes: that saves memory, not time.")
     table, full = Table(*COLUMNS, box=box.SIMPLE), None
     for row in found["rows"]:
