@@ -30,11 +30,20 @@ def main(arguments: list[str] | None = None) -> int:
         # whoever read our output has enough; without this, python complains again while it shuts down
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:
-        advice = "Install it with `pip install 'hf-turboquant[eval]'`."
+        wanted = "'hf-turboquant[eval]'" if error.name in ("rich", "matplotlib") else error.name
+        advice = f"Install it with `pip install {wanted}`."
         print(f"hf-turboquant: this command needs the package {error.name!r}. {advice}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"hf-turboquant: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        # torch has a type of its own for GPUs, and words for CPUs
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        print(
+            "hf-turboquant: out of memory. Take shorter contexts, a smaller batch or another --device.", file=sys.stderr
+        )
         return 2
     return 0
 
@@ -50,7 +59,10 @@ def load_config(model: str):
 
     try:
         return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except ModuleNotFoundError:
+        raise
+    # a config can be wrong in any way
+    except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"MODEL must be a name on the Hub, a local folder or a config.json that transformers knows, got {model!r}: "
@@ -72,9 +84,13 @@ def parse_bytes(text: str) -> int:
 
 
 def _positive(text: str) -> int:
-    if not text.replace("_", "").isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    if not text.replace("_", "").isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a positive integer below 2³¹, got {text!r}")
     return int(text)
+
+
+def _natural(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _add_estimate(commands) -> None:
@@ -97,7 +113,7 @@ def _estimate(args) -> None:
     # that some kernels are missing does not matter to shapes
     logging.set_verbosity_error()
     estimate = Estimate.from_config(load_config(args.model))
-    widths = [int(nbits) if nbits == int(nbits) else nbits for nbits in args.nbits]
+    widths = [int(nbits) if float(nbits).is_integer() else nbits for nbits in args.nbits]
     options = [{"nbits": nbits, "key_estimator": args.key_estimator} for nbits in widths]
     names = ["bf16", "fp8", *(f"{nbits} bits" for nbits in widths)]
     states = args.batch * estimate.state_bytes
@@ -150,7 +166,7 @@ def _add_evaluate(commands) -> None:
     add("--windows", type=_positive, help="quality: number of windows")
     add("--block", type=_positive, help="quality: tokens fed at a time")
     add("--prefill", type=_positive, help="quality: tokens of the first block")
-    add("--score-from", type=int, help="quality: count blocks from this position on")
+    add("--score-from", type=_natural, help="quality: count blocks from this position on")
     add("--needle-lengths", type=_positive, nargs="+", help="tokens of the haystacks")
     add("--needle-depths", type=float, nargs="+", help="where the needles are, 0 to 1")
     add("--fidelity-lengths", type=_positive, nargs="+", help="tokens of context")

@@ -1,10 +1,11 @@
 """`hf-turboquant benchmark`: every time is there, of what it says it is."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 from hf_turboquant import cli
 from hf_turboquant.evaluation import benchmark
@@ -19,7 +20,8 @@ SIZES = {
 @pytest.fixture
 def quick(monkeypatch):
     """Few repetitions of small copies."""
-    median, copy = benchmark.median_ms, benchmark.copy_bandwidth
+    median, steps, copy = benchmark.median_ms, benchmark.steps_ms, benchmark.copy_bandwidth
+    monkeypatch.setattr(benchmark, "steps_ms", lambda start, most: steps(start, most, 0.01))
     monkeypatch.setattr(benchmark, "median_ms", lambda function: median(function, 0.01))
     monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: copy(device, 2**20))
 
@@ -58,8 +60,8 @@ def test_json_has_every_time_and_condition(quick, config, capsys):
     for row in found["rows"]:
         assert 0 < row["attention_ms"] and 0 < row["step_ms"] and 0 < row["prefill_ms"]
     full, ours = found["rows"][2:]
-    # the full cache holds its 400 tokens and those of the steps
-    assert full["bytes"] >= 2 * 2 * 2 * 400 * 32 * 4 > 2 * ours["bytes"]
+    # the full cache holds its 400 tokens, and none of those of the steps
+    assert full["bytes"] == 2 * 2 * 2 * 400 * 32 * 4 > 2 * ours["bytes"]
 
 
 def test_attention_reads_codes(quick, monkeypatch):
@@ -69,6 +71,49 @@ def test_attention_reads_codes(quick, monkeypatch):
     shape = {"batch": 1, "heads": 4, "kv_heads": 2, "key_dim": 32, "value_dim": 32}
     benchmark.layer_times(shape, 300, {"nbits": 4}, torch.device("cpu"), torch.float32)
     assert layers[-1].codes["keys"].length >= 300 - 132 and layers[-1].condition == "attention"
+
+
+def test_steps_start_anew_and_stay_few():
+    calls = []
+
+    def start():
+        calls.append(0)
+
+        def step():
+            calls[-1] += 1
+
+        return step
+
+    assert benchmark.steps_ms(start, 5, seconds=10, repeats=3) < 1
+    # one to compile, one to see how long it takes, and as many as are allowed; Timer itself warms up with some
+    assert len(calls) == 3 and all(7 <= count <= 12 for count in calls)
+
+
+def test_time_is_that_of_all_threads_and_not_of_compiling(monkeypatch):
+    calls, seen = [], []
+
+    def timer(statement, globals, num_threads):
+        # what is compiled at the first call has been by now
+        seen.append((num_threads, len(calls)))
+        return SimpleNamespace(blocked_autorange=lambda min_run_time: SimpleNamespace(median=2e-3))
+
+    monkeypatch.setattr(benchmark, "Timer", timer)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert benchmark.median_ms(lambda: calls.append(0)) == 2
+    assert seen == [(7, 1)]
+
+
+def test_generation_is_timed_without_its_prompt(monkeypatch):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).eval()
+    log, generate, clock = [], model.generate, benchmark.time.perf_counter
+    monkeypatch.setattr(model, "generate", lambda ids, **o: log.append(o["max_new_tokens"]) or generate(ids, **o))
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: log.append("clock") or clock())
+    cache = DynamicCache(config=model.config)
+    assert benchmark.generate_rate(model, cache, 20, 3) > 0
+    assert log.index(2) < log.index("clock") < log.index(3)
+    # each token that is generated but the last was written to the cache once
+    assert cache.get_seq_length() == 20 + 2 + 3
 
 
 def test_table_and_generation(quick, config, capsys):
@@ -90,6 +135,8 @@ def test_table_and_generation(quick, config, capsys):
         ({"model_type": "mistral", "sliding_window": 16}, [], "must have layers with full attention"),
         ({"model_type": "llama"}, ["--nbits", "9"], "`nbits` must be"),
         ({"model_type": "llama"}, ["--dtype", "int8"], "--dtype must be a floating-point type"),
+        ({"model_type": "llama"}, ["--device", "gpu"], "--device must be one that this machine"),
+        ({"model_type": "llama"}, ["--contexts", "2000000000", "--batch", "200000"], "out of memory"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, model, extra, message):

@@ -161,6 +161,8 @@ def test_the_command(config_file, capsys):
         (["no-such/model"], "Check the name, the path and the network"),
         (["README.md"], "Check the name, the path and the network"),
         (["{config}", "--nbits", "9"], "`nbits` must be"),
+        (["{config}", "--nbits", "nan"], "`nbits` must be"),
+        (["{config}", "--nbits", "inf"], "`nbits` must be"),
     ],
 )
 def test_bad_input_is_one_line(config_file, capsys, monkeypatch, arguments, message):

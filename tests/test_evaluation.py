@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ from load_model import default_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_turboquant import TurboQuantCache, cli
-from hf_turboquant.evaluation import caches, claims, fidelity, load, needle, quality
+from hf_turboquant.evaluation import caches, claims, fidelity, load, names, needle, plots, quality, run
+from hf_turboquant.evaluation.results import Results
 
 TINY = {
     "vocab_size": 97,
@@ -46,6 +48,70 @@ def test_specs():
             caches.parse(spec)
 
 
+def named(*specs):
+    return [options for spec in specs for options in caches.parse(spec)]
+
+
+def test_what_caches_share_is_said_once():
+    found = names.arranged(named(*load.PRESETS["estimators"]))
+    assert [(head, len(members)) for head, members in found] == [
+        ("turboquant, values 8 bits, plain, window 32, 0 sinks", 12),
+        ("turboquant, keys 8 bits rescaled, plain, window 32, 0 sinks", 6),
+        ("turboquant", 15),
+    ]
+    rows = [[name.row for name, _ in members] for _, members in found]
+    assert rows[0][0] == "keys 4 bits mse" and "keys 2 bits qjl gaussian" in rows[0]
+    assert rows[1][-1] == "values 2 bits rescaled" and rows[2][1] == "4 bits mse, centred"
+    for group in rows:
+        # short, and still telling all of them apart
+        assert len(set(group)) == len(group) and max(map(len, group)) < 28
+    # where little is shared there are no heads
+    few = named("turboquant:nbits=4/2,key_estimator=rescaled", "quanto:nbits=4,axis_key=0/-1", "fp8")
+    assert [head for head, _ in names.arranged(few[:2] + few[-1:])] == [""]
+    assert names.names(few[:1])[0].row == "turboquant 4 bits rescaled"
+    assert [name.line for name in names.names(named("turboquant:nbits=4/2,residual_length=32"))] == ["by bits"] * 2
+
+
+@pytest.mark.parametrize(
+    "specs, lines",
+    [
+        (["turboquant:nbits=4", "fp8"], 2),
+        (
+            [
+                "turboquant:nbits=4/3/2,key_estimator=rescaled,residual_length=32",
+                "quanto:nbits=4/2,axis_key=0/-1",
+                "fp8",
+            ],
+            4,
+        ),
+        (load.PRESETS["estimators"], 11),
+    ],
+)
+def test_plots_of_few_and_many_caches(tiny, tmp_path, specs, lines):
+    found, units = named(*specs), {}
+    for index, options in enumerate(found):
+        name, error = caches.label(options), 0.01 * (index + 1)
+        quality_ = vars(quality.Quality(tokens=1, kls=[error], total_bits=3 + index % 3))
+        units.setdefault("quality: window 0", {})[name] = quality_
+        units[f"fidelity: {name}, 200 tokens"] = {"layer": [0, 1], "output_error": [error, 2 * error]}
+    parts = ("quality", "fidelity")
+    settings = run.Settings("model", "text", found, parts, fidelity_lengths=(200,))
+    with warnings.catch_warnings():
+        # matplotlib only warns when a legend leaves no room for the axes
+        warnings.simplefilter("error")
+        assert len(plots.draw(SimpleNamespace(units=units), settings, tmp_path, tiny.config)) == 2
+    figure = plots.overview_figure(quality.total(units, 1), found, tiny.config)
+    figure.draw_without_rendering()
+    drawn = figure.axes[0].get_lines()
+    assert len(drawn) == lines
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in drawn}
+    assert len(looks) == lines
+    assert all(axis.get_window_extent().height > figure.bbox.height / 2 for axis in figure.axes)
+    for legend in [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]:
+        box = legend.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
+
+
 def test_bits_are_counted(tiny):
     tokens = torch.randint(0, 97, (1, 400))
     expected = {
@@ -79,6 +145,45 @@ def test_integers_of_transformers(tiny):
         tiny(tokens, past_key_values=cache)
     # a group is one vector of 16: two bytes of scale, and of zero point
     assert caches.bits_per_coordinate(cache) == pytest.approx(4 + 32 / 16)
+
+
+def test_integers_of_hqq(tiny):
+    pytest.importorskip("hqq")
+    tokens, found = torch.randint(0, 97, (1, 400)), {}
+    for spec, bits in {
+        "hqq:nbits=4": 4 + 32 / 16,
+        "hqq:nbits=2": 2 + 32 / 16,
+        # ten codes in 32 bits: a group of 16 takes two of them
+        "hqq:nbits=3": 4 + 32 / 16,
+        "hqq:nbits=4,axis_key=0,axis_value=0": 4 + 32 / 16,
+    }.items():
+        cache = caches.new_cache(tiny.config, *caches.parse(spec))
+        with torch.no_grad():
+            tiny(tokens, past_key_values=cache)
+            logits = tiny(tokens[:, :8], past_key_values=cache).logits
+        assert caches.bits_per_coordinate(cache) == pytest.approx(bits)
+        found[spec] = logits
+        layer = cache.layers[1]
+        # a scale for every vector, or for every place of a group that runs across tokens
+        assert layer._quantized_keys[1]["scale"].shape == ((1, 800) if "0" in spec or "3" in spec else (800, 1))
+    assert not torch.equal(found["hqq:nbits=4"], found["hqq:nbits=4,axis_key=0,axis_value=0"])
+    for spec in ("hqq:nbits=3,axis_key=1", "hqq:nbits=4,axis_key=-1", "hqq:nbits=7"):
+        with pytest.raises(ValueError, match="`axis_key`|`nbits`"):
+            caches.new_cache(tiny.config, *caches.parse(spec))
+
+
+@pytest.mark.parametrize("kind, package", [("quanto", "optimum.quanto"), ("hqq", "hqq")])
+def test_tokens_that_an_integer_cache_cannot_hold(tiny, kind, package):
+    pytest.importorskip(package)
+    options = {"cache": kind, "nbits": 4, "q_group_size": 10_000}
+    with pytest.raises(ValueError, match=f"{kind} 4 bits q_group_size=10000 cannot hold these tokens"):
+        quality.measure(tiny, torch.randint(0, 97, (1, 64)), [options], prefill=48)
+
+
+def test_options_that_no_cache_has(tiny):
+    for spec in ("turboquant:colour=3", "dynamic:nbits=4", "quanto:q_group_size=0"):
+        with pytest.raises(ValueError, match="colour|nbits|q_group_size"):
+            caches.new_cache(tiny.config, *caches.parse(spec))
 
 
 def test_quality_adds_up(tiny):
@@ -221,7 +326,12 @@ def one_line(capsys) -> str:
         (["--needle-depths", "2"], "--needle-depths must be from 0"),
         (["--caches", "turboquant:nbits=9"], "`nbits` must be"),
         (["--caches", "hqq:nbits=7"], "transformers' hqq cache must fit this model"),
+        (["--caches", "turboquant:colour=4"], "must be given options that it has"),
         (["--dtype", "float33"], "--dtype must be"),
+        (["--dtype", "float8_e4m3fn"], "--dtype must be"),
+        (["--device", "gpu"], "--device must be one that this machine"),
+        (["--device", "meta"], "--device must be one that this machine"),
+        (["--windows", "900"], "must hold 900 windows"),
     ],
 )
 def test_bad_input_is_one_line(arguments, tmp_path, capsys, extra, message):
@@ -230,6 +340,42 @@ def test_bad_input_is_one_line(arguments, tmp_path, capsys, extra, message):
     places = {"empty": empty, "missing": tmp_path / "missing.txt", "text": tmp_path / "log.txt"}
     assert cli.main([*arguments, *(word.format(**places) for word in extra)]) == 2
     assert message in one_line(capsys)
+    # nothing that the next run would take for results of other conditions
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"config.json": "{"}, "not a valid JSON file"),
+        ({"config.json": '{"model_type": "llama", "hidden_size": "x"}'}, "hidden_size"),
+        ({"config.json": '{"model_type": "llama"}'}, "no file named model.safetensors"),
+        ({"config.json": '{"model_type": "llama"}', "model.safetensors": "no tensors"}, "MODEL must be a causal"),
+        ({}, "got the file"),
+    ],
+)
+def test_a_broken_model_is_one_line(arguments, tmp_path, capsys, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    arguments[1] = str(tmp_path if files else tmp_path / "log.txt")
+    assert cli.main(arguments) == 2
+    assert message in one_line(capsys)
+
+
+def test_out_of_memory_is_one_line(arguments, capsys, monkeypatch):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(quality, "measure", fail)
+    assert cli.main(arguments) == 2
+    assert "out of memory. Take shorter contexts" in one_line(capsys)
+
+
+def test_a_run_that_was_over_at_once_leaves_nothing_to_agree_with(tmp_path):
+    Results(tmp_path, {"window": 1})
+    Results(tmp_path, {"window": 2}).get("unit", dict)
+    with pytest.raises(ValueError, match="other conditions: window 2, now 3"):
+        Results(tmp_path, {"window": 3})
 
 
 def test_an_unknown_model_is_one_line(arguments, capsys, monkeypatch):
@@ -244,7 +390,13 @@ def test_a_missing_package_is_one_line(arguments, capsys, monkeypatch):
     monkeypatch.delattr("hf_turboquant.evaluation.run", raising=False)
     monkeypatch.setitem(sys.modules, "rich", None)
     assert cli.main(arguments) == 2
-    assert "needs the package 'rich'" in one_line(capsys)
+    message = one_line(capsys)
+    assert "needs the package 'rich'" in message and "pip install 'hf-turboquant[eval]'" in message
+    # what the extra does not bring
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert cli.main([*arguments, "--text", "hub:owner/name"]) == 2
+    assert "pip install datasets`" in one_line(capsys)
 
 
 def test_a_dataset_of_the_hub(monkeypatch):

@@ -2,6 +2,7 @@
 
 import platform
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,8 +30,26 @@ BACKENDS = (None, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBac
 
 
 def median_ms(function: Callable[[], object], seconds: float = 0.3) -> float:
-    """Median time of a call, the device waited for, its host time included."""
-    return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=seconds).median * 1e3
+    """Median time of a call, the device waited for, its host time included; the current device is the one that is."""
+    # kernels are compiled first: else `Timer` takes that time for the call's own, and waits after every call
+    function()
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).median * 1e3
+
+
+def steps_ms(start: Callable[[], Callable[[], object]], most: int, seconds: float = 0.3, repeats: int = 3) -> float:
+    """
+    Mean time of a call of what `start` returns, median of `repeats` starts. Every call makes the next one longer, so
+    there are at most `most` of them.
+    """
+    times = []
+    for _ in range(repeats):
+        step = start()
+        step()
+        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+        one = timer.timeit(1).mean
+        times.append(timer.timeit(max(1, min(most, int(seconds / one)))).mean)
+    return sorted(times)[repeats // 2] * 1e3
 
 
 def copy_bandwidth(device: torch.device, nbytes: int = 2**27) -> float:
@@ -45,11 +64,16 @@ def best_attention_ms(query: torch.Tensor, keys: torch.Tensor, values: torch.Ten
     times = []
     for backend in BACKENDS:
         try:
-            with sdpa_kernel(backend) if backend else nullcontext():
+            with sdpa_kernel(backend) if backend else nullcontext(), warnings.catch_warnings():
+                # torch says of each kernel why it does not take the call
+                warnings.simplefilter("ignore", UserWarning)
                 times.append(median_ms(lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True)))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
-            # not every kernel is there, or takes every shape
-            continue
+            # not every kernel is there, or takes every shape; without a choice torch finds one that does
+            if backend is None:
+                raise
     return min(times)
 
 
@@ -83,24 +107,21 @@ def layer_times(shape: dict, context: int, options: dict | None, device: torch.d
             layer.settle(seen)
         return layer
 
-    prefill_ms = median_ms(filled)
-    layer = filled()
+    def steps():
+        layer = filled()
+        return lambda: scaled_dot_product_attention(query, *layer.update(*token), enable_gqa=True)
+
     token = [state[:, :, :1].clone() for state in states]
-
-    def step():
-        return scaled_dot_product_attention(query, *layer.update(*token), enable_gqa=True)
-
-    step_ms = median_ms(step)
+    prefill_ms = median_ms(filled)
+    # so few that the context stays what it is said to be
+    step_ms = steps_ms(steps, max(1, context // 100))
+    layer = filled()
     keys, values = layer.keys, layer.values
     if options is None:
-        return {
-            "attention_ms": best_attention_ms(query, keys, values),
-            "step_ms": step_ms,
-            "prefill_ms": prefill_ms,
-            "bytes": keys.nbytes + values.nbytes,
-        }
-    nbytes = sum(buffer.used_nbytes for buffer in layer.codes.values()) + layer.exact.nbytes
-    attention_ms = median_ms(lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True))
+        attention_ms, nbytes = best_attention_ms(query, keys, values), keys.nbytes + values.nbytes
+    else:
+        attention_ms = median_ms(lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True))
+        nbytes = sum(buffer.used_nbytes for buffer in layer.codes.values()) + layer.exact.nbytes
     return {"attention_ms": attention_ms, "step_ms": step_ms, "prefill_ms": prefill_ms, "bytes": nbytes}
 
 
@@ -124,11 +145,18 @@ def generate_rate(model, cache, context: int, tokens: int) -> float:
     """Tokens per second of greedy decoding after a prompt of `context` random tokens, which is not counted."""
     ids = torch.randint(0, model.config.get_text_config(decoder=True).vocab_size, (1, context + 1), device=model.device)
     with torch.inference_mode():
-        model(ids[:, :-1], past_key_values=cache)
-    options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
+        model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+
+    def generate(ids: torch.Tensor, count: int) -> torch.Tensor:
+        options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
+        # the tokens come to the host: nothing is left to do on the device
+        ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options).cpu()
+        return ids.to(model.device)
+
+    # the prompt is done and kernels are compiled before the clock runs
+    ids = generate(ids, 2)
     start = time.perf_counter()
-    # the tokens come to the host: nothing is left to do on the device
-    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options).tolist()
+    generate(ids, tokens)
     return tokens / (time.perf_counter() - start)
 
 
@@ -144,11 +172,14 @@ def benchmark(config, contexts: list[int], batch: int, caches: list[dict], devic
     shape = layer_shape(config, batch)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "hf_turboquant": __version__}
-    rows = [
-        {"context": context, "options": options, **layer_times(shape, context, options, device, dtype)}
-        for context in contexts
-        for options in (None, *caches)
-    ]
+    # torch waits for the current device and no other
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        rows = [
+            {"context": context, "options": options, **layer_times(shape, context, options, device, dtype)}
+            for context in contexts
+            for options in (None, *caches)
+        ]
+        copy = copy_bandwidth(device)
     conditions = {
         "device": name,
         "device_type": device.type,
@@ -157,7 +188,7 @@ def benchmark(config, contexts: list[int], batch: int, caches: list[dict], devic
         "threads": torch.get_num_threads(),
         **shape,
     }
-    return {"conditions": {**conditions, "copy_bytes_per_s": copy_bandwidth(device)}, "rows": rows}
+    return {"conditions": {**conditions, "copy_bytes_per_s": copy}, "rows": rows}
 
 
 def show(found: dict) -> None:
@@ -170,6 +201,7 @@ def show(found: dict) -> None:
         "One layer, one query: median ms, host time included. step: append and attention; prefill: what all tokens at "
         "once cost the cache. full: the fastest of torch's attention kernels."
     )
+    console.print("One cache is read again and again: what fits the processor's own can be faster than a copy.")
     if conditions["device_type"] != "cuda":
         console.print("Without a GPU the torch reference attends to codes: that saves memory, not time.")
     table, full = Table(*COLUMNS, box=box.SIMPLE), None

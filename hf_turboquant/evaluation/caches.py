@@ -1,6 +1,7 @@
 """The caches that are compared, as plain options: what to build, what to call it, how many bits it takes."""
 
 import itertools
+from contextlib import contextmanager
 
 import torch
 from transformers import DynamicCache, QuantizedCache
@@ -54,27 +55,60 @@ def new_cache(config, options: dict):
     Args:
         config (`PreTrainedConfig`): the model's.
         options (`dict`): `"cache"` (one of `KINDS`, `"turboquant"` if it is missing) and the arguments of that cache.
-            Integer caches take groups of `head_dim` unless told: a scale and a zero point for every vector, as many
-            bits in all as keys of Algorithm 2 with their two norms.
+            Integer caches take groups of `head_dim` along a vector unless told: a scale and a zero point for every
+            vector, as many bits in all as keys of Algorithm 2 with their two norms. HQQ's 3 bits cannot: their groups
+            run across tokens, as they do where `axis_key` and `axis_value` are 0.
 
     Raises:
         `ValueError`: the options don't fit, or the cache cannot hold this model or needs a package.
     """
     options = dict(options)
     kind = options.pop("cache", "turboquant")
-    if kind == "turboquant":
-        return TurboQuantCache(config, **options)
-    if kind == "dynamic":
-        return DynamicCache(config=config, **options)
+    if kind in ("turboquant", "dynamic"):
+        try:
+            return (
+                TurboQuantCache(config, **options) if kind == "turboquant" else DynamicCache(config=config, **options)
+            )
+        except TypeError as error:
+            raise ValueError(f"A {kind} cache must be given options that it has: {error}.") from None
     text = config.get_text_config(decoder=True)
     if kind != "fp8":
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        options.setdefault("q_group_size", head_dim)
+        size = options.setdefault("q_group_size", head_dim)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"`q_group_size` must be a positive integer, got {size!r}.")
+    if kind == "hqq":
+        # its other axis takes values of different tokens and heads for a group; 3 bits are packed in tens, padded, and
+        # transformers' HQQ takes the padding off right along that axis only
+        usual = 0 if options.get("nbits") == 3 else 1
+        axes = {name: options.setdefault(name, usual) for name in ("axis_key", "axis_value")}
+        if not usual and any(axes.values()):
+            raise ValueError(f"HQQ's 3 bits must have `axis_key` and `axis_value` 0, got {axes}. Take 4 or 2 bits.")
     try:
         return QuantizedCache(kind, config, **options)
     except (ImportError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers' {kind} cache must fit this model and be installed: {reason}") from None
+
+
+@contextmanager
+def named(options: dict):
+    """
+    What runs in it reads and writes a cache with these options.
+
+    Raises:
+        `ValueError`: transformers' cache does not take these tokens; says which cache it is.
+    """
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        if options.get("cache", "turboquant") == "turboquant":
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"transformers' {label(options)} cannot hold these tokens: {reason}. Take another `q_group_size`, other "
+            "axes, or lengths that fit them."
+        ) from None
 
 
 def held_bytes(cache) -> int:

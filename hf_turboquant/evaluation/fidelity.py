@@ -8,7 +8,7 @@ from ..cache import TurboQuantCache
 from ..config import TurboQuantConfig
 from ..layer import TurboQuantLayer
 from ..states import QuantizedStates
-from .caches import new_cache
+from .caches import named, new_cache
 
 # attention is compared for so many queries at the end of the text
 QUERIES = 16
@@ -95,10 +95,11 @@ def compare(config, inputs: LayerInputs, options: dict, length: int) -> dict[str
     layer = new_cache(config, options).layers[inputs.layer_idx]
     query, keys, values = (states[:, :, :length] for states in (inputs.query, inputs.keys, inputs.values))
     read = length - QUERIES
-    layer.update(keys[:, :, :read].contiguous(), values[:, :, :read].contiguous())
-    if isinstance(layer, TurboQuantLayer):
-        layer.settle(query[:, :, :read])
-    held = layer.update(keys[:, :, read:], values[:, :, read:])
+    with named(options):
+        layer.update(keys[:, :, :read].contiguous(), values[:, :, :read].contiguous())
+        if isinstance(layer, TurboQuantLayer):
+            layer.settle(query[:, :, :read])
+        held = layer.update(keys[:, :, read:], values[:, :, read:])
     if isinstance(layer, TurboQuantLayer):
         held = layer.keys, layer.values
     held = [states.dequantize() if isinstance(states, QuantizedStates) else states for states in held]

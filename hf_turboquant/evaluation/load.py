@@ -25,7 +25,7 @@ PRESETS = {
 def baselines(config) -> list[dict]:
     """transformers' own quantised caches, those that are installed and hold this kind of model."""
     found = []
-    for spec in ("quanto:nbits=4/2", "hqq:nbits=4/3/2", "fp8"):
+    for spec in ("quanto:nbits=4/2", "hqq:nbits=4/2", "fp8"):
         for options in parse(spec):
             try:
                 new_cache(config, options)
@@ -88,11 +88,19 @@ def place(dtype: str | None = None, device: str | None = None) -> tuple[str, tor
     Device and dtype, those that suit this machine where none is given.
 
     Raises:
-        `ValueError`: there is no such dtype.
+        `ValueError`: there is no such dtype, or no such device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    try:
+        # tensors of "meta" have no numbers
+        usable = torch.empty(1, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise ValueError(f"--device must be one that this machine and this torch have, such as cpu, got {device!r}.")
+    # nothing computes with floats of a byte
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise ValueError(f"--dtype must be a floating-point type of torch such as bfloat16, got {dtype!r}.")
     return device, found
 
@@ -105,10 +113,15 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
         `ValueError`: there is none of that name, or no such dtype.
     """
     device, found = place(dtype, device)
+    if Path(name).is_file():
+        raise ValueError(f"MODEL must be a Hub name or a folder with weights, got the file {name!r}.")
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=found, device_map=device)
         return model.eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (ModuleNotFoundError, torch.OutOfMemoryError):
+        raise
+    # config, weights and tokenizer can be wrong in any way
+    except Exception as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ValueError(
             f"MODEL must be a causal language model on the Hub or in a local folder, got {name!r}: {reason}. Check the "

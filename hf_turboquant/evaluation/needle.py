@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from .caches import new_cache
+from .caches import named, new_cache
 
 # digits are copied one by one, and a question that repeats the needle's words asks for no reasoning: what is tested is
 # the memory, also of a model too small to answer questions
@@ -51,11 +51,13 @@ def find_needle(model, tokenizer, text: str, options: dict, length: int, depth: 
     code = str(random.Random(f"{seed} {length} {depth}").randrange(10_000, 100_000))
     context, inputs = (ids.to(model.device) for ids in haystack(tokenizer, text, length, depth, code))
     cache = new_cache(model.config, options)
-    model(context, past_key_values=cache, logits_to_keep=1)
+    with named(options):
+        model(context, past_key_values=cache, logits_to_keep=1)
     answer, written = [], ""
     # a token holds a digit at least; one more for a space in front
     while len(answer) < len(code) + 1 and len(written.strip()) < len(code):
-        inputs = model(inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        with named(options):
+            inputs = model(inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
         answer.append(inputs.item())
         written = tokenizer.decode(answer)
     return {"expected": code, "answer": written, "exact": written.strip() == code}

@@ -5,15 +5,23 @@ from textwrap import fill
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..estimate import Estimate
 from .caches import label
+from .names import BY_BITS, Name, names
 from .quality import total
 
 # Okabe and Ito's colours, which colour-blind people tell apart; marks differ as well
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKS = "osD^vPX"
+# of caches that differ in more than method and bits; every second one is hollow
+DASHES = ("-", "--", ":", "-.")
+# a row of a legend: without any character it would be lower than the others
+NOTHING = "\u00a0"
+# so many lines are told apart by colour alone
+FEW = 7
 
 
 def draw(results, settings, out: Path, config) -> list[Path]:
@@ -54,18 +62,26 @@ def figure_and_axes(columns: int = 1, width: float = 6.4, height: float = 4.2, r
 
 def overview_figure(qualities: dict, caches: list[dict], config) -> Figure:
     """KL divergence against bits in all, and bytes against context: low and left is good."""
-    figure, (left, right) = figure_and_axes(2, width=10)
-    lines: dict[str, list] = {}
-    for options in caches:
+    lines: dict[tuple, list] = {}
+    for name, options in zip(names(caches), caches, strict=True):
         found = qualities[label(options)]
-        method = label({name: value for name, value in options.items() if name != "nbits"})
-        lines.setdefault(method, []).append((found.total_bits, found.kl))
-    for index, (method, points) in enumerate(lines.items()):
-        left.plot(*zip(*sorted(points), strict=True), label=method, **_style(index))
+        lines.setdefault((name.head, name.line), []).append((found.total_bits, found.kl))
+    many = len(lines) > FEW
+    figure, (left, right) = figure_and_axes(2, width=10, height=6.6 if many else 4.2)
+    styles = _styles(names(caches))
+    for key, points in lines.items():
+        left.plot(*zip(*sorted(points), strict=True), label=_whole(*key), **styles[key])
     left.set(xlabel="bits per coordinate, scales included", ylabel="KL to the full cache (nats)", yscale="log")
     left.set_title("Quality against size", loc="left")
     _draw_memory(right, config)
-    _finish(left, right)
+    _number(left, right)
+    if many:
+        _legend_of_groups(figure, dict(zip(lines, left.get_lines(), strict=True)))
+        # what grows with the context leaves this corner free
+        right.legend(loc="upper left", frameon=False, fontsize=9)
+    else:
+        _legend(left)
+        _legend(right)
     return figure
 
 
@@ -73,7 +89,8 @@ def memory_figure(config) -> Figure:
     """Bytes of the cache of one sequence against its length, from the config."""
     figure, axis = figure_and_axes()
     _draw_memory(axis, config)
-    _finish(axis)
+    _number(axis)
+    _legend(axis)
     return figure
 
 
@@ -91,15 +108,44 @@ def _draw_memory(axis, config, contexts=(2048, 8192, 32768, 131072), widths=(4, 
 
 
 def fidelity_figure(units: dict, settings) -> Figure:
-    """Error of the attention's output, layer by layer, at the longest context."""
-    figure, axis = figure_and_axes()
+    """Error of the attention's output, layer by layer, at the longest context; many caches in a panel per width."""
     length = max(settings.fidelity_lengths)
-    for index, options in enumerate(settings.caches):
-        unit = units[f"fidelity: {label(options)}, {length} tokens"]
-        axis.plot(unit["layer"], unit["output_error"], label=label(options), **_style(index, markersize=4))
-    axis.set(xlabel="layer", ylabel="relative error of attention's output", yscale="log")
-    axis.set_title(f"Error by layer, {length:,} tokens", loc="left")
-    _finish(axis)
+    caches = list(zip(names(settings.caches), settings.caches, strict=True))
+    many = len(caches) > FEW
+    # what has no bits to compare stands beside all that has
+    widths = list(dict.fromkeys(name.bits for name, _ in caches if name.bits)) or [()]
+    panels = {f"{'/'.join(map(str, bits))} bits": [c for c in caches if c[0].bits in (bits, ())] for bits in widths}
+    if not many:
+        panels = {f"Error by layer, {length:,} tokens": caches}
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    size = {"width": 1 + 3.4 * columns, "height": 2.4 + 3.2 * rows} if many else {}
+    figure, axes = figure_and_axes(columns, rows=rows, **size)
+    axes = [axes] if len(panels) == 1 else list(axes)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    styles, lines, errors = _styles(names(settings.caches)), {}, []
+    for axis, (title, members) in zip(axes, panels.items(), strict=False):
+        for index, (name, options) in enumerate(members):
+            unit, key = units[f"fidelity: {label(options)}, {length} tokens"], (name.head, name.line)
+            style = styles[key] if many else _style(index)
+            (line,) = axis.plot(
+                unit["layer"], unit["output_error"], label=_whole(name.head, name.row), **{**style, "markersize": 4}
+            )
+            lines.setdefault(key, line)
+            errors += unit["output_error"]
+        axis.set(xlabel="layer", yscale="log")
+        axis.set_title(title, loc="left")
+    for axis in axes[: len(panels)]:
+        axis.set_ylim(min(errors) / 1.2, max(errors) * 1.2)
+    for axis in axes[::columns]:
+        axis.set_ylabel("relative error of attention's output")
+    _number(*axes[: len(panels)])
+    if many:
+        figure.suptitle(f"Error by layer, {length:,} tokens", fontsize=12)
+        _legend_of_groups(figure, lines)
+    else:
+        _legend(axes[0])
     return figure
 
 
@@ -111,7 +157,7 @@ def needle_figure(units: dict, settings) -> Figure:
     figure, axes = figure_and_axes(columns, width=1 + 1.9 * columns, height=2.8 * rows, rows=rows)
     for axis in axes[len(caches) :]:
         axis.remove()
-    for axis, options in zip(axes, caches, strict=False):
+    for axis, options, name in zip(axes, caches, names(caches), strict=False):
         exact = [
             [units[f"needle: {label(options)}, {n} tokens, depth {depth}"]["exact"] for n in settings.needle_lengths]
             for depth in settings.needle_depths
@@ -130,29 +176,91 @@ def needle_figure(units: dict, settings) -> Figure:
                 axis.text(column, row, "✓" if found else "✗", ha="center", va="center", color="w" if found else "k")
         axis.set_xticks(range(len(settings.needle_lengths)), settings.needle_lengths)
         axis.set_yticks(range(len(settings.needle_depths)), [f"{depth:.0%}" for depth in settings.needle_depths])
-        axis.set_title(fill(label(options), 22), fontsize=9)
+        axis.set_title("\n".join([fill(name.row, 24), *filter(None, [fill(name.head, 30)])]), fontsize=8)
         axis.set_xlabel("context (tokens)", fontsize=9)
     for axis in axes[::columns]:
         axis.set_ylabel("depth of the needle")
     return figure
 
 
-def _finish(*axes) -> None:
-    """Plain numbers along a logarithmic axis, and the legend below, where it hides no line."""
+def _number(*axes) -> None:
+    """Plain numbers along a logarithmic axis."""
     for axis in axes:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
-        lines, names = axis.get_legend_handles_labels()
-        # what would not fit beside another name gets lines of its own
-        names, columns = [fill(name, 60) for name in names], 2 if max(map(len, names)) < 40 else 1
-        axis.legend(
-            lines, names, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, frameon=False, fontsize=9
-        )
+
+
+def _whole(head: str, text: str) -> str:
+    """Head and name of a line as one text."""
+    return ", ".join(part for part in (head, "" if text == BY_BITS and head else text) if part)
+
+
+def _legend(axis) -> None:
+    """The legend below, where it hides no line."""
+    lines, texts = axis.get_legend_handles_labels()
+    # what would not fit beside another name gets lines of its own
+    texts, columns = [fill(text, 60) for text in texts], 2 if max(map(len, texts)) < 40 else 1
+    options = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": columns}
+    axis.legend(lines, texts, frameon=False, fontsize=9, **options)
+
+
+def _legend_of_groups(figure: Figure, lines: dict[tuple[str, str], object]) -> None:
+    """
+    One legend below everything: what a group of caches shares stands once, above its lines.
+
+    Args:
+        lines (`dict`): what was drawn, by head and name of the line.
+    """
+    groups: dict[str, list] = {}
+    for (head, text), line in lines.items():
+        groups.setdefault(head, []).append((line, fill(text, 34)))
+    blank = Line2D([], [], linestyle="none")
+    blocks = []
+    heads = {head: fill(head, 34).split("\n") if head else [] for head in groups}
+    tall = max(map(len, heads.values()))
+    # what has no head may be cut, so that it is not much longer than the rest
+    longest = max((len(entries) for head, entries in groups.items() if head), default=4)
+    for head, entries in groups.items():
+        step = len(entries) if head else max(longest, 4)
+        # heads of as many rows each: columns begin at one height
+        title = [(blank, text) for text in [NOTHING] * (tall - len(heads[head])) + heads[head]]
+        blocks += [title + entries[start : start + step] for start in range(0, len(entries), step)]
+    columns: list[list] = [[] for _ in range(min(len(blocks), 3))]
+    for block in blocks:
+        min(columns, key=len).extend(block)
+    # a legend fills its columns evenly: the same number in each keeps groups together
+    length = max(map(len, columns))
+    entries = [entry for column in columns for entry in column + [(blank, NOTHING)] * (length - len(column))]
+    legend = figure.legend(
+        *zip(*entries, strict=True),
+        loc="outside lower center",
+        ncols=len(columns),
+        frameon=False,
+        fontsize=9,
+        handlelength=4,
+    )
+    for (line, _), text in zip(entries, legend.get_texts(), strict=True):
+        text.set_color("#555555" if line is blank else "black")
+
+
+def _styles(found: list[Name]) -> dict[tuple[str, str], dict]:
+    """Looks of lines by head and name: a colour for each of a few, else for each method, and dashes."""
+    lines = {(name.head, name.line): name for name in found}
+    if len(lines) <= FEW:
+        return {key: _style(index) for index, key in enumerate(lines)}
+    methods = list(dict.fromkeys(name.method for name in lines.values()))
+    settings = list(dict.fromkeys(name.setting for name in lines.values()))
+    styles = {}
+    for key, name in lines.items():
+        turn = settings.index(name.setting)
+        more = {"markerfacecolor": "white"} if turn % 2 else {}
+        styles[key] = {**_style(methods.index(name.method)), "linestyle": DASHES[turn % len(DASHES)], **more}
+    return styles
 
 
 def _style(index: int, **more) -> dict:
-    # from the eighth line on, colours come again with other marks, on broken lines
+    # from the eighth on, colours come again with other marks
     again, turn = index // 7, index % 7
     style = {"color": COLOURS[turn], "marker": MARKS[(turn + again) % 7], "linestyle": "-" if not again else "--"}
     return {**style, "markersize": 6, "linewidth": 1.6, **more}

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache
 
-from .caches import bits_per_coordinate, held_bytes, new_cache
+from .caches import bits_per_coordinate, held_bytes, named, new_cache
 
 
 @dataclass
@@ -124,8 +125,9 @@ def measure(
             # the window's last token has no next one
             targets = ids[:, start + 1 : stop + 1]
             full = None
-            for cache, quality in zip(caches, qualities, strict=True):
-                logits = model(inputs, past_key_values=cache).logits[:, : targets.shape[1]]
+            for cache, quality, options in zip(caches, qualities, [{}, *configurations], strict=True):
+                with nullcontext() if callable(options) else named(options):
+                    logits = model(inputs, past_key_values=cache).logits[:, : targets.shape[1]]
                 log_probs = logits.float().log_softmax(-1)
                 full = log_probs if full is None else full
                 if start >= score_from:

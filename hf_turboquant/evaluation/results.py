@@ -39,6 +39,9 @@ class Results:
             conditions, self.units = dict(found["conditions"]), dict(found["results"])
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{self.path} must hold results of this command, and cannot be read. {advice}") from None
+        if not self.units:
+            # a run that was over before it had any
+            return
         for name in sorted(conditions.keys() | self.conditions.keys()):
             before, now = conditions.get(name), self.conditions.get(name)
             if before != now:

@@ -1,6 +1,7 @@
 """All parts of an evaluation in one run: progress, resuming, tables and plots."""
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.table import Table
 from .. import __version__
 from . import claims, fidelity, needle, plots, quality
 from .caches import label, new_cache
+from .names import arranged
 from .results import Results
 
 PARTS = ("quality", "needle", "fidelity", "claims")
@@ -90,7 +92,6 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
     """
     console = console or Console()
     settings.check(model.config, text)
-    results = Results(out, conditions(model, settings))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -103,6 +104,8 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
         for part in settings.parts
         for name, cost, compute in _UNITS[part](model, tokenizer, text, settings)
     ]
+    # after all that can be wrong with text and settings
+    results = Results(out, conditions(model, settings))
     work = [unit for unit in work if unit[0] not in results.units]
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(cost for _, cost, _ in work))
@@ -199,32 +202,57 @@ _UNITS = {"quality": _quality_units, "needle": _needle_units, "fidelity": _fidel
 def _quality_table(results: Results, settings: Settings) -> Table:
     title = f"Quality: {settings.windows} × {settings.window:,} tokens, scored from {settings.score_from:,}"
     table = _table(title, "cache", "bits", "perplexity", "KL", "KL p99", "top-1", "smaller")
-    for name, q in quality.total(results.units, settings.windows).items():
-        cells = f"{q.total_bits:.2f}", f"{q.perplexity:.2f}", f"{q.kl:.4f}", f"{q.kl_p99:.3f}", f"{q.agreement:.3f}"
-        table.add_row(name, *cells, f"{q.compression_ratio:.2f}")
-    return table
+    found = quality.total(results.units, settings.windows)
+
+    def cells(name: str) -> list[list[str]]:
+        q = found[name]
+        numbers = f"{q.total_bits:.2f}", f"{q.perplexity:.2f}", f"{q.kl:.4f}", f"{q.kl_p99:.3f}", f"{q.agreement:.3f}"
+        return [[*numbers, f"{q.compression_ratio:.2f}"]]
+
+    table.add_row("full cache", *cells("full cache")[0])
+    return _add_caches(table, settings.caches, cells)
 
 
 def _needle_table(results: Results, settings: Settings) -> Table:
     title = f"Needle: exact answers at {len(settings.needle_depths)} depths"
     table = _table(title, "cache", *(f"{length:,} tokens" for length in settings.needle_lengths))
-    for options in [{"cache": "dynamic"}, *settings.caches]:
-        cells = []
+
+    def cells(name: str) -> list[list[str]]:
+        row = []
         for length in settings.needle_lengths:
-            names = [f"needle: {label(options)}, {length} tokens, depth {depth}" for depth in settings.needle_depths]
-            cells.append(f"{sum(results.units[name]['exact'] for name in names)}/{len(names)}")
-        table.add_row(label(options), *cells)
-    return table
+            units = [f"needle: {name}, {length} tokens, depth {depth}" for depth in settings.needle_depths]
+            row.append(f"{sum(results.units[unit]['exact'] for unit in units)}/{len(units)}")
+        return [row]
+
+    return _add_caches(table, [{"cache": "dynamic"}, *settings.caches], cells)
 
 
 def _fidelity_table(results: Results, settings: Settings) -> Table:
     title = "Attention: means over layers, tokens in codes alone"
     table = _table(title, "cache", "tokens", "cosine", "top-1", "top-5", "output error")
-    for options in settings.caches:
+
+    def cells(name: str) -> list[list[str]]:
+        rows = []
         for length in settings.fidelity_lengths:
-            unit = results.units[f"fidelity: {label(options)}, {length} tokens"]
-            means = (sum(unit[name]) / len(unit[name]) for name in ("cosine", "top1", "top5", "output_error"))
-            table.add_row(label(options), f"{length:,}", *(f"{mean:.4f}" for mean in means))
+            unit = results.units[f"fidelity: {name}, {length} tokens"]
+            means = (sum(unit[key]) / len(unit[key]) for key in ("cosine", "top1", "top5", "output_error"))
+            rows.append([f"{length:,}", *(f"{mean:.4f}" for mean in means)])
+        return rows
+
+    return _add_caches(table, settings.caches, cells)
+
+
+def _add_caches(table: Table, caches: list[dict], cells: Callable[[str], list[list[str]]]) -> Table:
+    """Rows for every cache, given its label; those that share options under a head that says these once."""
+    for head, members in arranged(caches):
+        if head:
+            table.add_section()
+            table.add_row(f"[bold]{head}[/bold]")
+        for name, key in members:
+            for row in cells(key):
+                table.add_row((" " if head else "") + name.row, *row)
+        if head:
+            table.add_section()
     return table
 
 
@@ -243,7 +271,7 @@ def _claims_table(results: Results, settings: Settings) -> Group:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
     return table
