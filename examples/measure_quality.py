@@ -17,8 +17,8 @@ import transformers
 from load_model import load
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from tqdm import tqdm
 
 import hf_turboquant
 from hf_turboquant.evaluation.quality import Quality, measure, split_windows
@@ -72,25 +72,10 @@ def main():
         model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype))
     windows = split_windows(tokenizer, args.text.read_text(encoding="utf-8"), args.window, args.windows)
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        description = f"{len(configurations)} caches and the full one"
-        task = progress.add_task(description, total=windows.numel() * (1 + len(configurations)))
+    tokens = windows.numel() * (1 + len(configurations))
+    with tqdm(total=tokens, desc=f"{len(configurations)} caches and the full one", unit=" tokens", leave=False) as bar:
         qualities = measure(
-            model,
-            windows,
-            configurations,
-            args.block,
-            args.batch,
-            args.prefill,
-            args.score_from,
-            lambda tokens: progress.advance(task, tokens),
+            model, windows, configurations, args.block, args.batch, args.prefill, args.score_from, bar.update
         )
 
     where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine() + " CPU"
