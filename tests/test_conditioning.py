@@ -275,9 +275,9 @@ def test_the_mean_is_that_of_positions_to_come(layout, padded):
     expected = whole.mean((0, 2)).unsqueeze(1)
     assert kind == "attention"
     assert (told.mean - expected).norm() < 0.1 * (early.mean - expected).norm()
-    # and so is the energy: channels get the scale that the whole text would have given them
+    # and so is the energy, near enough (both channels of a pair get the same): scales are those of the whole text
     known, _ = condition(plain_quantizer(), whole, energy, None)
-    assert (told.scale / known.scale).log().std() < 0.3 * (early.scale / known.scale).log().std()
+    assert (told.scale / known.scale).log().std() < 0.5 * (early.scale / known.scale).log().std()
 
 
 def test_keys_without_the_embedding_keep_their_mean():
