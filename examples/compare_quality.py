@@ -22,7 +22,7 @@ from load_model import load, load_text
 
 from hf_turboquant import TurboQuantCache
 from hf_turboquant.config import PRESETS
-from hf_turboquant.evaluation.caches import new_cache
+from hf_turboquant.evaluation.caches import held_bits, new_cache
 from hf_turboquant.evaluation.quality import Quality, measure, split_windows
 
 NBITS = (4, 3.5, 3, 2.5, 2)
@@ -80,21 +80,9 @@ def bits_per_coordinate(cache) -> float:
     for layer in cache.layers:
         states = [layer.keys, layer.values]
         quantized = [getattr(layer, name) for name in ("_quantized_keys", "_quantized_values") if hasattr(layer, name)]
-        held += _bits(states) + _bits(quantized)
+        held += held_bits([states, quantized])
         coordinates += sum(state.numel() for state in states) + _coordinates(quantized)
     return held / coordinates
-
-
-def _bits(tree) -> int:
-    if isinstance(tree, dict):
-        return sum(map(_bits, tree.values()))
-    if isinstance(tree, (list, tuple)):
-        return sum(map(_bits, tree))
-    if not isinstance(tree, torch.Tensor):
-        return 0
-    if hasattr(tree, "_scale"):
-        return _bits([tree._data._data, tree._scale, tree._shift])
-    return tree.numel() * (16 if tree.is_floating_point() else 8 * tree.itemsize)
 
 
 def _coordinates(quantized) -> int:

@@ -72,14 +72,15 @@ def condition(
     """
     if keys.shape[0] * keys.shape[2] < MIN_TOKENS:
         return quantizer, "none"
-    stop = first + keys.shape[2]
-    positions = torch.arange(first, stop, device=keys.device)[:: _step(keys)]
+    stop, step = first + keys.shape[2], _step(keys)
     keys, valid = _sample(keys, valid)
+    keys = _fill(keys, valid)
     count = keys.shape[0] * keys.shape[2] if valid is None else valid.sum()
-    mean = _fill(keys, valid).sum((0, 2), keepdim=True, dtype=torch.float32) / count
+    mean = keys.sum((0, 2), keepdim=True, dtype=torch.float32) / count
     key_energy = _energy(keys - mean, valid) / count
     if frequencies and stop < HORIZON:
-        mean, lost = future_mean(_fill(keys, valid), mean, count, positions, mean.new_tensor(frequencies))
+        positions = torch.arange(first, stop, step, device=keys.device)
+        mean, lost = future_mean(keys, mean, count, positions, mean.new_tensor(frequencies))
         key_energy = key_energy + lost[0, :, 0]
     scale = torch.ones_like(key_energy)
     if query_energy is not None:

@@ -1,8 +1,13 @@
-"""What a model's config says of its rotary position embedding (RoPE)."""
+"""What a model's config says of its heads: their width, and how rotary position embeddings (RoPE) turn them."""
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+def head_dim(text_config: PreTrainedConfig) -> int:
+    """Dimensions of a head, also where the config leaves them to be derived."""
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 
 def rotary_frequencies(config: PreTrainedConfig, layer_idx: int) -> list[float] | None:
@@ -20,8 +25,7 @@ def rotary_frequencies(config: PreTrainedConfig, layer_idx: int) -> list[float] 
         if parameters.get("rope_type", "default") != "default":
             make = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
             return make(text, torch.device("cpu"), layer_type=kind if by_kind else None)[0].tolist()
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        width = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        width = int(head_dim(text) * parameters.get("partial_rotary_factor", 1.0))
         return [parameters["rope_theta"] ** (-i / width) for i in range(0, width, 2)]
     except (AttributeError, KeyError, TypeError, ValueError):
         # no such embedding, or one that only the model's code understands

@@ -8,6 +8,7 @@ from transformers import DynamicCache, QuantizedCache
 
 from ..cache import TurboQuantCache
 from ..layer import TurboQuantLayer
+from ..rotary import head_dim
 
 KINDS = ("turboquant", "dynamic", "quanto", "hqq", "fp8")
 
@@ -71,10 +72,8 @@ def new_cache(config, options: dict):
             )
         except TypeError as error:
             raise ValueError(f"A {kind} cache must be given options that it has: {error}.") from None
-    text = config.get_text_config(decoder=True)
     if kind != "fp8":
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        size = options.setdefault("q_group_size", head_dim)
+        size = options.setdefault("q_group_size", head_dim(config.get_text_config(decoder=True)))
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`q_group_size` must be a positive integer, got {size!r}.")
     if kind == "hqq":
@@ -116,6 +115,11 @@ def held_bytes(cache) -> int:
     return sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(vars(layer)))
 
 
+def held_bits(tree) -> int:
+    """Bits of every tensor in a tree of tuples and dicts; floats count two bytes at most, as in a 16-bit model."""
+    return sum(8 * t.numel() * (min(t.itemsize, 2) if t.is_floating_point() else t.itemsize) for t in _tensors(tree))
+
+
 def bits_per_coordinate(cache) -> float:
     """
     Bits in all, scales and zero points included, of a coordinate that is held in codes: exact tokens and spare capacity
@@ -131,10 +135,7 @@ def bits_per_coordinate(cache) -> float:
                 coordinates += layer.exact[role].shape[0] * heads * dim * buffer.length
         elif getattr(layer, "_quantized_keys", None) is not None:
             for states in (layer._quantized_keys, layer._quantized_values):
-                tensors = list(_tensors(states))
-                bits += sum(
-                    8 * t.numel() * (min(t.itemsize, 2) if t.is_floating_point() else t.itemsize) for t in tensors
-                )
+                bits += held_bits(states)
                 coordinates += layer._dequantize(states).numel()
     return bits / coordinates if coordinates else 16.0
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from .. import __version__
+from ..rotary import head_dim
 from . import claims, fidelity, needle, plots, quality
 from .caches import label, new_cache
 from .names import arranged
@@ -180,13 +181,12 @@ def _fidelity_units(model, tokenizer, text, settings):
 
 
 def _claims_units(model, tokenizer, text, settings):
-    text_config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    width = head_dim(model.config.get_text_config(decoder=True))
     for nbits in (4, 3, 2, 1):
-        yield f"distortion, {nbits} bits", 50, _silent(claims.distortion, nbits, head_dim)
+        yield f"distortion, {nbits} bits", 50, _silent(claims.distortion, nbits, width)
     for nbits in (4, 3, 2):
         for estimator, sketch in ESTIMATORS:
-            measure = _silent(claims.inner_product, estimator, nbits, head_dim, sketch)
+            measure = _silent(claims.inner_product, estimator, nbits, width, sketch)
             yield f"inner product, {nbits} bits, {estimator} {sketch}", 50, measure
 
 
