@@ -238,12 +238,12 @@ def launches_us(sets, query) -> dict[str, float]:
     }
 
 
-def scores_table(shape) -> None:
+def scores_table(shape, form: str = "4 bits QJL") -> None:
     batch, heads, kv_heads, dim, kv_len = shape
-    sets = format_sets(shape, "4 bits QJL")
+    sets = format_sets(shape, form)
     query = torch.randn((batch, heads, 1, dim), device="cuda", dtype=torch.float16)
     ours = graph_time_us([lambda s=s: kernels.scores(query, s, scaling=1.0) for s in sets])
-    print(f"scores, 4 bits QJL: {ours:.1f} us", end="")
+    print(f"scores, {form}, {heads // kv_heads} queries for each of {kv_len:,} keys: {ours:.1f} us", end="")
     for dtype in (torch.float32, torch.float16):
         keys = [torch.randn((batch, kv_heads, kv_len, dim), device="cuda", dtype=dtype) for _ in range(2)]
         rows = query.to(dtype).view(batch, kv_heads, -1, dim)
@@ -314,6 +314,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         if arguments.scores:
             scores_table(shape)
+            scores_table((1, 64, 1, 128, 8192), "3 bits")
         if arguments.layer_step:
             ours = layer_step_us(shape, lambda: TurboQuantLayer(TurboQuantConfig(), 0))
             plain = layer_step_us(shape, DynamicLayer)

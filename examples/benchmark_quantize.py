@@ -1,5 +1,6 @@
 """
-Check the kernel that quantises and appends against float64 mathematics, in every configuration; then time it.
+Check the kernel that quantises and appends against float64 mathematics, in every configuration; then time it, and the
+one that dequantises.
 
     python examples/benchmark_quantize.py            # all checks, then the tables (one GPU)
     python examples/benchmark_quantize.py --no-check
@@ -22,13 +23,14 @@ from hf_turboquant.quantizer import Quantizer
 
 # `ops.quantize` is the function; the module of the same name holds the kernel
 kernels = import_module("hf_turboquant.ops.quantize")
+dequantize = import_module("hf_turboquant.ops.dequantize").dequantize
 
 
 @dataclass(frozen=True)
 class Case:
     """
-    One configuration: `pieces` are the lengths of successive appends; `per_head` gives every head a mean, a scale and a
-    transform of its own.
+    One configuration: `pieces` are the lengths of successive appends; `conditioned` gives every head a mean and a scale
+    of its own, `per_head` a transform too.
     """
 
     role: str = "keys"
@@ -36,6 +38,7 @@ class Case:
     estimator: str = "qjl"
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    conditioned: bool = False
     per_head: bool = False
     sketch: str = "orthogonal"
     rotation: str = "haar"
@@ -48,14 +51,16 @@ class Case:
         options = {f"{role}_bits": self.nbits, f"{role}_estimator": self.estimator}
         config = TurboQuantConfig(sketch=self.sketch, rotation=self.rotation, **options)
         quantizer = Quantizer.create(config, self.role, 0, self.head_dim, device)
-        if self.per_head:
+        if self.conditioned or self.per_head:
             generator = torch.Generator().manual_seed(1)
             factors = 0.5 + torch.rand(self.heads, 1, self.head_dim, generator=generator).to(device)
             mean = torch.randn(self.heads, 1, self.head_dim, generator=generator).to(device)
+            quantizer = replace(quantizer, mean=mean, scale=factors)
+        if self.per_head:
             rotations = quantizer.transform.roll(1, -1).repeat(self.heads, 1, 1).contiguous()
             for head in range(self.heads):
                 rotations[head] = rotations[head].roll(head, 0)
-            quantizer = replace(quantizer, transform=rotations, dual=rotations, mean=mean, scale=factors)
+            quantizer = replace(quantizer, transform=rotations, dual=rotations)
         return quantizer
 
 
@@ -207,7 +212,7 @@ class Layer:
 
     def __post_init__(self):
         self.roles = [case for case in (self.keys, self.values) if case is not None]
-        self.quantizers = [case.quantizer("cuda") for case in self.roles]
+        self.quantizers = [replace(case, heads=self.heads).quantizer("cuda") for case in self.roles]
         shape = (self.batch, self.heads, self.tokens)
         self.states = [torch.randn(*shape, c.head_dim, device="cuda", dtype=c.dtype) for c in self.roles]
         self.buffers = [quantizer.new_buffer(*shape[:2]) for quantizer in self.quantizers]
@@ -230,6 +235,11 @@ class Layer:
         self._rewind()
         kernels.quantize_pair(self.states, self.quantizers, self.buffers)
 
+    def dequantize(self) -> None:
+        """All of what `single` appended, to states of their dtype."""
+        for state, quantizer, buffer in zip(self.states, self.quantizers, self.buffers, strict=True):
+            dequantize(buffer, quantizer, state)
+
     def torch(self) -> None:
         self._rewind()
         for args in zip(self.states, self.quantizers, self.buffers, strict=True):
@@ -240,9 +250,15 @@ def rows():
     """Name, layer and function of every row of the table."""
     for head_dim in (128, 64, 256):
         for nbits, estimator in ((4, "qjl"), (3, "rescaled"), (2, "rescaled")):
-            layer = (Case("keys", nbits, estimator, head_dim), Case("values", nbits, "rescaled", head_dim))
-            name = f"keys + values, D={head_dim}, {nbits} bits ({estimator} keys)"
-            yield f"prefill 8,192: {name}", [Layer(1, 8192, *layer) for _ in range(4)], "single"
+            values = Case("values", nbits, "rescaled", head_dim)
+            name = f"keys + values, D={head_dim}, {nbits} bits ({estimator} keys"
+            for conditioned in (False, True):
+                layers = [
+                    Layer(1, 8192, Case("keys", nbits, estimator, head_dim, conditioned=conditioned), values)
+                    for _ in range(4)
+                ]
+                yield f"prefill 8,192: {name}{', conditioned' * conditioned})", layers, "single"
+            yield f"dequantise them: {name}, conditioned)", layers, "dequantize"
     keys, values = Case("keys", 4, "qjl"), Case("values", 4, "rescaled")
     for estimator in ("qjl", "rescaled"):
         yield (

@@ -47,7 +47,7 @@ def condition(
     valid: torch.Tensor | None,
     frequencies: list[float] | None = None,
     first: int = 0,
-) -> tuple[Quantizer, str]:
+) -> tuple[Quantizer, str | torch.Tensor]:
     """
     The quantizer of keys with a mean μ and a scale t per KV head and channel: y = Π t (k - μ), queries Π q / t.
 
@@ -67,8 +67,7 @@ def condition(
         first (`int`): position of the first of `keys`.
 
     Returns:
-        The quantizer and what it does: `"attention"` (mean and scale), `"center"` (mean: no query was seen, or the
-        statistics are degenerate) or `"none"` (under 64 tokens, or keys that are not finite).
+        The quantizer and what it does, for [`outcome`]: nothing waits for the device here.
     """
     if keys.shape[0] * keys.shape[2] < MIN_TOKENS:
         return quantizer, "none"
@@ -82,22 +81,30 @@ def condition(
         positions = torch.arange(first, stop, step, device=keys.device)
         mean, lost = future_mean(keys, mean, count, positions, mean.new_tensor(frequencies))
         key_energy = key_energy + lost[0, :, 0]
-    scale = torch.ones_like(key_energy)
-    if query_energy is not None:
-        scale = (_floor(query_energy) / _floor(key_energy)).pow(0.25)
-        # the overall factor is free: keep norms where they were
-        scale = scale / scale.log().mean(-1, keepdim=True).exp()
-    # one look at the device for all that can be wrong
-    checks = [mean.isfinite().all(), (scale.isfinite() & (scale > 0)).all()]
+    centred = mean.isfinite().all()
     if valid is not None:
-        checks.append(count >= MIN_TOKENS)
-    centre, scales, *enough = torch.stack(checks).tolist()
-    if not (centre and all(enough)):
-        return quantizer, "none"
-    centred = replace(quantizer, mean=mean[0])
-    if query_energy is None or not scales:
-        return centred, "center"
-    return replace(centred, scale=scale.unsqueeze(1)), "attention"
+        centred &= count >= MIN_TOKENS
+    # a mean of zero and a scale of one change nothing
+    mean = torch.where(centred, mean, 0)
+    if query_energy is None:
+        return replace(quantizer, mean=mean[0]), torch.stack([centred, torch.zeros_like(centred)])
+    scale = (_floor(query_energy) / _floor(key_energy)).pow(0.25)
+    # the overall factor is free: keep norms where they were
+    scale = scale / scale.log().mean(-1, keepdim=True).exp()
+    scaled = centred & (scale.isfinite() & (scale > 0)).all()
+    scale = torch.where(scaled, scale, 1)
+    return replace(quantizer, mean=mean[0], scale=scale.unsqueeze(1)), torch.stack([centred, scaled])
+
+
+def outcome(found: str | torch.Tensor) -> str:
+    """
+    What [`condition`] came to: `"attention"` (mean and scale), `"center"` (mean: no query was seen, or the statistics
+    are degenerate) or `"none"` (under 64 tokens, or keys that are not finite). Waits for the device.
+    """
+    if isinstance(found, str):
+        return found
+    centred, scaled = found.tolist()
+    return "attention" if scaled else "center" if centred else "none"
 
 
 def future_mean(

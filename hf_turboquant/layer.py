@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from . import ops
-from .conditioning import QueryEnergy, condition, valid_tokens
+from .conditioning import QueryEnergy, condition, outcome, valid_tokens
 from .config import TurboQuantConfig
 from .quantizer import Quantizer
 from .split import SplitQuantizer, create_quantizer
@@ -51,11 +51,18 @@ class TurboQuantLayer(DynamicLayer):
         self.exact: SlotBuffer | None = None
         # the tokens of the last update, while they wait for their query
         self.pending: dict[str, torch.Tensor] | None = None
-        # what conditioning came to, None until the first token is quantised
-        self.condition: str | None = None
+        # what conditioning came to, perhaps on the device only; None until the first token is quantised
+        self.found: str | torch.Tensor | None = None
         self.query_energy: QueryEnergy | None = None
         # whether tokens wait on the CPU between updates
         self.is_offloaded = False
+
+    @property
+    def condition(self) -> str | None:
+        """What conditioning came to: see [`conditioning.outcome`]. `None` until the first token is quantised."""
+        if self.found is not None:
+            self.found = outcome(self.found)
+        return self.found
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -124,7 +131,7 @@ class TurboQuantLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         states = {"keys": key_states, "values": value_states}
         before = self.length
-        if self.condition is None and self.config.condition == "attention":
+        if self.found is None and self.config.condition == "attention":
             exact = states if before == 0 else {r: torch.cat([self._exact(r), states[r]], dim=2) for r in ROLES}
             waiting = ExactStates(exact, self.settle)
             handles = tuple(QuantizedStates(waiting, role) for role in ROLES)
@@ -194,15 +201,15 @@ class TurboQuantLayer(DynamicLayer):
         quantized = sinks + self.codes["keys"].length
         # everything that can fail for want of memory comes first; codes beyond a buffer's length don't count
         self.exact.reserve(min(after, sinks + window), limit=sinks + window)
-        undo = self.quantizers, self.condition
+        undo = self.quantizers, self.found
         try:
             if after - window > quantized:
-                if self.condition is None:
+                if self.found is None:
                     self._freeze_condition(states, valid)
                 leaving = {role: self._leaving(states[role], role, quantized, after - window) for role in ROLES}
                 ops.quantize_pair(leaving, self.quantizers, self.codes, self.config.backend)
         except BaseException:
-            self.quantizers, self.condition = undo
+            self.quantizers, self.found = undo
             raise
         for start, stop in ((before, min(after, sinks)), (max(before, sinks, after - window), after)):
             if start < stop:
@@ -219,7 +226,7 @@ class TurboQuantLayer(DynamicLayer):
 
     def _freeze_condition(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None) -> None:
         """Decides, once, what the quantizers learn from all tokens so far but the sinks: they are all still exact."""
-        quantizers, self.condition = dict(self.quantizers), self.config.condition
+        quantizers, self.found = dict(self.quantizers), self.config.condition
         sinks = self.config.sink_length
         valid = None if valid is None else valid[:, sinks:]
 
@@ -228,9 +235,9 @@ class TurboQuantLayer(DynamicLayer):
 
         # ordinary tensors, like all constants, whatever mode the first prefill runs in
         with torch.inference_mode(False), torch.no_grad():
-            if self.condition != "none":
+            if self.found != "none":
                 energy = None if self.query_energy is None else self.query_energy.total
-                quantizers["keys"], self.condition = condition(
+                quantizers["keys"], self.found = condition(
                     quantizers["keys"], tokens("keys"), energy, valid, self.frequencies, sinks
                 )
             for role in ROLES:

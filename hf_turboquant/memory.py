@@ -57,8 +57,10 @@ class MemoryReport:
 
 def layer_memory(layer) -> MemoryReport:
     """The report of one layer of a cache, of whatever kind."""
-    # a compressed layer has its tokens in buffers: its own tensors are recurrent states, and tokens not yet stored
-    held = _tensor_bytes({name: value for name, value in vars(layer).items() if name != "arena"})
+    # a compressed layer has its tokens in buffers: its own tensors are recurrent states, tokens not yet stored, and
+    # what conditioning came to
+    own = {name: value for name, value in vars(layer).items() if name not in ("arena", "found", "provisional")}
+    held = _tensor_bytes(own)
     if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:
         return MemoryReport(other_bytes=held, full_bytes=held)
     layer.measure()

@@ -9,7 +9,7 @@ from .layer import ROLES
 from .split import SplitQuantizer
 
 # what a compressed layer makes anew, or saves token by token
-_NOT_FIELDS = {"config", "layer_idx", "quantizers", "codes", "exact", "pending", "query_energy", "condition", "length"}
+_NOT_FIELDS = {"config", "layer_idx", "quantizers", "codes", "exact", "pending", "query_energy", "found", "length"}
 _NOT_FIELDS |= {"is_initialized", "is_offloaded"}
 
 
@@ -25,7 +25,7 @@ def layer_state(layer) -> dict:
 
 def _tokens(layer) -> dict:
     sinks, length, quantized = min(layer.config.sink_length, layer.length), layer.length, layer.codes["keys"].length
-    keys = layer.quantizers["keys"]
+    keys, condition = layer.quantizers["keys"], layer.condition
 
     def exact(role: str) -> torch.Tensor:
         # in the order of the sequence; slots that hold no token stay behind
@@ -36,14 +36,15 @@ def _tokens(layer) -> dict:
     return {
         "length": length,
         "quantized": quantized,
-        "condition": layer.condition,
+        "condition": condition,
         "exact": {role: exact(role) for role in ROLES},
         "codes": {
             role: {name: tensor[:, :, : -(-quantized // buffer.block)] for name, tensor in buffer.tensors.items()}
             for role, buffer in layer.codes.items()
         },
-        "mean": keys.mean,
-        "scale": keys.scale,
+        # where statistics were degenerate, what is there changes nothing
+        "mean": keys.mean if condition in ("center", "attention") else None,
+        "scale": keys.scale if condition == "attention" else None,
         "channels": {role: getattr(quantizer, "channels", None) for role, quantizer in layer.quantizers.items()},
         "query_energy": None if layer.query_energy is None else layer.query_energy.total,
         "constants": {role: _probe(quantizer) for role, quantizer in layer.quantizers.items()},
@@ -114,7 +115,7 @@ def _restore_tokens(
         _must(query_energy.shape == (heads, head_dim), "query_energy", list(query_energy.shape))
         layer.query_energy = QueryEnergy(heads, head_dim, layer.device)
         layer.query_energy.total = query_energy
-    layer.length, layer.condition = length, condition
+    layer.length, layer.found = length, condition
 
 
 def _probe(quantizer) -> list[float]:

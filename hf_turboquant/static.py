@@ -45,7 +45,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     description: str | None = None
     states: LayerStates | None = None
     # what conditioning would come to if the next token were quantised
-    provisional: str | None = None
+    provisional: str | torch.Tensor | None = None
     # no more tokens than these, with those of compiled steps, which the length on the host does not have yet
     most_tokens: int = 0
 
@@ -145,11 +145,11 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         super()._store(states, valid)
-        if self.condition is None:
+        if self.found is None:
             # the next token may be quantised by a compiled step: what is known by then has to do
             energy, none = self.query_energy, {role: self.exact[role][:, :, :0] for role in ROLES}
             self._freeze_condition(none, valid)
-            self.provisional, self.condition, self.query_energy = self.condition, None, energy
+            self.provisional, self.found, self.query_energy = self.found, None, energy
         self._count()
 
     def _freeze_condition(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None) -> None:
@@ -176,8 +176,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.length = self.most_tokens = states.kv_len
         for role in ROLES:
             self.codes[role].length = states.codes[role].length
-        if self.codes["keys"].length and self.condition is None:
-            self.condition, self.query_energy = self.provisional, None
+        if self.codes["keys"].length and self.found is None:
+            self.found, self.query_energy = self.provisional, None
 
     def _count(self) -> None:
         """Writes the lengths to the device."""

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
-from hf_turboquant.conditioning import HORIZON, QueryEnergy, condition, valid_tokens
+from hf_turboquant.conditioning import HORIZON, QueryEnergy, condition, outcome, valid_tokens
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.quantizer import Quantizer
 from hf_turboquant.rotary import rotary_frequencies
@@ -45,7 +45,7 @@ def energy_of(query, heads=2, valid=None):
 def test_the_scale_is_optimal():
     query, keys, _ = skewed_states(2000)
     quantizer, kind = condition(plain_quantizer(), keys, energy_of(query), None)
-    assert kind == "attention" and quantizer.scale.shape == quantizer.mean.shape == (2, 1, 64)
+    assert outcome(kind) == "attention" and quantizer.scale.shape == quantizer.mean.shape == (2, 1, 64)
     torch.testing.assert_close(quantizer.mean, keys.mean((0, 2)).unsqueeze(1))
     # the optimality condition: t⁴ E k² = E q² in every channel, up to one factor
     key_energy = (keys - keys.mean(2, keepdim=True)).square().mean((0, 2))
@@ -174,8 +174,10 @@ def test_degenerate_statistics_fall_back(spoil, kind):
     query, keys, _ = skewed_states(200)
     query, keys = spoil(query, keys)
     quantizer, got = condition(plain_quantizer(), keys, energy_of(query), None)
-    assert got == kind
-    assert (quantizer.mean is None) == (kind == "none") and (quantizer.scale is None) == (kind != "attention")
+    assert outcome(got) == kind
+    # what is not to be trusted changes nothing
+    assert (quantizer.mean is None or not quantizer.mean.any()) == (kind == "none")
+    assert (quantizer.scale is None or bool((quantizer.scale == 1).all())) == (kind != "attention")
     if kind == "attention":
         assert quantizer.scale.isfinite().all() and quantizer.scale.max() / quantizer.scale.min() < 1e3
 
@@ -273,7 +275,7 @@ def test_the_mean_is_that_of_positions_to_come(layout, padded):
     early, _ = condition(plain_quantizer(), prompt, energy, valid)
     told, kind = condition(plain_quantizer(), prompt, energy, valid, FREQUENCIES, 4)
     expected = whole.mean((0, 2)).unsqueeze(1)
-    assert kind == "attention"
+    assert outcome(kind) == "attention"
     assert (told.mean - expected).norm() < 0.1 * (early.mean - expected).norm()
     # and so is the energy, near enough (both channels of a pair get the same): scales are those of the whole text
     known, _ = condition(plain_quantizer(), whole, energy, None)

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+import hf_turboquant.conditioning
 import hf_turboquant.layer
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
 from hf_turboquant.conditioning import QueryEnergy, condition
@@ -25,11 +26,11 @@ HEADS, HEAD_DIM, LAYER_IDX = 2, 16, 3
 
 def coarse_condition(*args):
     """Whole means and scales that are powers of two: with whole states, products with the rotation are exact."""
-    quantizer, kind = condition(*args)
+    quantizer, found = condition(*args)
     # a rotation of 16 dimensions has entries of ± 1/4: one token gives the same bits as a hundred, on any machine
     mean = None if quantizer.mean is None else quantizer.mean.round()
     scale = None if quantizer.scale is None else quantizer.scale.log2().round().clamp(-1, 1).exp2()
-    return dataclasses.replace(quantizer, mean=mean, scale=scale), kind
+    return dataclasses.replace(quantizer, mean=mean, scale=scale), hf_turboquant.conditioning.outcome(found)
 
 
 @pytest.fixture(scope="module", autouse=True)
