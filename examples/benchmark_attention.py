@@ -12,6 +12,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -252,28 +253,31 @@ def scores_table(shape, form: str = "4 bits QJL") -> None:
     print()
 
 
-def layer_step_us(shape, make_layer) -> float:
-    """Append of one token and attention, through `update`, host included; median."""
+def layer_step_us(shape, make_layer) -> tuple[float, float]:
+    """
+    Append of one token and attention, through `update` and torch's attention, at successive lengths: the GPU's time,
+    and from start to end with a host that launches one by one.
+    """
     batch, heads, kv_heads, dim, kv_len = shape
     layer = make_layer()
     states = torch.randn((batch, kv_heads, kv_len, dim), device="cuda", dtype=torch.float16)
     layer.update(states, states)
     query = torch.randn((batch, heads, 1, dim), device="cuda", dtype=torch.float16)
+    token = torch.randn((batch, kv_heads, 1, dim), device="cuda", dtype=torch.float16)
+
+    def step():
+        F.scaled_dot_product_attention(query, *layer.update(token, token), enable_gqa=True)
+
     times = []
-    for i in range(40):
-        token = torch.randn((batch, kv_heads, 1, dim), device="cuda", dtype=torch.float16)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        keys, values = layer.update(token, token)
-        # left to itself torch takes its slow mathematical kernel here
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
-            F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-        stop.record()
-        stop.synchronize()
-        if i >= 10:
-            times.append(start.elapsed_time(stop) * 1e3)
-    return statistics.median(times)
+    # cuDNN makes a plan for every length, which takes it 40 ms
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        for _ in range(40):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) * 1e6)
+        return graph_time_us([step], inner=8), statistics.median(times[10:])
 
 
 def main() -> None:
@@ -316,9 +320,16 @@ def main() -> None:
             scores_table(shape)
             scores_table((1, 64, 1, 128, 8192), "3 bits")
         if arguments.layer_step:
-            ours = layer_step_us(shape, lambda: TurboQuantLayer(TurboQuantConfig(), 0))
-            plain = layer_step_us(shape, DynamicLayer)
-            print(f"layer step, default options, host included: {ours:.0f} us, DynamicLayer {plain:.0f} us")
+            plain, plain_eager = layer_step_us(shape, DynamicLayer)
+            for form in arguments.formats:
+                nbits, estimator = FORMATS[form]
+                config = TurboQuantConfig(nbits=nbits, key_estimator=estimator)
+                ours, eager = layer_step_us(shape, lambda config=config: TurboQuantLayer(config, 0))
+                print(
+                    f"{name}, layer step, {form}: {ours:.0f} us of the GPU, DynamicLayer {plain:.0f} "
+                    f"({plain / ours:.2f}x); eager, host included {eager:.0f}, DynamicLayer {plain_eager:.0f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
