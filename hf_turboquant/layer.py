@@ -11,7 +11,7 @@ from .config import TurboQuantConfig
 from .quantizer import Quantizer
 from .split import SplitQuantizer, create_quantizer
 from .states import ExactStates, LayerStates, QuantizedStates
-from .storage import SlotBuffer, TokenBuffer
+from .storage import Plans, SlotBuffer, TokenBuffer
 
 ROLES = ("keys", "values")
 
@@ -56,6 +56,9 @@ class TurboQuantLayer(DynamicLayer):
         self.query_energy: QueryEnergy | None = None
         # whether tokens wait on the CPU between updates
         self.is_offloaded = False
+        # what launches on the buffers share, and the states that fitted them last
+        self.plans = Plans()
+        self.checked: tuple | None = None
 
     @property
     def condition(self) -> str | None:
@@ -104,8 +107,6 @@ class TurboQuantLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, device
         self.is_initialized = True
 
-    # lengths change with every step: a graph with them in it would be compiled anew each time
-    @torch.compiler.disable
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +124,16 @@ class TurboQuantLayer(DynamicLayer):
         Raises:
             `ValueError`: the states don't fit what the layer holds. The layer is left as it was.
         """
+        if torch.compiler.is_compiling():
+            return self._untraced_update(key_states, value_states)
+        return self._update(key_states, value_states)
+
+    # lengths change with every step: a graph with them in it would be compiled anew each time
+    @torch.compiler.disable
+    def _untraced_update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._update(key_states, value_states)
+
+    def _update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         self._check(key_states, value_states)
         self.settle()
         self.prefetch()
@@ -201,13 +212,17 @@ class TurboQuantLayer(DynamicLayer):
         quantized = sinks + self.codes["keys"].length
         # everything that can fail for want of memory comes first; codes beyond a buffer's length don't count
         self.exact.reserve(min(after, sinks + window), limit=sinks + window)
+        leaving = max(after - window - quantized, 0)
         undo = self.quantizers, self.found
         try:
-            if after - window > quantized:
-                if self.found is None:
-                    self._freeze_condition(states, valid)
-                leaving = {role: self._leaving(states[role], role, quantized, after - window) for role in ROLES}
-                ops.quantize_pair(leaving, self.quantizers, self.codes, self.config.backend)
+            if leaving and self.found is None:
+                self._freeze_condition(states, valid)
+            if after == before + 1:
+                self._append(states, leaving)
+                return
+            if leaving:
+                tokens = {role: self._leaving(states[role], role, quantized, after - window) for role in ROLES}
+                ops.quantize_pair(tokens, self.quantizers, self.codes, self.config.backend)
         except BaseException:
             self.quantizers, self.found = undo
             raise
@@ -216,6 +231,15 @@ class TurboQuantLayer(DynamicLayer):
                 for role in ROLES:
                     self.exact.write(role, start, states[role][:, :, start - before : stop - before])
         self.length = after
+
+    def _append(self, states: dict[str, torch.Tensor], leaving: int) -> None:
+        """One token, of which `leaving`, none or one, pushes another out of the recent window."""
+        for buffer in self.codes.values():
+            buffer.reserve(buffer.length + leaving)
+        ops.append(self._read(), states["keys"], states["values"])
+        for buffer in self.codes.values():
+            buffer.length += leaving
+        self.length += 1
 
     def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
         """The tokens at positions `start` to `stop`: from the recent window, then from the new ones."""
@@ -251,6 +275,9 @@ class TurboQuantLayer(DynamicLayer):
         return self.exact[role][:, :, : self.length]
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        given = [(x.shape, x.dtype, x.device) for x in (key_states, value_states) if isinstance(x, torch.Tensor)]
+        if given == self.checked:
+            return
         for name, states in (("key_states", key_states), ("value_states", value_states)):
             if not isinstance(states, torch.Tensor) or states.dim() != 4 or not states.is_floating_point():
                 got = f"{states.dtype} of shape {list(states.shape)}" if isinstance(states, torch.Tensor) else states
@@ -279,12 +306,18 @@ class TurboQuantLayer(DynamicLayer):
                     f"{expected}, got {got} at layer {self.layer_idx}. Use a new cache or `reset()` for another "
                     "batch, and `batch_repeat_interleave` or `batch_select_indices` to change the batch of this one."
                 )
+        # steps are alike
+        self.checked = given
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.codes["keys"].length:
             return tuple(self._exact(role) for role in ROLES)
+        return _handles(self._read())
+
+    def _read(self) -> LayerStates:
+        """What attention reads now."""
         window, quantized = self.config.residual_length, self.codes["keys"].length
-        return self._handles(self.exact.tensors, quantized, window, quantized % window if window else 0)
+        return self._read_from(self.exact.tensors, quantized, window, quantized % window if window else 0)
 
     def _exact_with_chunk(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The sinks held so far and behind them the new tokens, which may fill further sinks."""
@@ -296,16 +329,25 @@ class TurboQuantLayer(DynamicLayer):
         sinks = self.config.sink_length
         if before <= sinks:
             return tuple(exact[role] for role in ROLES)
-        return self._handles(exact, before - sinks, self.length - before, 0)
+        return _handles(self._read_from(exact, before - sinks, self.length - before, 0))
 
-    def _handles(self, exact: dict[str, torch.Tensor], quantized: int, ring: int, phase: int):
+    def _read_from(self, exact: dict[str, torch.Tensor], quantized: int, ring: int, phase: int) -> LayerStates:
         codes = {role: self.codes[role].snapshot() for role in ROLES}
         for buffer in codes.values():
             buffer.length = quantized
-        states = LayerStates(
-            self.quantizers, codes, exact, self.length, self.config.sink_length, ring, phase, self.config.backend
+        config = self.config
+        return LayerStates(
+            self.quantizers,
+            codes,
+            exact,
+            self.length,
+            config.sink_length,
+            ring,
+            phase,
+            config.backend,
+            None,
+            self.plans,
         )
-        return tuple(QuantizedStates(states, role) for role in ROLES)
 
     @property
     def nbytes(self) -> int:
@@ -352,6 +394,9 @@ class TurboQuantLayer(DynamicLayer):
             buffer.map(function)
         self.codes = dict(zip(ROLES, buffers, strict=False))
         self.exact = buffers[-1]
+        # they would keep the old buffers alive
+        self.plans = Plans()
+        self.checked = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the batch for beam search."""
@@ -379,3 +424,7 @@ class TurboQuantLayer(DynamicLayer):
         """Moves codes and exact tokens back to the layer's device, on the current stream."""
         if self.is_offloaded and self.exact["keys"].device != self.device:
             self._replace(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+
+def _handles(states: LayerStates) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(QuantizedStates(states, role) for role in ROLES)

@@ -24,7 +24,7 @@ _METADATA = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LayerStates:
     """
     What attention reads of one layer, as of one update: exact sinks, then the codes, then exact recent tokens.
@@ -40,6 +40,7 @@ class LayerStates:
         counters (`torch.Tensor`, *optional*):
             With a static capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 2]`: of keys and
             of values, the tokens in all and those quantised. `kv_len` and the lengths of `codes` are their bounds then.
+        plans (`Plans`, *optional*): what launches on the layer's buffers share: see `ops.launch`.
     """
 
     quantizers: dict[str, Quantizer]
@@ -51,6 +52,7 @@ class LayerStates:
     phase: int
     backend: str = "auto"
     counters: torch.Tensor | None = None
+    plans: dict | None = None
 
     def measured(self) -> "LayerStates":
         """The same states with their lengths on the host: waits for the device if they are not there yet."""
@@ -153,10 +155,11 @@ class QuantizedStates(torch.Tensor):
         cls, states: LayerStates | ExactStates, role: str, repeats: int = 1, shape: tuple[int, ...] | None = None
     ):
         exact = states.exact[role]
+        shape = shape or states.shape(role)
         handle = torch.Tensor._make_wrapper_subclass(
-            cls, shape or states.shape(role), dtype=exact.dtype, device=exact.device, requires_grad=False
+            cls, shape, dtype=exact.dtype, device=exact.device, requires_grad=False
         )
-        handle.states, handle.role, handle.repeats = states, role, repeats
+        handle.states, handle.role, handle.repeats, handle.dims = states, role, repeats, len(shape)
         return handle
 
     def dequantize(self) -> torch.Tensor:
@@ -174,9 +177,18 @@ class QuantizedStates(torch.Tensor):
         return f"QuantizedStates({self.role}, {width}, shape={list(self.shape)})"
 
     @classmethod
-    @torch.compiler.disable
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return cls._untraced_function(func, args, kwargs or {})
+        return cls._function(func, args, kwargs or {})
+
+    @classmethod
+    @torch.compiler.disable
+    def _untraced_function(cls, func, args, kwargs):
+        return cls._function(func, args, kwargs)
+
+    @classmethod
+    def _function(cls, func, args, kwargs):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -247,10 +259,13 @@ def _attention_call(
         return None
     # torch aligns `is_causal` with the first key, so with codes it never means what a cache means
     codes = isinstance(key.states, LayerStates)
-    if (codes and (dropout_p or is_causal)) or isinstance(query, QuantizedStates) or query.dim() != 4 or key.dim() != 4:
+    if (codes and (dropout_p or is_causal)) or isinstance(query, QuantizedStates) or query.dim() != 4:
+        return None
+    # while heads are being repeated
+    if key.dims != 4:
         return None
     # torch lets all queries share a single head of keys
-    if key.shape[1] not in (1, query.shape[1]) and not enable_gqa:
+    if not enable_gqa and key.shape[1] not in (1, query.shape[1]):
         return None
     return {
         "query": query,

@@ -236,6 +236,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             return
         self.settle()
         self.measure()
+        self.checked = None
         before = self.states
         mapped = [{name: function(tensor) for name, tensor in tensors.items()} for tensors in _parts(before)]
         exact = mapped[0]

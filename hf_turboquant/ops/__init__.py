@@ -79,12 +79,15 @@ def quantize_pair(states, quantizers, buffers, backend: str = "auto") -> None:
 
 def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     """
-    One step of a layer of static capacity, in place: quantises the token that leaves the recent window, if one does,
-    puts the new one to its exact slot and counts it; token by token where there are several. With the kernels one
-    launch for each, whatever the length, that waits for nothing on the host.
+    One step, in place: quantises the token that leaves the recent window, if one does, and puts the new one to its
+    exact slot. With the kernels one launch, that waits for nothing on the host. The buffers have room; their lengths
+    are the caller's to count.
+
+    With a static capacity the lengths are in device memory and are counted there; there may be several tokens, which
+    come one by one.
 
     Args:
-        states (`LayerStates`): with `counters`.
+        states (`LayerStates`): before the step.
         key_states, value_states (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`, few tokens.
 
     Raises:

@@ -6,9 +6,7 @@ from ..packing import BLOCK
 from ..quantizer import Quantizer
 from .attention_plan import (
     COMBINE_COLUMNS,
-    DTYPES,
     EXACT_TILE,
-    INTERPRETED,
     MAX_SPLITS,
     ROWS,
     NewScratch,
@@ -18,6 +16,7 @@ from .attention_plan import (
     kernels_for,
     scratch_of,
 )
+from .launch import DTYPES, INTERPRETED, addresses, stream_of
 
 LOG2E = 1.4426950408889634
 
@@ -89,37 +88,34 @@ def scores(
     return out
 
 
-class AttentionCall:
-    """The launches of one call and what they share."""
+class AttentionPlan:
+    """
+    What calls on the same buffers have in common while the codes fill the same blocks: a step of decoding finds all of
+    it done, but for the lengths.
 
-    def __init__(self, query, states, attention_mask, is_causal, softcap, portable):
+    Args:
+        query, states, is_causal, portable: as of [`attention`].
+        mask_dtype (`torch.dtype`, *optional*), softcap (`bool`): whether there is one, and of what kind.
+        stream (`int`): which the scratch is for.
+    """
+
+    def __init__(self, query, states, mask_dtype, is_causal, softcap, portable, stream):
         keys, values = states.quantizers["keys"], states.quantizers["values"]
-        key_codes, value_codes = states.codes["keys"].tensors, states.codes["values"].tensors
-        self.states = states
-        self.query = query if query.stride(3) == 1 else query.contiguous()
-        batch, heads, self.query_length, _ = query.shape
-        scales = key_codes["scales"]
-        self.kv_heads = scales.shape[1]
-        self.key_blocks, self.value_blocks = scales.shape[2], value_codes["scales"].shape[2]
-        self.groups = heads // self.kv_heads
-        self.pairs = batch * self.kv_heads
-        self.rows = self.groups * self.query_length
-        # with a static capacity these are bounds, and kernels read the lengths from device memory
+        self.reads = self._read_by(states)
+        self.stream = stream
+        batch, heads, query_length, _ = query.shape
+        self.heads, self.query_length, self.value_dim = heads, query_length, values.head_dim
+        codes = [buffer.tensors for buffer in states.codes.values()]
+        scales = codes[0]["scales"]
+        kv_heads = scales.shape[1]
+        self.pairs = batch * kv_heads
+        groups = heads // kv_heads
+        self.rows = rows = groups * query_length
+        # with a static capacity the kernels read the lengths from device memory, and these are bounds
         static = states.counters is not None
-        kv_len, length, self.recent_start = states.kv_len, states.codes["keys"].length, states.recent_start
-        self.blocks = -(-length // BLOCK)
-        if static:
-            kv_len = states.counters
-            self.recent_start = length = states.counters[:, :, 1:]
-        self.lengths = (self.query_length, self.groups, self.kv_heads, kv_len, states.sink_length, length)
-        self.slots = min(states.sink_length + states.ring, states.exact["keys"].shape[2])
-        self.value_dim = values.head_dim
-        self.key_constants, self.value_constants = constants_of(keys), constants_of(values)
-        self.key_planes = _planes(keys, key_codes) + (key_codes.get("residual_norms", scales),)
-        self.value_planes = _planes(values, value_codes)
-        self.mask, self.mask_strides, mask_kind = _mask(attention_mask, self.query)
-        self.softcap = 1.0 if softcap is None else softcap * LOG2E
-        self.kernels = kernels_for(
+        self.blocks = -(-states.codes["keys"].length // BLOCK)
+        key_constants, value_constants = constants_of(keys), constants_of(values)
+        self.kernels = kernels = kernels_for(
             query.device,
             is_portable(query.device) if portable is None else portable,
             query.dtype,
@@ -133,151 +129,186 @@ class AttentionCall:
                 keys.codebook,
             ),
             (values.nbits, values.head_dim, values.mean is not None, values.codebook),
-            mask_kind,
+            mask_dtype,
             # the last query sees everything
-            is_causal and self.query_length > 1,
-            softcap is not None,
-            self.rows <= ROWS // 2,
+            is_causal and query_length > 1,
+            softcap,
+            rows <= ROWS // 2,
             static,
         )
-        self.row_tiles = -(-self.rows // self.kernels.rows)
+        self.row_tiles = -(-rows // kernels.rows)
         # one call's splits are those of the codes, then those of the exact tokens
-        exact_splits = max(-(-self.slots // EXACT_TILE), int(static))
-        self.code_splits = count_splits(self.kernels.wave, self.pairs * self.row_tiles, self.blocks, MAX_SPLITS)
-        self.splits = self.code_splits + exact_splits
+        slots = min(states.sink_length + states.ring, states.exact["keys"].shape[2])
+        exact_splits = max(-(-slots // EXACT_TILE), int(static))
+        self.code_splits = count_splits(kernels.wave, self.pairs * self.row_tiles, self.blocks, MAX_SPLITS)
+        splits = self.code_splits + exact_splits
         scratch = NewScratch(query.device) if static else scratch_of(query.device)
-        results = self.pairs * self.rows * self.splits
-        self.partial = scratch.get("partial", results * self.value_dim)
-        self.stats = scratch.get("stats", results * 2)
-        self.operands = scratch.get("operands", self.pairs * self.rows * self.kernels.operand_bytes)
-        self.constants = scratch.get("constants", self.pairs * self.rows * 8)
+        partial = scratch.get("partial", self.pairs * rows * splits * self.value_dim)
+        stats = scratch.get("stats", self.pairs * rows * splits * 2)
+        operands = scratch.get("operands", self.pairs * rows * kernels.operand_bytes)
+        row_constants = scratch.get("constants", self.pairs * rows * 8)
+        key_states, value_states = states.exact["keys"], states.exact["values"]
+        operators = key_constants.query_operators(keys, kernels.operator_dtype)
+        key_planes = _planes(keys, codes[0]) + (codes[0].get("residual_norms", scales),)
+        head_sizes = key_constants.heads, *(1 if x is None else len(x) for x in (keys.scale, keys.mean))
+        sizes = query_length, groups, kv_heads
+        tiles = -(-rows // 16)
+        # rows that share an operator fill tiles of 16 together
+        query_tiles = -(-self.pairs * rows // 16) if key_constants.heads == 1 else self.pairs * tiles
+        self.prepare_grid = kernels.terms * query_tiles + self.pairs * tiles * exact_splits, 1, 1
+        dual = value_constants.dual_operator(values, kernels.dual_dtype)
+        codes_of_keys = operands, row_constants, *key_planes, key_constants.tables
+        # of each launch, what comes between the arguments that differ from call to call
+        self.tensors = {
+            "prepare": (
+                (operators, *(operators if x is None else x for x in (keys.scale, keys.mean)), operands, row_constants)
+                + (key_states, value_states),
+                (partial, stats),
+                (*query.stride()[:3],),
+                (*sizes, *head_sizes),
+                (states.sink_length, states.ring),
+                (slots, key_states.stride(1), value_states.stride(1), self.pairs, splits, self.code_splits),
+                (key_constants.scale, key_constants.offset),
+            ),
+            "attend": (
+                (*codes_of_keys, *_planes(values, codes[1]), value_constants.tables),
+                (partial, stats),
+                sizes,
+                (scales.shape[2], codes[1]["scales"].shape[2], self.row_tiles, splits, self.code_splits),
+            ),
+            "scores": (codes_of_keys, sizes, (scales.shape[2], self.row_tiles)),
+            "combine": (
+                (partial, stats, dual, dual if values.mean is None else values.mean),
+                (rows, *sizes, value_constants.heads, 1 if values.mean is None else len(values.mean))
+                + (splits, self.code_splits, query_length * heads * self.value_dim, self.value_dim)
+                + (heads * self.value_dim, value_constants.scale),
+            ),
+        }
+        self.addresses = {name: addresses(args) for name, args in self.tensors.items()}
+
+    def args(self, name: str, launcher) -> tuple:
+        """What `launcher` takes: tensors until it is compiled, and with the interpreter."""
+        return (self.tensors if launcher.compiled is None else self.addresses)[name]
+
+    @staticmethod
+    def _read_by(states) -> tuple:
+        return states.quantizers, states.exact, *(buffer.tensors for buffer in states.codes.values())
+
+    def fits(self, states) -> bool:
+        """Whether these are the same buffers, and the codes fill the same blocks."""
+        same = all(mine is theirs for mine, theirs in zip(self.reads, self._read_by(states), strict=True))
+        return same and self.blocks == -(-states.codes["keys"].length // BLOCK)
+
+
+class AttentionCall:
+    """The launches of one call."""
+
+    def __init__(self, query, states, attention_mask, is_causal, softcap, portable):
+        self.query = query if query.stride(3) == 1 else query.contiguous()
+        self.mask, self.mask_strides, mask_dtype = _mask(attention_mask, self.query)
+        self.softcap = 1.0 if softcap is None else softcap * LOG2E
+        shape, strides, stream = self.query.shape, self.query.stride(), stream_of(query.device)
+        key = (shape, strides, query.dtype, mask_dtype, is_causal, softcap is None, portable, stream)
+        plan = None if states.plans is None else states.plans.get(key)
+        if plan is None or not plan.fits(states):
+            plan = AttentionPlan(self.query, states, mask_dtype, is_causal, softcap is not None, portable, stream)
+            if states.plans is not None:
+                states.plans.keep(key, plan, states)
+        self.plan = plan
+        self.kv_len, self.length = states.kv_len, states.codes["keys"].length
+        self.recent_start, self.phase = states.sink_length + self.length, states.phase
+        if states.counters is not None:
+            self.kv_len = states.counters
+            self.recent_start = self.length = states.counters[:, :, 1:]
+        self.sink_length = states.sink_length
         other = query.device.type == "cuda" and query.device.index != torch.cuda.current_device()
         self.device_guard = torch.cuda.device(query.device) if other else _NO_GUARD
 
     def prepare(self, scaling: float, logits: torch.Tensor | None = None) -> None:
         """Turns the query and attends to exact tokens, or writes their `logits`."""
-        kernels, keys, states = self.kernels, self.key_constants, self.states
-        quantizer = states.quantizers["keys"]
-        operators = keys.query_operators(quantizer, kernels.operator_dtype)
-        launch = kernels.prepare if logits is None else kernels.prepare_scores
-        key_states, value_states = states.exact["keys"], states.exact["values"]
-        tiles = -(-self.rows // 16)
-        # rows that share an operator fill tiles of 16 together
-        query_tiles = -(-self.pairs * self.rows // 16) if keys.heads == 1 else self.pairs * tiles
-        exact_tiles = self.pairs * tiles * (self.splits - self.code_splits)
+        plan = self.plan
+        launch = plan.kernels.prepare if logits is None else plan.kernels.prepare_scores
+        constants, results, query_strides, sizes, ring, layout, levels = plan.args("prepare", launch)
         launch(
-            (kernels.terms * query_tiles + exact_tiles, 1, 1),
+            plan.prepare_grid,
+            plan.stream,
             self.query,
-            operators,
-            operators if quantizer.scale is None else quantizer.scale,
-            operators if quantizer.mean is None else quantizer.mean,
-            self.operands,
-            self.constants,
-            key_states,
-            value_states,
+            *constants,
             self.mask,
-            self.partial,
-            self.stats,
-            self.partial if logits is None else logits,
-            *self.query.stride()[:3],
+            *results,
+            results[0] if logits is None else logits,
+            *query_strides,
             *self.mask_strides,
-            self.query_length,
-            self.groups,
-            self.kv_heads,
-            keys.heads,
-            1 if quantizer.scale is None else len(quantizer.scale),
-            1 if quantizer.mean is None else len(quantizer.mean),
-            self.lengths[3],
+            *sizes,
+            self.kv_len,
             self.recent_start,
-            states.sink_length,
-            states.ring,
-            states.phase,
-            self.slots,
-            key_states.stride(1),
-            value_states.stride(1),
-            self.pairs,
-            self.splits,
-            self.code_splits,
+            *ring,
+            self.phase,
+            *layout,
             scaling,
             self.softcap,
-            keys.scale,
-            keys.offset,
+            *levels,
         )
 
     def attend(self) -> None:
         """Attends to the codes, split by split."""
-        if not self.code_splits:
+        plan = self.plan
+        if not plan.code_splits:
             return
-        self.kernels.attend(
-            (self.code_splits * self.row_tiles, self.pairs, 1),
-            self.operands,
-            self.constants,
-            *self.key_planes,
-            self.key_constants.tables,
-            *self.value_planes,
-            self.value_constants.tables,
+        launch = plan.kernels.attend
+        codes, results, sizes, layout = plan.args("attend", launch)
+        launch(
+            (plan.code_splits * plan.row_tiles, plan.pairs, 1),
+            plan.stream,
+            *codes,
             self.mask,
-            self.partial,
-            self.stats,
+            *results,
             *self.mask_strides,
-            *self.lengths,
-            self.key_blocks,
-            self.value_blocks,
-            self.row_tiles,
-            self.splits,
-            self.code_splits,
+            *sizes,
+            self.kv_len,
+            self.sink_length,
+            self.length,
+            *layout,
             self.softcap,
         )
 
     def combine(self, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Merges the splits, turns values back."""
-        query, values, kernels = self.query, self.value_constants, self.kernels
-        quantizer = self.states.quantizers["values"]
-        dual = values.dual_operator(quantizer, kernels.dual_dtype)
-        heads = self.groups * self.kv_heads
+        plan, query = self.plan, self.query
         # where the model wants it: heads next to each other
-        out = query.new_empty((query.shape[0], self.query_length, heads, self.value_dim))
-        launch = kernels.combine(self.code_splits, sinks is not None)
+        out = query.new_empty((query.shape[0], plan.query_length, plan.heads, plan.value_dim))
+        launch = plan.kernels.combine(plan.code_splits, sinks is not None)
+        results, sizes = plan.args("combine", launch)
         launch(
-            (self.pairs * self.rows, -(-self.value_dim // COMBINE_COLUMNS), 1),
-            self.partial,
-            self.stats,
-            dual,
-            dual if quantizer.mean is None else quantizer.mean,
-            self.partial if sinks is None else sinks,
+            (plan.pairs * plan.rows, -(-plan.value_dim // COMBINE_COLUMNS), 1),
+            plan.stream,
+            *results,
+            results[0] if sinks is None else sinks,
             out,
-            self.rows,
-            self.query_length,
-            self.groups,
-            self.kv_heads,
-            values.heads,
-            1 if quantizer.mean is None else len(quantizer.mean),
-            self.splits,
-            self.code_splits,
-            self.query_length * heads * self.value_dim,
-            self.value_dim,
-            heads * self.value_dim,
-            values.scale,
+            *sizes,
         )
         return out.transpose(1, 2)
 
     def scores(self, out: torch.Tensor) -> None:
         """Writes the logits of the codes."""
-        chunks = -(-self.blocks // self.kernels.score_blocks)
+        plan = self.plan
+        chunks = -(-plan.blocks // plan.kernels.score_blocks)
         if not chunks:
             return
-        self.kernels.scores(
-            (chunks * self.row_tiles, self.pairs, 1),
-            self.operands,
-            self.constants,
-            *self.key_planes,
-            self.key_constants.tables,
+        launch = plan.kernels.scores
+        codes, sizes, layout = plan.args("scores", launch)
+        launch(
+            (chunks * plan.row_tiles, plan.pairs, 1),
+            plan.stream,
+            *codes,
             self.mask,
             out,
             *self.mask_strides,
-            *self.lengths,
-            self.key_blocks,
-            self.row_tiles,
+            *sizes,
+            self.kv_len,
+            self.sink_length,
+            self.length,
+            *layout,
             self.softcap,
         )
 

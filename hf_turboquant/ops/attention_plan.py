@@ -11,6 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..quantizer import Quantizer
 from .attention_kernels import attend_kernel, combine_kernel
+from .launch import DTYPES, INTERPRETED, launch, stream_of
 from .prepare_kernel import prepare_kernel
 from .ptx import level_snippet, value_snippet
 from .scores_kernel import scores_kernel
@@ -23,8 +24,6 @@ COMBINE_COLUMNS = 64
 EXACT_TILE = 64
 # rows of one matrix product: 8 is the narrowest of NVIDIA's, 16 what every GPU has
 ROWS, PORTABLE_ROWS = 8, 16
-DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 class QuantizerConstants:
@@ -132,7 +131,7 @@ SCRATCH: dict[tuple, Scratch] = {}
 
 
 def scratch_of(device: torch.device) -> Scratch:
-    key = (device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0)
+    key = device, stream_of(device)
     scratch = SCRATCH.get(key)
     if scratch is None:
         scratch = SCRATCH[key] = Scratch(device)
@@ -173,13 +172,12 @@ class Launcher:
             self.compiled._init_handles()
         return self.compiled
 
-    def __call__(self, grid: tuple[int, int, int], *args) -> None:
+    def __call__(self, grid: tuple[int, int, int], stream: int, *args) -> None:
         if INTERPRETED:
             self.kernel[grid](*args, **self.constants)
             return
-        if self.compiled is None:
-            self.compile(*args)
-        self.compiled[grid](*args, *self.values)
+        # the first time with tensors: their types are part of what is compiled
+        launch(self.compiled or self.compile(*args), grid, stream, (*args, *self.values))
 
 
 class Kernels:

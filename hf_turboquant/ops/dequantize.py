@@ -7,7 +7,8 @@ import triton.language as tl
 from ..packing import BLOCK
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
-from .attention_plan import DTYPES, INTERPRETED, Launcher, constants_of
+from .attention_plan import Launcher, constants_of
+from .launch import DTYPES, INTERPRETED, stream_of
 
 _launchers: dict[tuple, Launcher] = {}
 
@@ -54,6 +55,7 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
     with torch.cuda.device_of(out):
         _launchers[key](
             (-(-tokens // tile), batch * heads, 1),
+            stream_of(out.device),
             planes[0],
             planes[-1],
             buffer["scales"],

@@ -9,11 +9,9 @@ import triton.language as tl
 from ..packing import BLOCK, plane_shapes
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
+from .launch import DTYPES, INTERPRETED, addresses, launch, stream_of
 from .quantize_kernels import quantize_kernel
 from .step_kernel import step_kernel
-
-DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-INTERPRETED = not isinstance(quantize_kernel, triton.JITFunction)
 
 # what the launcher needs of a quantizer, by the dtype of the states and the tile
 _prepared: WeakKeyDictionary[Quantizer, dict] = WeakKeyDictionary()
@@ -59,26 +57,59 @@ def quantize_pair(
 
 def append(states, new: dict[str, torch.Tensor]) -> None:
     """[`ops.append`] in one launch for each token."""
-    counters = states.counters
-    batch, heads, tokens, _ = new["keys"].shape
-    if tokens > 1:
-        for index in range(tokens):
+    keys, values = new["keys"], new["values"]
+    if keys.shape[2] > 1:
+        for index in range(keys.shape[2]):
             append(states, {role: state[:, :, index : index + 1] for role, state in new.items()})
         return
-    if not INTERPRETED and counters.device.index != torch.cuda.current_device():
-        with torch.cuda.device(counters.device):
+    if not INTERPRETED and keys.device.index != torch.cuda.current_device():
+        with torch.cuda.device(keys.device):
             append(states, new)
         return
-    sides, specs, key = [], [], [counters.device.index, states.ring > 0]
-    for role, x in new.items():
-        buffers, constants, spec, options, parts = _side(x, states.quantizers[role], states.codes[role], 1)
-        sides.append((x, x.stride(), buffers, constants))
-        specs.append(spec)
-        key += parts
-    exact = states.exact["keys"], states.exact["values"]
-    sizes = (states.kv_len, states.sink_length, states.ring, exact[0].shape[2], states.codes["keys"].capacity // BLOCK)
-    args = (*sides, *exact, counters, *sizes, heads, *specs, states.ring > 0)
-    _run(step_kernel, tuple(key), (1, batch * heads, len(sides)), args, options)
+    stream = stream_of(keys.device)
+    # what Triton would look at: a compiled kernel may count on aligned addresses
+    key = "append", keys.stride(), values.stride(), keys.data_ptr() % 16, values.data_ptr() % 16, stream
+    plan = None if states.plans is None else states.plans.get(key)
+    if plan is None or not plan.fits(states):
+        plan = AppendPlan(states, new, stream)
+        if states.plans is not None:
+            states.plans.keep(key, plan, states)
+    plan.run(states, keys, values)
+
+
+class AppendPlan:
+    """What all launches of `step_kernel` on the same buffers, for tokens of the same strides, have in common."""
+
+    def __init__(self, states, new: dict[str, torch.Tensor], stream: int):
+        self.reads, self.stream = self._read_by(states), stream
+        batch, self.heads, _, _ = new["keys"].shape
+        self.grid = 1, batch * self.heads, len(new)
+        self.static = states.counters is not None
+        sides, self.specs, key = [], [], [new["keys"].device.index, states.ring > 0, self.static]
+        for role, x in new.items():
+            buffers, constants, spec, self.options, parts = _side(x, states.quantizers[role], states.codes[role], 1)
+            sides.append((x.stride(), buffers, constants))
+            self.specs.append(spec)
+            key += parts
+        self.key = step_kernel, *key
+        exact = states.exact["keys"], states.exact["values"]
+        self.sizes = states.sink_length, states.ring, exact[0].shape[2], states.codes["keys"].capacity // BLOCK
+        self.tensors = *sides, exact
+        self.addresses = addresses(self.tensors)
+
+    @staticmethod
+    def _read_by(states) -> tuple:
+        return states.quantizers, states.exact, *(buffer.tensors for buffer in states.codes.values())
+
+    def fits(self, states) -> bool:
+        """Whether these are the same buffers."""
+        return all(mine is theirs for mine, theirs in zip(self.reads, self._read_by(states), strict=True))
+
+    def run(self, states, keys: torch.Tensor, values: torch.Tensor) -> None:
+        key_side, value_side, exact = self.addresses if self.key in _compiled else self.tensors
+        lengths = (states.kv_len, 0, 0) if self.static else (2**31 - 1, states.kv_len, states.codes["keys"].length)
+        args = (keys, *key_side), (values, *value_side), *exact, states.counters, *lengths, *self.sizes, self.heads
+        _run(step_kernel, self.key, self.grid, self.stream, (*args, *self.specs, states.ring > 0), self.options)
 
 
 def _launch(states, quantizers, buffers) -> None:
@@ -100,7 +131,7 @@ def _launch(states, quantizers, buffers) -> None:
         key += parts
     grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(states))
     args = (*sides, length, tokens, buffers[0].capacity // BLOCK, heads, *specs, tile)
-    _run(quantize_kernel, tuple(key), grid, args, options)
+    _run(quantize_kernel, (quantize_kernel, *key), grid, stream_of(device), args, options)
     for buffer in buffers:
         buffer.length += tokens
 
@@ -113,10 +144,9 @@ def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int)
     return buffers, constants, spec, options, key
 
 
-def _run(kernel, key: tuple, grid: tuple[int, int, int], args: tuple, options: dict) -> None:
-    key = (kernel, *key)
+def _run(kernel, key: tuple, grid: tuple[int, int, int], stream: int, args: tuple, options: dict) -> None:
     if key in _compiled:
-        _compiled[key][grid](*args)
+        launch(_compiled[key], grid, stream, args)
     else:
         compiled = kernel[grid](*args, **options)
         if not INTERPRETED:

@@ -97,7 +97,7 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) ->
 def append(states, new: dict[str, torch.Tensor]) -> None:
     """[`ops.append`], on lengths that it fetches from the device."""
     tokens, capacity, length = new["keys"].shape[2], states.kv_len, states.measured().kv_len
-    if length + tokens > capacity:
+    if states.counters is not None and length + tokens > capacity:
         raise ValueError(
             f"A cache with `max_cache_len={capacity}` must get no more tokens than that, got {tokens} after {length}. "
             "Make a larger one, or `reset()` it."
@@ -111,17 +111,20 @@ def _append_one(states, new: dict[str, torch.Tensor]) -> None:
     now = states.measured()
     quantized = now.codes["keys"].length
     leaves = now.kv_len + 1 - sinks - ring > quantized
-    for role, state in new.items():
-        exact = states.exact[role]
-        if leaves:
-            slot = sinks + quantized % ring if ring else None
-            leaving = exact[:, :, slot : slot + 1] if ring else state
-            quantize(leaving, states.quantizers[role], now.codes[role])
-        if now.kv_len < sinks or ring:
-            slot = now.kv_len if now.kv_len < sinks else sinks + (now.kv_len - sinks) % ring
-            exact[:, :, slot : slot + 1] = state
-    states.counters[..., 0] += 1
-    states.counters[..., 1] += leaves
+    if leaves:
+        slot = sinks + quantized % ring if ring else None
+        for role, state in new.items():
+            leaving = states.exact[role][:, :, slot : slot + 1] if ring else state
+            # its length is the caller's, or in the counters
+            quantize(leaving, states.quantizers[role], now.codes[role].snapshot())
+    if now.kv_len < sinks or ring:
+        # all that can fail for want of memory is done: the new token may take the slot of the one that left
+        slot = now.kv_len if now.kv_len < sinks else sinks + (now.kv_len - sinks) % ring
+        for role, state in new.items():
+            states.exact[role][:, :, slot : slot + 1] = state
+    if states.counters is not None:
+        states.counters[..., 0] += 1
+        states.counters[..., 1] += leaves
 
 
 def codes_of(buffer: TokenBuffer, quantizer: Quantizer, start: int, stop: int):

@@ -1,4 +1,4 @@
-"""The kernel of a step with static capacity: one token comes, one leaves the recent window, whatever the length."""
+"""The kernel of a step: one token comes, one leaves the recent window, whatever the length."""
 
 import triton
 import triton.language as tl
@@ -9,18 +9,19 @@ from .quantize_kernels import _append
 
 @triton.jit
 def _step(
-    args, exact, counters, capacity, sink_length, ring, slots, blocks, heads, SPEC: tl.constexpr, ROLE: tl.constexpr,
-    RING: tl.constexpr,
+    args, exact, counters, capacity, length, quantized, sink_length, ring, slots, blocks, heads,
+    SPEC: tl.constexpr, ROLE: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     new, strides, buffers, constants = args
     D: tl.constexpr = SPEC[3]
     DP: tl.constexpr = SPEC[4]
     sequence = tl.program_id(1).to(tl.int64)
     batch, head = sequence // heads, sequence % heads
-    # every program counts for itself, so that none waits for another
-    counter = counters + (ROLE * tl.num_programs(1) + sequence) * 2
-    length = tl.load(counter)
-    quantized = tl.load(counter + 1)
+    if counters is not None:
+        # every program counts for itself, so that none waits for another
+        counter = counters + (ROLE * tl.num_programs(1) + sequence) * 2
+        length = tl.load(counter)
+        quantized = tl.load(counter + 1)
     fits = length < capacity
     slot = length
     if RING:
@@ -39,14 +40,15 @@ def _step(
     # the new token may take the slot of the one that leaves, and the next lengths the place of those that were read
     tl.debug_barrier()
     tl.store(exact + slot * D + d, state, mask=stays)
-    tl.store(counter, tl.where(fits, length + 1, OVERFLOW))
-    tl.store(counter + 1, quantized + leaves.to(tl.int32))
+    if counters is not None:
+        tl.store(counter, tl.where(fits, length + 1, OVERFLOW))
+        tl.store(counter + 1, quantized + leaves.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["capacity", "sink_length", "ring", "slots", "blocks", "heads"])
+@triton.jit(do_not_specialize=["capacity", "length", "quantized", "sink_length", "ring", "slots", "blocks", "heads"])
 def step_kernel(
-    keys, values, exact_keys, exact_values, counters, capacity, sink_length, ring, slots, blocks, heads,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, RING: tl.constexpr,
+    keys, values, exact_keys, exact_values, counters, capacity, length, quantized, sink_length, ring, slots, blocks,
+    heads, KEYS: tl.constexpr, VALUES: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """
     [`ops.append`]. Grid (1, batch · heads, 2): a program has the keys or the values of one sequence of one head.
@@ -54,12 +56,18 @@ def step_kernel(
     Args:
         keys, values (tuple): new token `[batch, heads, 1, D]`, strides, buffers and constants as of `quantize_kernel`.
         exact_keys, exact_values: of shape `[batch, heads, slots, D]`, contiguous.
-        counters: see `LayerStates`.
+        counters: see `LayerStates`; without them lengths come as `length` (in all) and `quantized`.
         capacity, sink_length, ring: tokens in all, and slots of the sinks and of the recent window.
         blocks: of the codes of one sequence.
         RING: whether there is a recent window.
     """
     if tl.program_id(2) == 0:
-        _step(keys, exact_keys, counters, capacity, sink_length, ring, slots, blocks, heads, KEYS, 0, RING)
+        _step(
+            keys, exact_keys, counters, capacity, length, quantized, sink_length, ring, slots, blocks, heads, KEYS, 0,
+            RING,
+        )  # fmt: skip
     else:
-        _step(values, exact_values, counters, capacity, sink_length, ring, slots, blocks, heads, VALUES, 1, RING)
+        _step(
+            values, exact_values, counters, capacity, length, quantized, sink_length, ring, slots, blocks, heads,
+            VALUES, 1, RING,
+        )  # fmt: skip
