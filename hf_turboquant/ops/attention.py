@@ -95,11 +95,11 @@ class AttentionPlan:
 
     Args:
         query, states, is_causal, portable: as of [`attention`].
-        mask_dtype (`torch.dtype`, *optional*), softcap (`bool`): whether there is one, and of what kind.
+        mask_kind, softcap (`bool`): of what kind the mask is, see [`_mask`], and whether there is a softcap.
         stream (`int`): which the scratch is for.
     """
 
-    def __init__(self, query, states, mask_dtype, is_causal, softcap, portable, stream):
+    def __init__(self, query, states, mask_kind, is_causal, softcap, portable, stream):
         keys, values = states.quantizers["keys"], states.quantizers["values"]
         self.reads = self._read_by(states)
         self.stream = stream
@@ -129,7 +129,7 @@ class AttentionPlan:
                 keys.codebook,
             ),
             (values.nbits, values.head_dim, values.mean is not None, values.codebook),
-            mask_dtype,
+            mask_kind,
             # the last query sees everything
             is_causal and query_length > 1,
             softcap,
@@ -205,13 +205,13 @@ class AttentionCall:
 
     def __init__(self, query, states, attention_mask, is_causal, softcap, portable):
         self.query = query if query.stride(3) == 1 else query.contiguous()
-        self.mask, self.mask_strides, mask_dtype = _mask(attention_mask, self.query)
+        self.mask, self.mask_strides, mask_kind = _mask(attention_mask, self.query)
         self.softcap = 1.0 if softcap is None else softcap * LOG2E
         shape, strides, stream = self.query.shape, self.query.stride(), stream_of(query.device)
-        key = (shape, strides, query.dtype, mask_dtype, is_causal, softcap is None, portable, stream)
+        key = (shape, strides, query.dtype, mask_kind, is_causal, softcap is None, portable, stream)
         plan = None if states.plans is None else states.plans.get(key)
         if plan is None or not plan.fits(states):
-            plan = AttentionPlan(self.query, states, mask_dtype, is_causal, softcap is not None, portable, stream)
+            plan = AttentionPlan(self.query, states, mask_kind, is_causal, softcap is not None, portable, stream)
             if states.plans is not None:
                 states.plans.keep(key, plan, states)
         self.plan = plan
@@ -320,11 +320,15 @@ def _planes(quantizer: Quantizer, tensors: dict[str, torch.Tensor]) -> tuple[tor
 
 
 def _mask(mask: torch.Tensor | None, query: torch.Tensor):
-    """Mask, strides with zeros where it is broadcast, and its dtype; without one any tensor, to have a pointer."""
+    """
+    Mask, strides with zeros where it is broadcast, and its kind: dtype, and whether all heads and queries of a sequence
+    share one. Without a mask any tensor, to have a pointer.
+    """
     if mask is None:
-        return query, (0, 0, 0, 0), None
+        return query, (0, 0, 0, 0), (None, False)
     strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-    return (mask.view(torch.uint8), strides, mask.dtype) if mask.dtype == torch.bool else (mask, strides, mask.dtype)
+    kind = mask.dtype, strides[1:3] == (0, 0)
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, strides, kind
 
 
 class _NoGuard:

@@ -12,6 +12,16 @@ from .codes import exp2, key_dots, load_operands, load_scales, log2, part_tokens
 from .logits import INTEGERS, LOWEST, UNALIGNED, finish_logits, key_logits, load_constants
 
 
+@triton.jit
+def load_mask(mask_row, mask_n, block, length, PARTS: tl.constexpr, ASM: tl.constexpr):
+    """What the mask says of the tokens of one block, as `load_scales`."""
+    out = ()
+    for p in tl.static_range(PARTS):
+        token = block * 128 + part_tokens(p, PARTS, ASM)
+        out = out + (tl.load(mask_row + token.to(tl.int64) * mask_n, mask=token < length, other=0),)
+    return out
+
+
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
 def attend_kernel(
     operands, constants, key_wide, key_one, key_scales, key_residual_norms, key_tables,
@@ -21,7 +31,7 @@ def attend_kernel(
     DIM: tl.constexpr, WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, QJL: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_BITS: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, FOLD: tl.constexpr, MEAN: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, STATIC: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, STATIC: tl.constexpr, ALIKE: tl.constexpr,
     DOT: tl.constexpr, ASM: tl.constexpr,
     KEY_SNIPPET: tl.constexpr, KEY_CONSTRAINTS: tl.constexpr,
     VALUE_SNIPPET: tl.constexpr, VALUE_CONSTRAINTS: tl.constexpr,
@@ -32,6 +42,8 @@ def attend_kernel(
 
     Weights of int8 values are integers of two int8 terms. With `FOLD` (at most `ROWS / 2` rows) every row stands in two
     columns, of which one takes the high and the other the low terms.
+
+    With `ALIKE` the mask, if there is one, is the same for all heads and queries of a sequence.
 
     Writes the sum of weighted values, still turned and not yet times the codebook's scale, fp32 `[R, splits,
     VALUE_DIM]`, and `stats` `[R, splits, 2]`: running maximum and sum of exponentials.
@@ -77,6 +89,10 @@ def attend_kernel(
     next_value_scales = load_scales(value_scales, value_block + first, PARTS, ASM)
     if QJL:
         next_norms = load_scales(key_residual_norms, key_block + first, PARTS, ASM)
+    if ALIKE:
+        # one value of the mask for all rows of a token, fetched ahead too
+        mask_row = mask_ptr + (bh // kv_heads).to(tl.int64) * mask_b + sink_length.to(tl.int64) * mask_n
+        next_seen = load_mask(mask_row, mask_n, first, length, PARTS, ASM)
     for block in range(first, last):
         ks = next_key_scales
         vs = next_value_scales
@@ -87,6 +103,9 @@ def attend_kernel(
         if QJL:
             norms = next_norms
             next_norms = load_scales(key_residual_norms, key_block + ahead, PARTS, ASM)
+        if ALIKE:
+            seen = next_seen
+            next_seen = load_mask(mask_row, mask_n, ahead, length, PARTS, ASM)
         dots = key_dots(
             key_wide, key_one, key_tables, key_block + block, q,
             DIM, WIDTH, KEY_BITS, QJL, PARTS, KEY_SNIPPET, KEY_CONSTRAINTS, ASM,
@@ -97,12 +116,17 @@ def attend_kernel(
         for p in tl.static_range(PARTS):
             token = block * 128 + part_tokens(p, PARTS, ASM)
             valid = token < length
+            if ALIKE and MASK == 1:
+                valid = valid & (seen[p] != 0)
             # memory beyond the length may hold anything
             scale = tl.where(valid, vs[p].to(tl.float32), 0.0)
             s = finish_logits(
                 raw[p], (sink_length + token)[:, None], row[None, :], bh, valid[:, None], mask_ptr, mask_b, mask_h,
-                mask_t, mask_n, kv_len, query_length, groups, kv_heads, softcap, MASK, CAUSAL, SOFTCAP, ASM,
+                mask_t, mask_n, kv_len, query_length, groups, kv_heads, softcap, 0 if ALIKE else MASK, CAUSAL, SOFTCAP,
+                ASM,
             )  # fmt: skip
+            if ALIKE and MASK == 2:
+                s += seen[p].to(tl.float32)[:, None] * 1.4426950408889634
             logits = logits + (s,)
             value_scale = value_scale + (scale,)
             # a value of zero must not make its weight infinite

@@ -184,8 +184,9 @@ class Kernels:
     """The kernels of one configuration: everything that is known at compile time, and what follows from it."""
 
     def __init__(
-        self, device, portable, query_dtype, exact_dtype, keys, values, mask_dtype, causal, softcap, few_rows, static
+        self, device, portable, query_dtype, exact_dtype, keys, values, mask, causal, softcap, few_rows, static
     ):
+        mask_dtype, alike = mask
         key_bits, qjl, key_dim, key_scale, key_mean, key_codebook = keys
         value_bits, value_dim, value_mean, value_codebook = values
         exact_dot = tl.float32 if INTERPRETED or torch.float32 in (query_dtype, exact_dtype) else DTYPES[query_dtype]
@@ -211,7 +212,7 @@ class Kernels:
             key_text = level_snippet(key_bits, qjl, key_codebook)
             value_text = level_snippet(value_bits, False, value_codebook) if int8 else value_snippet(value_codebook)
         dot = tl.float32 if INTERPRETED else tl.int8 if int8 else tl.float16
-        mask = {
+        masking = {
             "MASK": 0 if mask_dtype is None else 1 if mask_dtype == torch.bool else 2,
             "CAUSAL": causal,
             "SOFTCAP": softcap,
@@ -231,7 +232,7 @@ class Kernels:
             "SCALE": key_scale,
             "MEAN": key_mean,
             **lengths,
-            **mask,
+            **masking,
         }
         last = {
             "DOT": exact_dot,
@@ -251,8 +252,9 @@ class Kernels:
                 "ROWS": self.rows,
                 "FOLD": dot == tl.int8 and few_rows,
                 "MEAN": key_mean,
-                **mask,
+                **masking,
                 **lengths,
+                "ALIKE": alike,
                 "DOT": dot,
                 "ASM": not portable,
                 "KEY_SNIPPET": key_text[0],
@@ -270,7 +272,7 @@ class Kernels:
                 "PARTS": 2,
                 "ROWS": self.rows,
                 "MEAN": key_mean,
-                **mask,
+                **masking,
                 "ASM": not portable,
                 "SNIPPET": key_text[0],
                 "CONSTRAINTS": key_text[1],
