@@ -207,9 +207,9 @@ def used_bytes(states) -> int:
     return sum(buffer.used_nbytes for buffer in states.codes.values()) + sum(x.nbytes for x in states.exact.values())
 
 
-def attention_us(sets, query) -> tuple[float, float]:
+def attention_us(sets, query, mask) -> tuple[float, float]:
     """Time of codes + combine, which is what the baseline does, and of the whole call."""
-    calls = [kernels.AttentionCall(query, s, None, False, None, None) for s in sets]
+    calls = [kernels.AttentionCall(query, s, mask, False, None, None) for s in sets]
     scaling = query.shape[-1] ** -0.5
 
     def inner_part(call):
@@ -220,7 +220,8 @@ def attention_us(sets, query) -> tuple[float, float]:
         call.prepare(scaling)
     inner = copies(used_bytes(sets[0]))[1]
     part = graph_time_us([lambda c=c: inner_part(c) for c in calls], inner)
-    return part, graph_time_us([lambda s=s: kernels.attention(query, s, scaling=scaling) for s in sets], inner)
+    whole = [lambda s=s: kernels.attention(query, s, scaling=scaling, attention_mask=mask) for s in sets]
+    return part, graph_time_us(whole, inner)
 
 
 def launches_us(sets, query) -> dict[str, float]:
@@ -285,6 +286,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS), metavar="FORMAT")
     parser.add_argument("--launches", action="store_true", help="also time each launch of a call by itself")
+    parser.add_argument("--mask", action="store_true", help="with a boolean mask, as compiled steps have one")
     parser.add_argument("--scores", action="store_true", help="also time the logits alone against matrix products")
     parser.add_argument("--layer-step", action="store_true", help="also time append + attention through `update`")
     arguments = parser.parse_args()
@@ -299,12 +301,13 @@ def main() -> None:
         batch, heads, kv_heads, dim, kv_len = shape
         best = min(baseline_us(*shape).values())
         query = torch.randn((batch, heads, 1, dim), device="cuda", dtype=torch.float16)
+        mask = torch.rand((batch, 1, 1, kv_len), device="cuda") > 0.01 if arguments.mask else None
         for form in arguments.formats:
             sets = format_sets(shape, form)
-            error, plain = check(query, sets[0], scaling=dim**-0.5)
+            error, plain = check(query, sets[0], scaling=dim**-0.5, attention_mask=mask)
             if not error <= 2 * plain:
                 raise AssertionError(f"{name} {form}: error {error:.1e}, and torch's is {plain:.1e}")
-            part, whole = attention_us(sets, query)
+            part, whole = attention_us(sets, query, mask)
             rate = used_bytes(sets[0]) / part * 1e6
             print(
                 f"| {name} | {form} | {best:.1f} | {part:.1f} | {best / part:.2f} | {rate / 1e12:.2f} | "

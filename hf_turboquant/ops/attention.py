@@ -322,12 +322,12 @@ def _planes(quantizer: Quantizer, tensors: dict[str, torch.Tensor]) -> tuple[tor
 def _mask(mask: torch.Tensor | None, query: torch.Tensor):
     """
     Mask, strides with zeros where it is broadcast, and its kind: dtype, and whether all heads and queries of a sequence
-    share one. Without a mask any tensor, to have a pointer.
+    share one that lies token by token. Without a mask any tensor, to have a pointer.
     """
     if mask is None:
         return query, (0, 0, 0, 0), (None, False)
     strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-    kind = mask.dtype, strides[1:3] == (0, 0)
+    kind = mask.dtype, strides[1:] == (0, 0, 1)
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, strides, kind
 
 

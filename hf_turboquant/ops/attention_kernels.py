@@ -13,12 +13,12 @@ from .logits import INTEGERS, LOWEST, UNALIGNED, finish_logits, key_logits, load
 
 
 @triton.jit
-def load_mask(mask_row, mask_n, block, length, PARTS: tl.constexpr, ASM: tl.constexpr):
+def load_mask(mask_row, block, length, PARTS: tl.constexpr, ASM: tl.constexpr):
     """What the mask says of the tokens of one block, as `load_scales`."""
     out = ()
     for p in tl.static_range(PARTS):
         token = block * 128 + part_tokens(p, PARTS, ASM)
-        out = out + (tl.load(mask_row + token.to(tl.int64) * mask_n, mask=token < length, other=0),)
+        out = out + (tl.load(mask_row + token, mask=token < length, other=0),)
     return out
 
 
@@ -43,7 +43,7 @@ def attend_kernel(
     Weights of int8 values are integers of two int8 terms. With `FOLD` (at most `ROWS / 2` rows) every row stands in two
     columns, of which one takes the high and the other the low terms.
 
-    With `ALIKE` the mask, if there is one, is the same for all heads and queries of a sequence.
+    With `ALIKE` all heads and queries of a sequence share one mask, which lies token by token.
 
     Writes the sum of weighted values, still turned and not yet times the codebook's scale, fp32 `[R, splits,
     VALUE_DIM]`, and `stats` `[R, splits, 2]`: running maximum and sum of exponentials.
@@ -91,8 +91,8 @@ def attend_kernel(
         next_norms = load_scales(key_residual_norms, key_block + first, PARTS, ASM)
     if ALIKE:
         # one value of the mask for all rows of a token, fetched ahead too
-        mask_row = mask_ptr + (bh // kv_heads).to(tl.int64) * mask_b + sink_length.to(tl.int64) * mask_n
-        next_seen = load_mask(mask_row, mask_n, first, length, PARTS, ASM)
+        mask_row = mask_ptr + (bh // kv_heads).to(tl.int64) * mask_b + sink_length
+        next_seen = load_mask(mask_row, first, length, PARTS, ASM)
     for block in range(first, last):
         ks = next_key_scales
         vs = next_value_scales
@@ -105,7 +105,7 @@ def attend_kernel(
             next_norms = load_scales(key_residual_norms, key_block + ahead, PARTS, ASM)
         if ALIKE:
             seen = next_seen
-            next_seen = load_mask(mask_row, mask_n, ahead, length, PARTS, ASM)
+            next_seen = load_mask(mask_row, ahead, length, PARTS, ASM)
         dots = key_dots(
             key_wide, key_one, key_tables, key_block + block, q,
             DIM, WIDTH, KEY_BITS, QJL, PARTS, KEY_SNIPPET, KEY_CONSTRAINTS, ASM,

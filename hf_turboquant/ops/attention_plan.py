@@ -264,6 +264,8 @@ class Kernels:
             },
             num_warps=warps,
             num_stages=3,
+            # fetching a mask ahead must not cost a third of the warps that fit on a multiprocessor
+            **({"maxnreg": 168} if alike and not portable and max(key_dim, value_dim) <= 128 else {}),
         )
         self.scores = Launcher(
             scores_kernel,
