@@ -8,10 +8,11 @@ from transformers.cache_utils import DynamicLayer
 from . import ops
 from .conditioning import QueryEnergy, condition, outcome, valid_tokens
 from .config import TurboQuantConfig
+from .plans import Plans
 from .quantizer import Quantizer
 from .split import SplitQuantizer, create_quantizer
 from .states import ExactStates, LayerStates, QuantizedStates
-from .storage import Plans, SlotBuffer, TokenBuffer
+from .storage import SlotBuffer, TokenBuffer
 
 ROLES = ("keys", "values")
 
@@ -148,6 +149,8 @@ class TurboQuantLayer(DynamicLayer):
             handles = tuple(QuantizedStates(waiting, role) for role in ROLES)
             self.pending = states
             return handles
+        if before > 0 and key_states.shape[2] == 1:
+            return self._step(key_states, value_states)
         # what attention reads of a long chunk takes memory: before anything changes
         long_chunk = before > 0 and 0 < self.config.residual_length < key_states.shape[2]
         exact = self._exact_with_chunk(states) if long_chunk else None
@@ -215,12 +218,9 @@ class TurboQuantLayer(DynamicLayer):
         leaving = max(after - window - quantized, 0)
         undo = self.quantizers, self.found
         try:
-            if leaving and self.found is None:
-                self._freeze_condition(states, valid)
-            if after == before + 1:
-                self._append(states, leaving)
-                return
             if leaving:
+                if self.found is None:
+                    self._freeze_condition(states, valid)
                 tokens = {role: self._leaving(states[role], role, quantized, after - window) for role in ROLES}
                 ops.quantize_pair(tokens, self.quantizers, self.codes, self.config.backend)
         except BaseException:
@@ -232,14 +232,28 @@ class TurboQuantLayer(DynamicLayer):
                     self.exact.write(role, start, states[role][:, :, start - before : stop - before])
         self.length = after
 
-    def _append(self, states: dict[str, torch.Tensor], leaving: int) -> None:
-        """One token, of which `leaving`, none or one, pushes another out of the recent window."""
-        for buffer in self.codes.values():
-            buffer.reserve(buffer.length + leaving)
-        ops.append(self._read(), states["keys"], states["values"])
+    def _step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token more, which pushes one out of the recent window or none; what attention reads then."""
+        key_states, value_states = key_states.detach(), value_states.detach()
+        sinks, window = self.config.sink_length, self.config.residual_length
+        self.exact.reserve(min(self.length + 1, sinks + window), limit=sinks + window)
+        leaving = int(self.length + 1 - sinks - window > self.codes["keys"].length)
+        undo = self.quantizers, self.found
+        try:
+            if leaving and self.found is None:
+                self._freeze_condition({"keys": key_states, "values": value_states}, None)
+            for buffer in self.codes.values():
+                buffer.reserve(buffer.length + leaving)
+            states = self._read()
+            ops.append(states, key_states, value_states)
+        except BaseException:
+            self.quantizers, self.found = undo
+            raise
+        states.advance(leaving)
         for buffer in self.codes.values():
             buffer.length += leaving
         self.length += 1
+        return _handles(states) if self.codes["keys"].length else tuple(self._exact(role) for role in ROLES)
 
     def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
         """The tokens at positions `start` to `stop`: from the recent window, then from the new ones."""

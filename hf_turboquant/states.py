@@ -40,7 +40,7 @@ class LayerStates:
         counters (`torch.Tensor`, *optional*):
             With a static capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 2]`: of keys and
             of values, the tokens in all and those quantised. `kv_len` and the lengths of `codes` are their bounds then.
-        plans (`Plans`, *optional*): what launches on the layer's buffers share: see `ops.launch`.
+        plans (`Plans`, *optional*): of the layer, for the launches.
     """
 
     quantizers: dict[str, Quantizer]
@@ -69,6 +69,13 @@ class LayerStates:
             buffer.length = quantized
         phase = quantized % self.ring if self.ring else 0
         return replace(self, codes=codes, kv_len=kv_len, phase=phase, counters=None)
+
+    def advance(self, leaving: int) -> None:
+        """One token more, and `leaving` of the recent ones in codes: what [`ops.append`] did."""
+        self.kv_len += 1
+        for buffer in self.codes.values():
+            buffer.length += leaving
+        self.phase = self.codes["keys"].length % self.ring if self.ring else 0
 
     @property
     def recent_start(self) -> int:

@@ -116,22 +116,3 @@ def ring_runs(start: int, count: int, ring: int, offset: int) -> list[slice]:
     head = min(count, ring - start)
     runs = [slice(offset + start, offset + start + head), slice(offset, offset + count - head)]
     return [run for run in runs if run.stop > run.start]
-
-
-class Plans(dict):
-    """
-    What was worked out for launches on the buffers of one layer, by kind of call. Copies begin empty: addresses are
-    those of the original. Values have `fits(states)`: whether they are for these buffers.
-    """
-
-    def keep(self, key: tuple, plan, states) -> None:
-        """Keeps a new plan, and none that would keep other buffers alive."""
-        for stale in [name for name, held in self.items() if not held.fits(states)]:
-            del self[stale]
-        self[key] = plan
-
-    def __deepcopy__(self, memo) -> "Plans":
-        return Plans()
-
-    def __reduce__(self):
-        return Plans, ()

@@ -95,6 +95,8 @@ def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None
             capacity is used up. Nothing is written then. The kernels can't raise: beyond the capacity they write
             nothing, and attention is NaN until the layer is reset.
     """
+    if states.plans and quantize_kernels.append_again(states, key_states, value_states):
+        return
     new = {"keys": key_states, "values": value_states}
     for role, state in new.items():
         batch, heads, _, head_dim = states.exact[role].shape
@@ -176,6 +178,10 @@ def attention(
     Raises:
         `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
     """
+    if states.plans and attention_mask is None:
+        out = attention_kernels.attention_again(query, states, scaling, is_causal, softcap, sinks)
+        if out is not None:
+            return out
     _check_query(query, states, attention_mask)
     if not query.numel():
         return query.new_empty((*query.shape[:3], states.shape("values")[-1]))

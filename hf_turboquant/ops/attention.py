@@ -3,6 +3,7 @@
 import torch
 
 from ..packing import BLOCK
+from ..plans import Plan
 from ..quantizer import Quantizer
 from .attention_plan import (
     COMBINE_COLUMNS,
@@ -16,7 +17,7 @@ from .attention_plan import (
     kernels_for,
     scratch_of,
 )
-from .launch import DTYPES, INTERPRETED, addresses, stream_of
+from .launch import DTYPES, INTERPRETED, addresses, at, on_other_device, stream_of
 
 LOG2E = 1.4426950408889634
 
@@ -55,11 +56,18 @@ def attention(
     Args:
         portable (`bool`, *optional*): run the kernels without inline assembly; by default only where it cannot run.
     """
-    call = AttentionCall(query, states, attention_mask, is_causal, softcap, portable)
-    with call.device_guard:
-        call.prepare(scaling)
-        call.attend()
-        return call.combine(sinks)
+    return AttentionCall(query, states, attention_mask, is_causal, softcap, portable).run(scaling, sinks)
+
+
+def attention_again(
+    query: torch.Tensor, states, scaling: float, is_causal: bool, softcap, sinks
+) -> torch.Tensor | None:
+    """[`attention`] without a mask if it was done before to the same buffers with a query like this; else `None`."""
+    key = _key(query, _NO_MASK, is_causal, softcap, None)
+    plan = states.plans.find(key, states)
+    if plan is None:
+        return None
+    return AttentionCall(query, states, None, is_causal, softcap, None, plan).run(scaling, sinks)
 
 
 def warm(states) -> None:
@@ -82,13 +90,13 @@ def scores(
     """[`ops.scores`] in two launches: query, logits of exact tokens | logits of codes."""
     call = AttentionCall(query, states, attention_mask, is_causal, softcap, portable)
     out = torch.empty((*query.shape[:3], states.kv_len), dtype=torch.float32, device=query.device)
-    with call.device_guard:
+    with torch.cuda.device_of(query):
         call.prepare(scaling, out)
         call.scores(out)
     return out
 
 
-class AttentionPlan:
+class AttentionPlan(Plan):
     """
     What calls on the same buffers have in common while the codes fill the same blocks: a step of decoding finds all of
     it done, but for the lengths.
@@ -96,13 +104,11 @@ class AttentionPlan:
     Args:
         query, states, is_causal, portable: as of [`attention`].
         mask_kind, softcap (`bool`): of what kind the mask is, see [`_mask`], and whether there is a softcap.
-        stream (`int`): which the scratch is for.
     """
 
-    def __init__(self, query, states, mask_kind, is_causal, softcap, portable, stream):
+    def __init__(self, query, states, mask_kind, is_causal, softcap, portable):
+        super().__init__(states)
         keys, values = states.quantizers["keys"], states.quantizers["values"]
-        self.reads = self._read_by(states)
-        self.stream = stream
         batch, heads, query_length, _ = query.shape
         self.heads, self.query_length, self.value_dim = heads, query_length, values.head_dim
         codes = [buffer.tensors for buffer in states.codes.values()]
@@ -187,42 +193,45 @@ class AttentionPlan:
         self.addresses = {name: addresses(args) for name, args in self.tensors.items()}
 
     def args(self, name: str, launcher) -> tuple:
-        """What `launcher` takes: tensors until it is compiled, and with the interpreter."""
+        """As [`at`]."""
         return (self.tensors if launcher.compiled is None else self.addresses)[name]
-
-    @staticmethod
-    def _read_by(states) -> tuple:
-        return states.quantizers, states.exact, *(buffer.tensors for buffer in states.codes.values())
 
     def fits(self, states) -> bool:
         """Whether these are the same buffers, and the codes fill the same blocks."""
-        same = all(mine is theirs for mine, theirs in zip(self.reads, self._read_by(states), strict=True))
-        return same and self.blocks == -(-states.codes["keys"].length // BLOCK)
+        return self.blocks == -(-states.codes["keys"].length // BLOCK) and super().fits(states)
 
 
 class AttentionCall:
     """The launches of one call."""
 
-    def __init__(self, query, states, attention_mask, is_causal, softcap, portable):
+    def __init__(self, query, states, attention_mask, is_causal, softcap, portable, plan=None):
         self.query = query if query.stride(3) == 1 else query.contiguous()
         self.mask, self.mask_strides, mask_kind = _mask(attention_mask, self.query)
         self.softcap = 1.0 if softcap is None else softcap * LOG2E
-        shape, strides, stream = self.query.shape, self.query.stride(), stream_of(query.device)
-        key = (shape, strides, query.dtype, mask_kind, is_causal, softcap is None, portable, stream)
-        plan = None if states.plans is None else states.plans.get(key)
-        if plan is None or not plan.fits(states):
-            plan = AttentionPlan(self.query, states, mask_kind, is_causal, softcap is not None, portable, stream)
-            if states.plans is not None:
+        key = None
+        if plan is None and states.plans is not None:
+            key = _key(self.query, mask_kind, is_causal, softcap, portable)
+            plan = states.plans.find(key, states)
+        if plan is None:
+            plan = AttentionPlan(self.query, states, mask_kind, is_causal, softcap is not None, portable)
+            if key is not None:
                 states.plans.keep(key, plan, states)
         self.plan = plan
         self.kv_len, self.length = states.kv_len, states.codes["keys"].length
-        self.recent_start, self.phase = states.sink_length + self.length, states.phase
+        self.sink_length, self.phase = states.sink_length, states.phase
+        self.recent_start = self.sink_length + self.length
         if states.counters is not None:
             self.kv_len = states.counters
             self.recent_start = self.length = states.counters[:, :, 1:]
-        self.sink_length = states.sink_length
-        other = query.device.type == "cuda" and query.device.index != torch.cuda.current_device()
-        self.device_guard = torch.cuda.device(query.device) if other else _NO_GUARD
+
+    def run(self, scaling: float, sinks: torch.Tensor | None) -> torch.Tensor:
+        """All of them."""
+        if on_other_device(self.query.device):
+            with torch.cuda.device(self.query.device):
+                return self.run(scaling, sinks)
+        self.prepare(scaling)
+        self.attend()
+        return self.combine(sinks)
 
     def prepare(self, scaling: float, logits: torch.Tensor | None = None) -> None:
         """Turns the query and attends to exact tokens, or writes their `logits`."""
@@ -231,10 +240,9 @@ class AttentionCall:
         constants, results, query_strides, sizes, ring, layout, levels = plan.args("prepare", launch)
         launch(
             plan.prepare_grid,
-            plan.stream,
-            self.query,
+            at(launch, self.query),
             *constants,
-            self.mask,
+            at(launch, self.mask),
             *results,
             results[0] if logits is None else logits,
             *query_strides,
@@ -259,9 +267,8 @@ class AttentionCall:
         codes, results, sizes, layout = plan.args("attend", launch)
         launch(
             (plan.code_splits * plan.row_tiles, plan.pairs, 1),
-            plan.stream,
             *codes,
-            self.mask,
+            at(launch, self.mask),
             *results,
             *self.mask_strides,
             *sizes,
@@ -281,10 +288,9 @@ class AttentionCall:
         results, sizes = plan.args("combine", launch)
         launch(
             (plan.pairs * plan.rows, -(-plan.value_dim // COMBINE_COLUMNS), 1),
-            plan.stream,
             *results,
             results[0] if sinks is None else sinks,
-            out,
+            at(launch, out),
             *sizes,
         )
         return out.transpose(1, 2)
@@ -299,7 +305,6 @@ class AttentionCall:
         codes, sizes, layout = plan.args("scores", launch)
         launch(
             (chunks * plan.row_tiles, plan.pairs, 1),
-            plan.stream,
             *codes,
             self.mask,
             out,
@@ -319,24 +324,24 @@ def _planes(quantizer: Quantizer, tensors: dict[str, torch.Tensor]) -> tuple[tor
     return wide, tensors["plane1"] if quantizer.nbits == 3 else wide, tensors["scales"]
 
 
+# a kind of mask: its dtype, and whether one serves all heads and queries
+_NO_MASK = None, False
+
+
+def _key(query: torch.Tensor, mask_kind: tuple, is_causal: bool, softcap: float | None, portable: bool | None) -> tuple:
+    # scratch belongs to a stream
+    stream = stream_of(query.device)
+    kind = mask_kind, is_causal, softcap is None, portable
+    return "attention", query.shape, query.stride(), query.dtype, query.device, stream, kind
+
+
 def _mask(mask: torch.Tensor | None, query: torch.Tensor):
     """
     Mask, strides with zeros where it is broadcast, and its kind: dtype, and whether all heads and queries of a sequence
     share one that lies token by token. Without a mask any tensor, to have a pointer.
     """
     if mask is None:
-        return query, (0, 0, 0, 0), (None, False)
+        return query, (0, 0, 0, 0), _NO_MASK
     strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
     kind = mask.dtype, strides[1:] == (0, 0, 1)
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, strides, kind
-
-
-class _NoGuard:
-    def __enter__(self):
-        pass
-
-    def __exit__(self, *_):
-        pass
-
-
-_NO_GUARD = _NoGuard()

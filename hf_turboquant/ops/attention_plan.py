@@ -161,8 +161,8 @@ def count_splits(wave: int, programs: int, blocks: int, limit: int) -> int:
 class Launcher:
     """A kernel with its compile-time arguments, compiled on the first call; later calls skip Triton's dispatch."""
 
-    def __init__(self, kernel, constants: dict, **options):
-        self.kernel, self.constants, self.options = kernel, constants, options
+    def __init__(self, kernel, device: torch.device, constants: dict, **options):
+        self.kernel, self.device, self.constants, self.options = kernel, device, constants, options
         self.compiled = None
         self.values = tuple(constants.values())
 
@@ -172,12 +172,12 @@ class Launcher:
             self.compiled._init_handles()
         return self.compiled
 
-    def __call__(self, grid: tuple[int, int, int], stream: int, *args) -> None:
+    def __call__(self, grid: tuple[int, int, int], *args) -> None:
         if INTERPRETED:
             self.kernel[grid](*args, **self.constants)
             return
         # the first time with tensors: their types are part of what is compiled
-        launch(self.compiled or self.compile(*args), grid, stream, (*args, *self.values))
+        launch(self.compiled or self.compile(*args), grid, self.device, (*args, *self.values))
 
 
 class Kernels:
@@ -239,10 +239,11 @@ class Kernels:
             "PRECISION": "tf32x3" if not portable and exact_dot == tl.float32 else "ieee",
             "ASM": not portable,
         }
-        self.prepare = Launcher(prepare_kernel, {**prepare, "SCORES": False, **last}, num_warps=8)
-        self.prepare_scores = Launcher(prepare_kernel, {**prepare, "SCORES": True, **last}, num_warps=8)
+        self.prepare = Launcher(prepare_kernel, device, {**prepare, "SCORES": False, **last}, num_warps=8)
+        self.prepare_scores = Launcher(prepare_kernel, device, {**prepare, "SCORES": True, **last}, num_warps=8)
         self.attend = Launcher(
             attend_kernel,
+            device,
             {
                 **codes,
                 "VALUE_DIM": value_dim,
@@ -269,6 +270,7 @@ class Kernels:
         )
         self.scores = Launcher(
             scores_kernel,
+            device,
             {
                 **codes,
                 "PARTS": 2,
@@ -308,7 +310,7 @@ class Kernels:
                 "ASM": not self.portable,
             }
             warps = 4 if coded * constants["DIM_PAD"] <= 2**13 else 8
-            launcher = self._combine[coded, sinks] = Launcher(combine_kernel, constants, num_warps=warps)
+            launcher = self._combine[coded, sinks] = Launcher(combine_kernel, self.device, constants, num_warps=warps)
         return launcher
 
     @property

@@ -8,7 +8,7 @@ from ..packing import BLOCK
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
 from .attention_plan import Launcher, constants_of
-from .launch import DTYPES, INTERPRETED, stream_of
+from .launch import DTYPES, INTERPRETED
 
 _launchers: dict[tuple, Launcher] = {}
 
@@ -50,12 +50,11 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
             "MEAN": quantizer.mean is not None,
             "T": tile,
         }
-        _launchers[key] = Launcher(dequantize_kernel, options, num_warps=8)
+        _launchers[key] = Launcher(dequantize_kernel, out.device, options, num_warps=8)
     planes = [tensor for name, tensor in buffer.tensors.items() if name.startswith("plane")]
     with torch.cuda.device_of(out):
         _launchers[key](
             (-(-tokens // tile), batch * heads, 1),
-            stream_of(out.device),
             planes[0],
             planes[-1],
             buffer["scales"],

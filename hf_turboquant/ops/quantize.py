@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 
 from ..packing import BLOCK, plane_shapes
+from ..plans import Plan
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
-from .launch import DTYPES, INTERPRETED, addresses, launch, stream_of
+from .launch import DTYPES, INTERPRETED, addresses, launch, on_other_device
 from .quantize_kernels import quantize_kernel
 from .step_kernel import step_kernel
 
@@ -61,55 +62,61 @@ def append(states, new: dict[str, torch.Tensor]) -> None:
     if keys.shape[2] > 1:
         for index in range(keys.shape[2]):
             append(states, {role: state[:, :, index : index + 1] for role, state in new.items()})
-        return
-    if not INTERPRETED and keys.device.index != torch.cuda.current_device():
+    elif on_other_device(keys.device):
         with torch.cuda.device(keys.device):
             append(states, new)
-        return
-    stream = stream_of(keys.device)
-    # what Triton would look at: a compiled kernel may count on aligned addresses
-    key = "append", keys.stride(), values.stride(), keys.data_ptr() % 16, values.data_ptr() % 16, stream
-    plan = None if states.plans is None else states.plans.get(key)
-    if plan is None or not plan.fits(states):
-        plan = AppendPlan(states, new, stream)
+    elif not append_again(states, keys, values):
+        plan = AppendPlan(states, new)
         if states.plans is not None:
-            states.plans.keep(key, plan, states)
+            states.plans.keep(_append_key(keys, values), plan, states)
+        plan.run(states, keys, values)
+
+
+def append_again(states, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """[`append`] if it was done before to the same buffers with tokens like these; says whether it was."""
+    plan = states.plans.find(_append_key(keys, values), states) if states.plans else None
+    if plan is None or on_other_device(keys.device):
+        return False
     plan.run(states, keys, values)
+    return True
 
 
-class AppendPlan:
+def _append_key(keys: torch.Tensor, values: torch.Tensor) -> tuple:
+    # a compiled kernel may count on aligned addresses
+    aligned = keys.data_ptr() % 16, values.data_ptr() % 16
+    return "append", keys.dtype, keys.device, keys.shape, values.shape, keys.stride(), values.stride(), aligned
+
+
+class AppendPlan(Plan):
     """What all launches of `step_kernel` on the same buffers, for tokens of the same strides, have in common."""
 
-    def __init__(self, states, new: dict[str, torch.Tensor], stream: int):
-        self.reads, self.stream = self._read_by(states), stream
+    def __init__(self, states, new: dict[str, torch.Tensor]):
+        super().__init__(states)
         batch, self.heads, _, _ = new["keys"].shape
-        self.grid = 1, batch * self.heads, len(new)
+        self.device, self.grid = new["keys"].device, (1, batch * self.heads, len(new))
         self.static = states.counters is not None
-        sides, self.specs, key = [], [], [new["keys"].device.index, states.ring > 0, self.static]
+        sides, specs, key = [], [], [self.device.index, states.ring > 0, self.static]
         for role, x in new.items():
             buffers, constants, spec, self.options, parts = _side(x, states.quantizers[role], states.codes[role], 1)
             sides.append((x.stride(), buffers, constants))
-            self.specs.append(spec)
+            specs.append(spec)
             key += parts
         self.key = step_kernel, *key
         exact = states.exact["keys"], states.exact["values"]
-        self.sizes = states.sink_length, states.ring, exact[0].shape[2], states.codes["keys"].capacity // BLOCK
         self.tensors = *sides, exact
         self.addresses = addresses(self.tensors)
-
-    @staticmethod
-    def _read_by(states) -> tuple:
-        return states.quantizers, states.exact, *(buffer.tensors for buffer in states.codes.values())
-
-    def fits(self, states) -> bool:
-        """Whether these are the same buffers."""
-        return all(mine is theirs for mine, theirs in zip(self.reads, self._read_by(states), strict=True))
+        sizes = states.sink_length, states.ring, exact[0].shape[2], states.codes["keys"].capacity // BLOCK
+        self.last = *sizes, self.heads, *specs, states.ring > 0
 
     def run(self, states, keys: torch.Tensor, values: torch.Tensor) -> None:
-        key_side, value_side, exact = self.addresses if self.key in _compiled else self.tensors
+        """Launches."""
+        compiled = _compiled.get(self.key)
+        key_side, value_side, exact = self.tensors if compiled is None else self.addresses
+        if compiled is not None:
+            keys, values = keys.data_ptr(), values.data_ptr()
         lengths = (states.kv_len, 0, 0) if self.static else (2**31 - 1, states.kv_len, states.codes["keys"].length)
-        args = (keys, *key_side), (values, *value_side), *exact, states.counters, *lengths, *self.sizes, self.heads
-        _run(step_kernel, self.key, self.grid, self.stream, (*args, *self.specs, states.ring > 0), self.options)
+        args = (keys, *key_side), (values, *value_side), *exact, states.counters, *lengths, *self.last
+        _run(step_kernel, self.key, self.grid, self.device, args, self.options)
 
 
 def _launch(states, quantizers, buffers) -> None:
@@ -117,8 +124,7 @@ def _launch(states, quantizers, buffers) -> None:
     if not states[0].numel():
         return
     device = states[0].device
-    if not INTERPRETED and device.index != torch.cuda.current_device():
-        # Triton launches on the current device
+    if on_other_device(device):
         with torch.cuda.device(device):
             _launch(states, quantizers, buffers)
         return
@@ -131,7 +137,7 @@ def _launch(states, quantizers, buffers) -> None:
         key += parts
     grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(states))
     args = (*sides, length, tokens, buffers[0].capacity // BLOCK, heads, *specs, tile)
-    _run(quantize_kernel, (quantize_kernel, *key), grid, stream_of(device), args, options)
+    _run(quantize_kernel, (quantize_kernel, *key), grid, device, args, options)
     for buffer in buffers:
         buffer.length += tokens
 
@@ -144,9 +150,9 @@ def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int)
     return buffers, constants, spec, options, key
 
 
-def _run(kernel, key: tuple, grid: tuple[int, int, int], stream: int, args: tuple, options: dict) -> None:
+def _run(kernel, key: tuple, grid: tuple[int, int, int], device: torch.device, args: tuple, options: dict) -> None:
     if key in _compiled:
-        launch(_compiled[key], grid, stream, args)
+        launch(_compiled[key], grid, device, args)
     else:
         compiled = kernel[grid](*args, **options)
         if not INTERPRETED:
