@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicLayer
 from . import ops
 from .conditioning import QueryEnergy, condition, outcome, valid_tokens
 from .config import TurboQuantConfig
+from .packing import BLOCK
 from .plans import Plans
 from .quantizer import Quantizer
 from .split import SplitQuantizer, create_quantizer
@@ -234,16 +235,20 @@ class TurboQuantLayer(DynamicLayer):
 
     def _step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One token more, which pushes one out of the recent window or none; what attention reads then."""
-        key_states, value_states = key_states.detach(), value_states.detach()
-        sinks, window = self.config.sink_length, self.config.residual_length
-        self.exact.reserve(min(self.length + 1, sinks + window), limit=sinks + window)
-        leaving = int(self.length + 1 - sinks - window > self.codes["keys"].length)
+        if key_states.requires_grad or value_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
+        sinks, window, quantized = self.config.sink_length, self.config.residual_length, self.codes["keys"].length
+        leaving = int(self.length + 1 - sinks - window > quantized)
+        if not leaving:
+            self.exact.reserve(min(self.length + 1, sinks + window), limit=sinks + window)
         undo = self.quantizers, self.found
         try:
             if leaving and self.found is None:
                 self._freeze_condition({"keys": key_states, "values": value_states}, None)
-            for buffer in self.codes.values():
-                buffer.reserve(buffer.length + leaving)
+            # buffers have room for whole blocks
+            if leaving and quantized % BLOCK == 0:
+                for buffer in self.codes.values():
+                    buffer.reserve(quantized + 1)
             states = self._read()
             ops.append(states, key_states, value_states)
         except BaseException:

@@ -166,8 +166,13 @@ class QuantizedStates(torch.Tensor):
         handle = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=exact.dtype, device=exact.device, requires_grad=False
         )
-        handle.states, handle.role, handle.repeats, handle.dims = states, role, repeats, len(shape)
+        handle.states, handle.role, handle.repeats, handle._shape = states, role, repeats, torch.Size(shape)
         return handle
+
+    @property
+    def shape(self) -> torch.Size:
+        """As of a tensor; asked for several times a step, so not by way of `__torch_function__`."""
+        return self._shape
 
     def dequantize(self) -> torch.Tensor:
         """The keys or values as a plain tensor."""
@@ -269,7 +274,7 @@ def _attention_call(
     if (codes and (dropout_p or is_causal)) or isinstance(query, QuantizedStates) or query.dim() != 4:
         return None
     # while heads are being repeated
-    if key.dims != 4:
+    if len(key.shape) != 4:
         return None
     # torch lets all queries share a single head of keys
     if not enable_gqa and key.shape[1] not in (1, query.shape[1]):

@@ -191,6 +191,8 @@ class AttentionPlan(Plan):
             ),
         }
         self.addresses = {name: addresses(args) for name, args in self.tensors.items()}
+        # without sinks and with
+        self.combine = [kernels.combine(self.code_splits, sinks) for sinks in (False, True)]
 
     def args(self, name: str, launcher) -> tuple:
         """As [`at`]."""
@@ -284,7 +286,7 @@ class AttentionCall:
         plan, query = self.plan, self.query
         # where the model wants it: heads next to each other
         out = query.new_empty((query.shape[0], plan.query_length, plan.heads, plan.value_dim))
-        launch = plan.kernels.combine(plan.code_splits, sinks is not None)
+        launch = plan.combine[sinks is not None]
         results, sizes = plan.args("combine", launch)
         launch(
             (plan.pairs * plan.rows, -(-plan.value_dim // COMBINE_COLUMNS), 1),
