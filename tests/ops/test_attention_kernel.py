@@ -85,7 +85,7 @@ def test_groups_and_queries(heads, length):
     assert_close(states, make_query(states, heads, length), is_causal=True)
 
 
-@pytest.mark.parametrize("kind", ["boolean", "additive", "left padding", "per head"])
+@pytest.mark.parametrize("kind", ["boolean", "additive", "left padding", "strided", "per head"])
 @pytest.mark.parametrize("length", [1, 3])
 def test_masks(kind, length):
     kv_len = 200
@@ -98,6 +98,8 @@ def test_masks(kind, length):
     elif kind == "left padding":
         start = torch.tensor([0, 100], device=DEVICE).view(2, 1, 1, 1)
         mask = (torch.arange(kv_len, device=DEVICE) >= start).expand(2, 1, length, kv_len)
+    elif kind == "strided":
+        mask = torch.rand((2, 1, length, 2 * kv_len), generator=generator, device=DEVICE)[..., ::2] > 0.3
     elif kind == "additive":
         mask = torch.rand((1, 1, length, kv_len), generator=generator, device=DEVICE) > 0.3
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)

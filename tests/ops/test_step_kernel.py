@@ -1,6 +1,8 @@
 """Steps with static capacity: one launch that appends, and attention that reads lengths from device memory."""
 
+import copy
 import importlib.util
+import pickle
 import sys
 
 import pytest
@@ -13,6 +15,7 @@ from benchmark_attention import relative_error
 
 from hf_turboquant import TurboQuantConfig, ops
 from hf_turboquant.arena import describe, new_arena, open_arena
+from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
 
 attention_kernels, quantize_kernels = (sys.modules[f"hf_turboquant.ops.{name}"] for name in ("attention", "quantize"))
@@ -94,6 +97,80 @@ def test_steps_leave_what_a_prefill_leaves(start, sinks, ring, options, dtype):
         for ours, theirs in zip(contents(stepped, role), contents(filled, role), strict=True):
             # a launch for one token sums in another order than one for many
             assert (ours != theirs).sum() <= 1e-3 * ours.numel()
+
+
+def dynamic_layer(sinks=4, ring=8, **options):
+    options = {"sink_length": sinks, "residual_length": ring, "condition": "none", "backend": "triton", **options}
+    return TurboQuantLayer(TurboQuantConfig(**options), 0)
+
+
+def grow(layer, keys, values, start, stop):
+    """Token by token; the handles of the last one."""
+    for at in range(start, stop):
+        handles = layer.update(keys[:, :, at : at + 1], values[:, :, at : at + 1])
+    return handles
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sinks, ring, options",
+    [(4, 8, {}), (0, 5, {"nbits": 3, "key_estimator": "rescaled"}), (3, 0, {"nbits": 2}), (0, 0, {"nbits": 4})],
+    ids=str,
+)
+def test_steps_of_a_growing_layer_leave_what_a_prefill_leaves(sinks, ring, options, dtype):
+    # past the first 128 codes, where buffers grow
+    keys, values = random_tokens(150, dtype=dtype, batch=2)
+    stepped, filled = (dynamic_layer(sinks, ring, **options) for _ in range(2))
+    for layer, first in ((stepped, 120), (filled, 150)):
+        layer.update(keys[:, :, :first], values[:, :, :first])
+    query = torch.randn(2, 4, 1, 64, device=DEVICE).to(dtype)
+    for start in range(120, 150, 10):
+        states = grow(stepped, keys, values, start, start + 10)[0].states
+        error = relative_error(
+            ops.attention(query, states, scaling=0.125), reference.attention(query.float(), states, scaling=0.125)
+        )
+        assert error < (2e-3 if dtype == torch.float16 else 1.6e-2)
+    assert stepped.length == filled.length == 150
+    for role in ROLES:
+        assert stepped.codes[role].length == filled.codes[role].length == 150 - sinks - ring
+        ours, theirs = (contents(layer._read(), role) for layer in (stepped, filled))
+        for mine, other in zip(ours, theirs, strict=True):
+            assert (mine != other).sum() <= 1e-3 * mine.numel()
+
+
+def test_plans_are_for_the_buffers_that_they_were_made_for():
+    keys, values = random_tokens(400)
+    query = torch.randn(1, 4, 1, 64, device=DEVICE).to(keys.dtype)
+    layer = dynamic_layer(nbits=3)
+
+    def attend(layer, start, stop):
+        states = grow(layer, keys, values, start, stop)[0].states
+        out = ops.attention(query, states, scaling=0.125)
+        assert relative_error(out, reference.attention(query.float(), states, scaling=0.125)) < 2e-3
+        return dict(layer.plans)
+
+    layer.update(keys[:, :, :200], values[:, :, :200])
+    first = attend(layer, 200, 201)
+    assert {key[0] for key in first} == {"append", "attention"}
+    # the same block, the same buffers: nothing is worked out again
+    assert all(plan is first[key] for key, plan in attend(layer, 201, 202).items())
+    # a copy has buffers of its own, and writes to none of the original's
+    twin = copy.deepcopy(layer)
+    before = [tensor.clone() for role in ROLES for tensor in contents(layer._read(), role)]
+    assert not twin.plans and not pickle.loads(pickle.dumps(layer)).plans
+    assert not set(attend(twin, 210, 215).values()) & set(first.values())
+    assert all(map(torch.equal, before, (tensor for role in ROLES for tensor in contents(layer._read(), role))))
+    # new blocks, then new buffers; what is kept is for the new ones alone
+    plans = attend(layer, 202, 330)
+    assert not set(plans.values()) & set(first.values())
+    layer.reorder_cache(torch.tensor([0]))
+    assert not layer.plans
+    attend(layer, 330, 332)
+    layer.crop(-20)
+    attend(layer, 312, 320)
+    assert all(plan.fits(layer._read()) for plan in layer.plans.values())
+    layer.reset()
+    assert not layer.plans
 
 
 @pytest.mark.parametrize("backend", ["kernels", "reference"])
