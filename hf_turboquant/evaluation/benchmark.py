@@ -113,8 +113,11 @@ def layer_times(shape: dict, context: int, options: dict | None, device: torch.d
 
     token = [state[:, :, :1].clone() for state in states]
     prefill_ms = median_ms(filled)
-    # so few that the context stays what it is said to be
-    step_ms = steps_ms(steps, max(1, context // 100))
+    # left to itself torch may take cuDNN, which makes a plan for every new length: most of a step on an H100
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(others) if device.type == "cuda" else nullcontext():
+        # so few that the context stays what it is said to be
+        step_ms = steps_ms(steps, max(1, context // 100))
     layer = filled()
     keys, values = layer.keys, layer.values
     if options is None:
