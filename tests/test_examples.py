@@ -1,7 +1,9 @@
 """The examples start, on the model that comes with them, and tell the truth about what they did."""
 
+import cProfile
 import importlib
 import io
+import pstats
 import re
 import sys
 
@@ -194,3 +196,27 @@ def test_measure_drift(run, monkeypatch):
     assert "then 20 sampled" in text and text.count("| coarse |") == 3
     with pytest.raises(SystemExit):
         run("measure_drift", *arguments, "--stretch", "15")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels on a GPU need addresses of its memory")
+def test_the_host_has_little_to_do_in_a_step(monkeypatch, capsys):
+    """Calls are counted, not time: the same on every machine."""
+    pytest.importorskip("triton")
+    import measure_host
+
+    monkeypatch.setattr(sys, "argv", ["measure_host.py", "--layers", "2", "--steps", "10"])
+    measure_host.main()
+    assert len(re.findall(r"Cache: [\d.]+ ms a step of 2 layers", capsys.readouterr().out)) == 2
+    calls = {}
+
+    def counted(name, step):
+        profile = cProfile.Profile()
+        profile.runcall(step)
+        calls[name] = pstats.Stats(profile).total_calls
+
+    with measure_host.launches_left_out(), torch.inference_mode():
+        model, caches = measure_host.prepare(4)
+        for _ in range(3):
+            for name, cache in caches.items():
+                counted(name, lambda cache=cache: measure_host.step(model, cache))
+    assert calls["TurboQuantCache"] - calls["DynamicCache"] < 4 * 130

@@ -1,0 +1,74 @@
+"""
+What a decode step costs the host, on a CPU and without a GPU: kernels are replaced by nothing.
+
+    python examples/measure_host.py
+
+Eager decoding of short contexts takes as long as the host needs to launch it. Here a tiny model of many layers takes
+steps through the code that runs on a GPU, but for the launches themselves; what they compute is garbage.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from contextlib import ExitStack
+from unittest.mock import patch
+
+# before anything imports triton: its interpreter takes tensors on a CPU
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from hf_turboquant import TurboQuantCache
+
+
+def launches_left_out():
+    """Within it nothing is computed of codes."""
+    stack = ExitStack()
+    for name in ("attention_plan.Launcher.__call__", "quantize._run"):
+        stack.enter_context(patch(f"hf_turboquant.ops.{name}", lambda *_: None))
+    return stack
+
+
+def prepare(layers: int) -> tuple[LlamaForCausalLM, dict]:
+    """A tiny model, and caches by name that have read a prompt of more than the exact tokens: there are codes."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, vocab_size=99, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.float16).eval()
+    caches = {"DynamicCache": DynamicCache(config=config), "TurboQuantCache": TurboQuantCache(config, backend="triton")}
+    for cache in caches.values():
+        model(torch.randint(0, 99, (1, 300)), past_key_values=cache)
+        step(model, cache)
+    assert caches["TurboQuantCache"].memory().codes_bytes > 0
+    return model, caches
+
+
+def step(model: LlamaForCausalLM, cache) -> None:
+    model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=100)
+    args = parser.parse_args()
+    with launches_left_out(), torch.inference_mode():
+        model, caches = prepare(args.layers)
+        times_ms = {name: [] for name in caches}
+        # in turns: a machine is slower at times
+        for _ in range(args.steps):
+            for name, cache in caches.items():
+                start = time.perf_counter()
+                step(model, cache)
+                times_ms[name].append((time.perf_counter() - start) * 1e3)
+    for name, times in times_ms.items():
+        print(f"{name}: {statistics.median(times[args.steps // 10 :]):.2f} ms a step of {args.layers} layers")
+
+
+if __name__ == "__main__":
+    main()
