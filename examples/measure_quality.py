@@ -59,10 +59,11 @@ def main():
     parser.add_argument("--key-estimators", nargs="+", choices=estimators, default=estimators)
     conditions = ["attention", "center", "none"]
     parser.add_argument("--conditions", nargs="+", choices=conditions, default=["attention"])
+    parser.add_argument("--seed", type=int, default=0, help="of rotations and sketches")
     args = parser.parse_args()
 
     configurations = [
-        {"key_estimator": estimator, "condition": condition, "nbits": nbits}
+        {"key_estimator": estimator, "condition": condition, "nbits": nbits, "seed": args.seed}
         for condition in args.conditions
         for estimator in args.key_estimators
         for nbits in args.bits
@@ -84,7 +85,7 @@ def main():
         f"{args.text.name}, {args.windows} × {args.window:,} tokens from its start in blocks of {args.block}"
         + (f" after a prefill of {args.prefill}" if args.prefill else "")
         + (f", scored from position {args.score_from:,}" if args.score_from else "")
-        + "; "
+        + f"; rotations of seed {args.seed}; "
         "compression against a full cache in that dtype; "
         f"hf_turboquant {hf_turboquant.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}."

@@ -354,18 +354,9 @@ class TurboQuantLayer(DynamicLayer):
         codes = {role: self.codes[role].snapshot() for role in ROLES}
         for buffer in codes.values():
             buffer.length = quantized
-        config = self.config
+        sinks, backend = self.config.sink_length, self.config.backend
         return LayerStates(
-            self.quantizers,
-            codes,
-            exact,
-            self.length,
-            config.sink_length,
-            ring,
-            phase,
-            config.backend,
-            None,
-            self.plans,
+            self.quantizers, codes, exact, self.length, sinks, ring, phase, backend=backend, plans=self.plans
         )
 
     @property
