@@ -25,7 +25,10 @@ from hf_turboquant.config import PRESETS
 from hf_turboquant.evaluation.caches import held_bits, new_cache
 from hf_turboquant.evaluation.quality import Quality, measure, split_windows
 
-NBITS = (4, 3.5, 3, 2.5, 2)
+BITS = {
+    "5 for keys, 4 for values": {"nbits": 4, "key_bits": 5},
+    **{f"{nbits}": {"nbits": nbits} for nbits in (4.5, 4, 3.5, 3, 2.5, 2)},
+}
 # what is exact weighs most in a short context: ours keep a window full, the integers empty theirs when it is. A block
 # of 64 is longer than the short windows: as with the integers, it sees itself exactly and the rest in codes
 WINDOWS = {"rescaled": (128, 32, 1), "qjl": (128, 1)}
@@ -36,11 +39,11 @@ def candidates() -> dict[str, dict]:
     found = {}
     for estimator, windows in WINDOWS.items():
         for window in windows:
-            for nbits in NBITS:
-                options = {"nbits": nbits, "key_estimator": estimator}
+            for bits, option in BITS.items():
+                options = {**option, "key_estimator": estimator}
                 # the presets are among these rows
                 preset = "".join(f"{name}: " for name in PRESETS if PRESETS[name] == options and window == 128)
-                name = f"{preset}{estimator} {nbits}" + (f", window {window}" if window != 128 else "")
+                name = f"{preset}{estimator} {bits}" + (f", window {window}" if window != 128 else "")
                 found[name] = {**options, "residual_length": window}
     for nbits in (4, 3, 2):
         options = {"nbits": nbits, "key_estimator": "rescaled", "condition": "none"}
