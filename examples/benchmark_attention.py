@@ -224,9 +224,9 @@ def attention_us(sets, query, mask) -> tuple[float, float]:
     return part, graph_time_us(whole, inner)
 
 
-def launches_us(sets, query) -> dict[str, float]:
+def launches_us(sets, query, mask) -> dict[str, float]:
     """Time of each launch of a call by itself."""
-    calls = [kernels.AttentionCall(query, s, None, False, None, None) for s in sets]
+    calls = [kernels.AttentionCall(query, s, mask, False, None, None) for s in sets]
     inner = copies(used_bytes(sets[0]))[1]
     scaling = query.shape[-1] ** -0.5
     launches = {
@@ -315,7 +315,7 @@ def main() -> None:
                 flush=True,
             )
             if arguments.launches:
-                times = launches_us(sets, query)
+                times = launches_us(sets, query, mask)
                 print(", ".join(f"{name} {time:.1f} us" for name, time in times.items()), flush=True)
             del sets
         torch.cuda.empty_cache()

@@ -60,7 +60,7 @@ class TurboQuantLayer(DynamicLayer):
         self.is_offloaded = False
         # what launches on the buffers share, and the states that fitted them last
         self.plans = Plans()
-        self.checked: tuple | None = None
+        self.checked: list | None = None
 
     @property
     def condition(self) -> str | None:

@@ -62,20 +62,17 @@ def append(states, new: dict[str, torch.Tensor]) -> None:
     if keys.shape[2] > 1:
         for index in range(keys.shape[2]):
             append(states, {role: state[:, :, index : index + 1] for role, state in new.items()})
-    elif on_other_device(keys.device):
-        with torch.cuda.device(keys.device):
-            append(states, new)
-    elif not append_again(states, keys, values):
-        plan = AppendPlan(states, new)
-        if states.plans is not None:
-            states.plans.keep(_append_key(keys, values), plan, states)
-        plan.run(states, keys, values)
+        return
+    plan = AppendPlan(states, new)
+    if states.plans is not None:
+        states.plans.keep(_append_key(keys, values), plan, states)
+    plan.run(states, keys, values)
 
 
 def append_again(states, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """[`append`] if it was done before to the same buffers with tokens like these; says whether it was."""
-    plan = states.plans.find(_append_key(keys, values), states) if states.plans else None
-    if plan is None or on_other_device(keys.device):
+    plan = states.plans.find(_append_key(keys, values), states)
+    if plan is None:
         return False
     plan.run(states, keys, values)
     return True
@@ -110,6 +107,9 @@ class AppendPlan(Plan):
 
     def run(self, states, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Launches."""
+        if on_other_device(self.device):
+            with torch.cuda.device(self.device):
+                return self.run(states, keys, values)
         compiled = _compiled.get(self.key)
         key_side, value_side, exact = self.tensors if compiled is None else self.addresses
         if compiled is not None:

@@ -1,4 +1,4 @@
-"""Steps with static capacity: one launch that appends, and attention that reads lengths from device memory."""
+"""Steps: one launch that appends, lengths in device memory or not, and attention that finds its plan again."""
 
 import copy
 import importlib.util
