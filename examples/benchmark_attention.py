@@ -87,7 +87,7 @@ def random_states(
         slots = torch.randn((batch, kv_heads, config.sink_length + ring, dim), generator=generator, device=device)
         exact[role] = (slots * (peak if role == "keys" else 1.0)).to(dtype)
     phase = length % ring if ring else 0
-    states = LayerStates(quantizers, codes, exact, kv_len, config.sink_length, ring, phase)
+    states = LayerStates(quantizers, codes, exact, kv_len, length, config.sink_length, ring, phase)
     valid = torch.zeros(config.sink_length + ring, dtype=torch.bool, device=device)
     for _, run in states.exact_runs():
         valid[run] = True
@@ -209,34 +209,27 @@ def used_bytes(states) -> int:
 
 def attention_us(sets, query, mask) -> tuple[float, float]:
     """Time of codes + combine, which is what the baseline does, and of the whole call."""
-    calls = [kernels.AttentionCall(query, s, mask, False, None, None) for s in sets]
-    scaling = query.shape[-1] ** -0.5
-
-    def inner_part(call):
-        call.attend()
-        call.combine()
-
-    for call in calls:
-        call.prepare(scaling)
+    options = {"scaling": query.shape[-1] ** -0.5, "attention_mask": mask}
+    whole = [lambda s=s: kernels.attention(query, s, **options) for s in sets]
+    for call in whole:
+        call()
     inner = copies(used_bytes(sets[0]))[1]
-    part = graph_time_us([lambda c=c: inner_part(c) for c in calls], inner)
-    whole = [lambda s=s: kernels.attention(query, s, scaling=scaling, attention_mask=mask) for s in sets]
+    last = kernels.LAUNCHES[1:]
+    part = graph_time_us([lambda s=s: kernels.attention(query, s, **options, launches=last) for s in sets], inner)
     return part, graph_time_us(whole, inner)
 
 
 def launches_us(sets, query, mask) -> dict[str, float]:
     """Time of each launch of a call by itself."""
-    calls = [kernels.AttentionCall(query, s, mask, False, None, None) for s in sets]
+    options = {"scaling": query.shape[-1] ** -0.5, "attention_mask": mask}
+    for states in sets:
+        kernels.attention(query, states, **options)
     inner = copies(used_bytes(sets[0]))[1]
-    scaling = query.shape[-1] ** -0.5
-    launches = {
-        "prepare": lambda c: c.prepare(scaling),
-        "attend": lambda c: c.attend(),
-        "combine": lambda c: c.combine(),
-    }
     return {
-        name: graph_time_us([lambda c=c, launch=launch: launch(c) for c in calls], inner)
-        for name, launch in launches.items()
+        name: graph_time_us(
+            [lambda s=s, n=name: kernels.attention(query, s, **options, launches=(n,)) for s in sets], inner
+        )
+        for name in kernels.LAUNCHES
     }
 
 

@@ -64,6 +64,7 @@ def open_arena(arena: torch.Tensor, description: str) -> LayerStates:
         codes,
         part("exact"),
         config.max_cache_len,
+        layout.code_tokens,
         config.sink_length,
         config.residual_length,
         0,

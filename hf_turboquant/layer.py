@@ -1,6 +1,7 @@
 """TurboQuantLayer: exact sinks and recent window, codes for everything between them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -58,9 +59,11 @@ class TurboQuantLayer(DynamicLayer):
         self.query_energy: QueryEnergy | None = None
         # whether tokens wait on the CPU between updates
         self.is_offloaded = False
+        # what the last step returned: its token may be nowhere else
+        self.step: LayerStates | None = None
         # what launches on the buffers share, and the states that fitted them last
         self.plans = Plans()
-        self.checked: list | None = None
+        self.checked: tuple | None = None
 
     @property
     def condition(self) -> str | None:
@@ -137,8 +140,10 @@ class TurboQuantLayer(DynamicLayer):
 
     def _update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         self._check(key_states, value_states)
-        self.settle()
-        self.prefetch()
+        if self.step is not None or self.pending is not None:
+            self.settle()
+        if self.is_offloaded:
+            self.prefetch()
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
@@ -172,11 +177,16 @@ class TurboQuantLayer(DynamicLayer):
         """
         Stores the tokens of the last update, if they wait for the query that attends to them.
 
+        The first ones wait because conditioning looks at queries, the one of a step to be stored by attention.
+
         Args:
             query (`torch.Tensor`, *optional*): of shape `[batch, num_attention_heads, query_length, head_dim]`; without
                 it, keys are centred only.
             attention_mask (`torch.Tensor`, *optional*): what the query saw; tells padding from tokens.
         """
+        if self.step is not None:
+            self.step.settle()
+            self.step = None
         if self.pending is None:
             return
         kv_len = self.length + self.pending["keys"].shape[2]
@@ -216,17 +226,11 @@ class TurboQuantLayer(DynamicLayer):
         quantized = sinks + self.codes["keys"].length
         # everything that can fail for want of memory comes first; codes beyond a buffer's length don't count
         self.exact.reserve(min(after, sinks + window), limit=sinks + window)
-        leaving = max(after - window - quantized, 0)
-        undo = self.quantizers, self.found
-        try:
-            if leaving:
-                if self.found is None:
-                    self._freeze_condition(states, valid)
-                tokens = {role: self._leaving(states[role], role, quantized, after - window) for role in ROLES}
-                ops.quantize_pair(tokens, self.quantizers, self.codes, self.config.backend)
-        except BaseException:
-            self.quantizers, self.found = undo
-            raise
+        if after - window > quantized:
+            quantizers, found = self._conditioned(states, valid)
+            tokens = {role: self._leaving(states[role], role, quantized, after - window) for role in ROLES}
+            ops.quantize_pair(tokens, quantizers, self.codes, self.config.backend)
+            self._freeze(quantizers, found)
         for start, stop in ((before, min(after, sinks)), (max(before, sinks, after - window), after)):
             if start < stop:
                 for role in ROLES:
@@ -239,26 +243,28 @@ class TurboQuantLayer(DynamicLayer):
             key_states, value_states = key_states.detach(), value_states.detach()
         sinks, window, quantized = self.config.sink_length, self.config.residual_length, self.codes["keys"].length
         leaving = int(self.length + 1 - sinks - window > quantized)
+        quantizers, found = self.quantizers, self.found
         if not leaving:
             self.exact.reserve(min(self.length + 1, sinks + window), limit=sinks + window)
-        undo = self.quantizers, self.found
-        try:
-            if leaving and self.found is None:
-                self._freeze_condition({"keys": key_states, "values": value_states}, None)
+        else:
             # buffers have room for whole blocks
-            if leaving and quantized % BLOCK == 0:
+            if quantized % BLOCK == 0:
                 for buffer in self.codes.values():
                     buffer.reserve(quantized + 1)
-            states = self._read()
-            ops.append(states, key_states, value_states)
-        except BaseException:
-            self.quantizers, self.found = undo
-            raise
-        states.advance(leaving)
+            if found is None:
+                quantizers, found = self._conditioned({"keys": key_states, "values": value_states}, None)
+        states = self._read(leaving)
+        states.quantizers, states.newest = quantizers, (key_states, value_states)
+        # what is offloaded moves before attention reads it
+        if self.is_offloaded or not states.quantized:
+            states.settle()
+        if found is not self.found:
+            self._freeze(quantizers, found)
         for buffer in self.codes.values():
             buffer.length += leaving
         self.length += 1
-        return _handles(states) if self.codes["keys"].length else tuple(self._exact(role) for role in ROLES)
+        self.step = states
+        return _handles(states) if states.quantized else tuple(self._exact(role) for role in ROLES)
 
     def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
         """The tokens at positions `start` to `stop`: from the recent window, then from the new ones."""
@@ -267,9 +273,14 @@ class TurboQuantLayer(DynamicLayer):
             pieces.append(states[:, :, max(start - self.length, 0) : stop - self.length])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
-    def _freeze_condition(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None) -> None:
-        """Decides, once, what the quantizers learn from all tokens so far but the sinks: they are all still exact."""
-        quantizers, self.found = dict(self.quantizers), self.config.condition
+    def _conditioned(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None):
+        """
+        The quantizers, with what they learn, once, from all tokens so far but the sinks (they are all still exact), and
+        what conditioning came to.
+        """
+        if self.found is not None:
+            return self.quantizers, self.found
+        quantizers, found = dict(self.quantizers), self.config.condition
         sinks = self.config.sink_length
         valid = None if valid is None else valid[:, sinks:]
 
@@ -278,25 +289,29 @@ class TurboQuantLayer(DynamicLayer):
 
         # ordinary tensors, like all constants, whatever mode the first prefill runs in
         with torch.inference_mode(False), torch.no_grad():
-            if self.found != "none":
+            if found != "none":
                 energy = None if self.query_energy is None else self.query_energy.total
-                quantizers["keys"], self.found = condition(
-                    quantizers["keys"], tokens("keys"), energy, valid, self.frequencies, sinks
-                )
+                plain = replace(quantizers["keys"], mean=None, scale=None)
+                quantizers["keys"], found = condition(plain, tokens("keys"), energy, valid, self.frequencies, sinks)
             for role in ROLES:
                 if isinstance(quantizers[role], SplitQuantizer):
                     quantizers[role] = quantizers[role].choose(tokens(role), valid)
-        self.quantizers = quantizers
-        self.query_energy = None
+        return quantizers, found
+
+    def _freeze(self, quantizers: dict, found: str | torch.Tensor) -> None:
+        self.quantizers, self.found, self.query_energy = quantizers, found, None
 
     def _exact(self, role: str) -> torch.Tensor:
         """All tokens, while none is quantised."""
         return self.exact[role][:, :, : self.length]
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        given = [(x.shape, x.dtype, x.device) for x in (key_states, value_states) if isinstance(x, torch.Tensor)]
-        if given == self.checked:
-            return
+        given = None
+        if isinstance(key_states, torch.Tensor) and isinstance(value_states, torch.Tensor):
+            keys, values = key_states, value_states
+            given = keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device
+            if given == self.checked:
+                return
         for name, states in (("key_states", key_states), ("value_states", value_states)):
             if not isinstance(states, torch.Tensor) or states.dim() != 4 or not states.is_floating_point():
                 got = f"{states.dtype} of shape {list(states.shape)}" if isinstance(states, torch.Tensor) else states
@@ -333,10 +348,14 @@ class TurboQuantLayer(DynamicLayer):
             return tuple(self._exact(role) for role in ROLES)
         return _handles(self._read())
 
-    def _read(self) -> LayerStates:
-        """What attention reads now."""
-        window, quantized = self.config.residual_length, self.codes["keys"].length
-        return self._read_from(self.exact.tensors, quantized, window, quantized % window if window else 0)
+    def _read(self, leaving: int | None = None) -> LayerStates:
+        """What attention reads now, or with one token more and `leaving` more of them in codes."""
+        window, quantized = self.config.residual_length, self.codes["keys"].length + (leaving or 0)
+        states = self._read_from(self.exact.tensors, quantized, window, quantized % window if window else 0)
+        if leaving is not None:
+            states.kv_len += 1
+            states.leaving = leaving
+        return states
 
     def _exact_with_chunk(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The sinks held so far and behind them the new tokens, which may fill further sinks."""
@@ -351,12 +370,9 @@ class TurboQuantLayer(DynamicLayer):
         return _handles(self._read_from(exact, before - sinks, self.length - before, 0))
 
     def _read_from(self, exact: dict[str, torch.Tensor], quantized: int, ring: int, phase: int) -> LayerStates:
-        codes = {role: self.codes[role].snapshot() for role in ROLES}
-        for buffer in codes.values():
-            buffer.length = quantized
         sinks, backend = self.config.sink_length, self.config.backend
         return LayerStates(
-            self.quantizers, codes, exact, self.length, sinks, ring, phase, backend=backend, plans=self.plans
+            self.quantizers, self.codes, exact, self.length, quantized, sinks, ring, phase, backend, None, self.plans
         )
 
     @property
@@ -427,6 +443,7 @@ class TurboQuantLayer(DynamicLayer):
         """
         self.is_offloaded = self.is_initialized
         if self.is_offloaded and self.pending is None:
+            self.settle()
             # a copy that nobody waits for lands in pinned memory
             self._replace(lambda tensor: tensor.to("cpu", non_blocking=True))
 
@@ -437,4 +454,4 @@ class TurboQuantLayer(DynamicLayer):
 
 
 def _handles(states: LayerStates) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(QuantizedStates(states, role) for role in ROLES)
+    return QuantizedStates(states, "keys"), QuantizedStates(states, "values")

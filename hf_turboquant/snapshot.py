@@ -10,7 +10,7 @@ from .split import SplitQuantizer
 
 # what a compressed layer makes anew, or saves token by token
 _NOT_FIELDS = {"config", "layer_idx", "quantizers", "codes", "exact", "pending", "query_energy", "found", "length"}
-_NOT_FIELDS |= {"is_initialized", "is_offloaded", "plans", "checked"}
+_NOT_FIELDS |= {"is_initialized", "is_offloaded", "plans", "checked", "step"}
 
 
 def layer_state(layer) -> dict:

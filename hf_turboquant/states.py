@@ -33,26 +33,34 @@ class LayerStates:
     slots, the oldest of them at ring slot `phase`.
 
     Args:
-        quantizers (`dict[str, Quantizer]`), codes (`dict[str, TokenBuffer]`): by role, `"keys"` and `"values"`.
+        quantizers (`dict[str, Quantizer]`), codes (`dict[str, TokenBuffer]`):
+            By role, `"keys"` and `"values"`. How many codes there are, `quantized` says.
         exact (`dict[str, torch.Tensor]`): by role, of shape `[batch, num_key_value_heads, slots, head_dim]`.
-        kv_len (`int`): tokens in all.
+        kv_len (`int`), quantized (`int`): tokens in all, and those in codes.
         backend (`str`): who computes: see [`TurboQuantConfig`].
         counters (`torch.Tensor`, *optional*):
             With a static capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 2]`: of keys and
-            of values, the tokens in all and those quantised. `kv_len` and the lengths of `codes` are their bounds then.
+            of values, the tokens in all and those quantised. `kv_len` and `quantized` are their bounds then.
         plans (`Plans`, *optional*): of the layer, for the launches.
+        newest (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+            Key and value of the last token, of shape `[batch, num_key_value_heads, 1, head_dim]`, while they are
+            nowhere else: the kernels append them on their way to attention, everything else by [`settle`].
+        leaving (`int`): tokens that `newest` pushes out of the recent window: 1 or 0.
     """
 
     quantizers: dict[str, Quantizer]
     codes: dict[str, TokenBuffer]
     exact: dict[str, torch.Tensor]
     kv_len: int
+    quantized: int
     sink_length: int
     ring: int
     phase: int
     backend: str = "auto"
     counters: torch.Tensor | None = None
     plans: dict | None = None
+    newest: tuple[torch.Tensor, torch.Tensor] | None = None
+    leaving: int = 0
 
     def measured(self) -> "LayerStates":
         """The same states with their lengths on the host: waits for the device if they are not there yet."""
@@ -64,23 +72,20 @@ class LayerStates:
                 f"A cache with `max_cache_len={self.kv_len}` must get no more tokens than that, got more by compiled "
                 "steps. Make a larger one, or `reset()` it."
             )
-        codes = {role: buffer.snapshot() for role, buffer in self.codes.items()}
-        for buffer in codes.values():
-            buffer.length = quantized
         phase = quantized % self.ring if self.ring else 0
-        return replace(self, codes=codes, kv_len=kv_len, phase=phase, counters=None)
+        return replace(self, kv_len=kv_len, quantized=quantized, phase=phase, counters=None)
 
-    def advance(self, leaving: int) -> None:
-        """One token more, and `leaving` of the recent ones in codes: what [`ops.append`] did."""
-        self.kv_len += 1
-        for buffer in self.codes.values():
-            buffer.length += leaving
-        self.phase = self.codes["keys"].length % self.ring if self.ring else 0
+    def settle(self) -> None:
+        """Appends the newest token, if attention has not done so."""
+        if self.newest is not None:
+            before = replace(self, kv_len=self.kv_len - 1, quantized=self.quantized - self.leaving, newest=None)
+            ops.append(before, *self.newest)
+            self.newest = None
 
     @property
     def recent_start(self) -> int:
         """Position of the oldest exact recent token."""
-        return self.sink_length + self.codes["keys"].length
+        return self.sink_length + self.quantized
 
     def exact_runs(self) -> list[tuple[int, slice]]:
         """The exact tokens as (position of the first, slots), a few runs in the order of the sequence."""
@@ -110,9 +115,12 @@ class LayerStates:
         if self.counters is not None:
             plain = self.measured().dequantize(role)
             return torch.nn.functional.pad(plain, (0, 0, 0, self.kv_len - plain.shape[2]))
+        self.settle()
         out = exact.new_empty(self.shape(role))
         coded = out[:, :, self.sink_length : self.recent_start]
-        ops.dequantize(self.codes[role], self.quantizers[role], coded, self.backend)
+        buffer = self.codes[role].snapshot()
+        buffer.length = self.quantized
+        ops.dequantize(buffer, self.quantizers[role], coded, self.backend)
         for position, run in self.exact_runs():
             piece = exact[:, :, run]
             out[:, :, position : position + piece.shape[2]] = piece
@@ -162,11 +170,9 @@ class QuantizedStates(torch.Tensor):
         cls, states: LayerStates | ExactStates, role: str, repeats: int = 1, shape: tuple[int, ...] | None = None
     ):
         exact = states.exact[role]
-        shape = shape or states.shape(role)
-        handle = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=exact.dtype, device=exact.device, requires_grad=False
-        )
-        handle.states, handle.role, handle.repeats, handle._shape = states, role, repeats, torch.Size(shape)
+        shape = torch.Size(shape or states.shape(role))
+        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=exact.dtype, device=exact.device)
+        handle.states, handle.role, handle.repeats, handle._shape = states, role, repeats, shape
         return handle
 
     @property
@@ -190,9 +196,8 @@ class QuantizedStates(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if torch.compiler.is_compiling():
-            return cls._untraced_function(func, args, kwargs or {})
-        return cls._function(func, args, kwargs or {})
+        function = cls._untraced_function if torch.compiler.is_compiling() else cls._function
+        return function(func, args, kwargs or {})
 
     @classmethod
     @torch.compiler.disable
@@ -254,10 +259,12 @@ def are_pair(key, value) -> bool:
     """Whether these are the handles of the keys and the values of the same tokens, as they came from the cache."""
     if not isinstance(key, QuantizedStates) or not isinstance(value, QuantizedStates):
         return False
-    if (key.role, value.role) != ("keys", "values"):
+    if key.role != "keys" or value.role != "values":
         return False
+    if key.states is value.states:
+        return True
     both_codes = isinstance(key.states, LayerStates) and isinstance(value.states, LayerStates)
-    return key.states is value.states or (both_codes and key.states.same_tokens(value.states))
+    return both_codes and key.states.same_tokens(value.states)
 
 
 _REPEAT_STEPS = {torch.Tensor.__getitem__, torch.Tensor.expand, torch.Tensor.reshape}

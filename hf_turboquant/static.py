@@ -1,7 +1,6 @@
 """TurboQuantStaticLayer: a layer of static capacity, whose decode step `torch.compile` and CUDA graphs can take."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -147,18 +146,15 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         super()._store(states, valid)
         if self.found is None:
             # the next token may be quantised by a compiled step: what is known by then has to do
-            energy, none = self.query_energy, {role: self.exact[role][:, :, :0] for role in ROLES}
-            self._freeze_condition(none, valid)
-            self.provisional, self.found, self.query_energy = self.found, None, energy
+            none = {role: self.exact[role][:, :, :0] for role in ROLES}
+            _, self.provisional = self._conditioned(none, valid)
         self._count()
 
-    def _freeze_condition(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None) -> None:
-        plain = replace(self.quantizers["keys"], mean=None, scale=None)
-        self.quantizers = {**self.quantizers, "keys": plain}
-        super()._freeze_condition(new, valid)
-        conditioned = self.quantizers["keys"]
-        self._condition(conditioned.mean, conditioned.scale)
-        self.quantizers = self.states.quantizers
+    def _conditioned(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None):
+        quantizers, found = super()._conditioned(new, valid)
+        if self.found is None:
+            self._condition(quantizers["keys"].mean, quantizers["keys"].scale)
+        return self.quantizers, found
 
     def _condition(self, mean: torch.Tensor | None, scale: torch.Tensor | None) -> None:
         """Writes mean and scale to the arena; without them, those that change nothing."""
@@ -175,7 +171,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         states = self.states.measured()
         self.length = self.most_tokens = states.kv_len
         for role in ROLES:
-            self.codes[role].length = states.codes[role].length
+            self.codes[role].length = states.quantized
         if self.codes["keys"].length and self.found is None:
             self.found, self.query_energy = self.provisional, None
 

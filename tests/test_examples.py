@@ -219,4 +219,4 @@ def test_the_host_has_little_to_do_in_a_step(monkeypatch, capsys):
         for _ in range(3):
             for name, cache in caches.items():
                 counted(name, lambda cache=cache: measure_host.step(model, cache))
-    assert calls["TurboQuantCache"] - calls["DynamicCache"] < 4 * 130
+    assert calls["TurboQuantCache"] - calls["DynamicCache"] < 4 * 90

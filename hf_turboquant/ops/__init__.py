@@ -80,8 +80,8 @@ def quantize_pair(states, quantizers, buffers, backend: str = "auto") -> None:
 def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     """
     One step, in place: quantises the token that leaves the recent window, if one does, and puts the new one to its
-    exact slot. With the kernels one launch, that waits for nothing on the host. The buffers have room; their lengths
-    are the caller's to count.
+    exact slot. With the kernels one launch, that waits for nothing on the host. The buffers have room; the lengths are
+    the caller's to count.
 
     With a static capacity the lengths are in device memory and are counted there; there may be several tokens, which
     come one by one.
@@ -95,8 +95,6 @@ def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None
             capacity is used up. Nothing is written then. The kernels can't raise: beyond the capacity they write
             nothing, and attention is NaN until the layer is reset.
     """
-    if states.plans and quantize_kernels.append_again(states, key_states, value_states):
-        return
     new = {"keys": key_states, "values": value_states}
     for role, state in new.items():
         batch, heads, _, head_dim = states.exact[role].shape

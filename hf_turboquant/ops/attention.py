@@ -3,7 +3,6 @@
 import torch
 
 from ..packing import BLOCK
-from ..plans import Plan
 from ..quantizer import Quantizer
 from .attention_plan import (
     COMBINE_COLUMNS,
@@ -17,9 +16,13 @@ from .attention_plan import (
     kernels_for,
     scratch_of,
 )
-from .launch import DTYPES, INTERPRETED, addresses, at, on_other_device, stream_of
+from .launch import DTYPES, INTERPRETED, on_other_device, stream_of
+from .quantize import token_sides
 
 LOG2E = 1.4426950408889634
+
+# in this order
+LAUNCHES = "prepare", "attend", "combine"
 
 
 def supports(query: torch.Tensor, states, **_) -> str | None:
@@ -49,25 +52,27 @@ def attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     portable: bool | None = None,
+    launches: tuple[str, ...] = LAUNCHES,
 ) -> torch.Tensor:
     """
-    [`ops.attention`] in three launches: query, exact tokens | codes | merge and un-rotate.
+    [`ops.attention`] in three launches: query, exact tokens and the newest one | codes | merge and un-rotate.
 
     Args:
         portable (`bool`, *optional*): run the kernels without inline assembly; by default only where it cannot run.
+        launches (`tuple[str, ...]`): for timing, those that are launched; the others were by an earlier call.
     """
-    return AttentionCall(query, states, attention_mask, is_causal, softcap, portable).run(scaling, sinks)
+    query = query if query.stride(3) == 1 else query.contiguous()
+    mask, mask_kind = _mask(attention_mask, query)
+    plan = _plan(query, states, mask_kind, is_causal, softcap, sinks, portable)
+    return plan.run(query, states, scaling, mask, softcap, sinks, launches)
 
 
 def attention_again(
     query: torch.Tensor, states, scaling: float, is_causal: bool, softcap, sinks
 ) -> torch.Tensor | None:
     """[`attention`] without a mask if it was done before to the same buffers with a query like this; else `None`."""
-    key = _key(query, _NO_MASK, is_causal, softcap, None)
-    plan = states.plans.find(key, states)
-    if plan is None:
-        return None
-    return AttentionCall(query, states, None, is_causal, softcap, None, plan).run(scaling, sinks)
+    plan = states.plans.find(_key(query, states, _NO_MASK, is_causal, softcap, sinks, None), states)
+    return None if plan is None else plan.run(query, states, scaling, (query, 0, 0, 0, 0), softcap, sinks)
 
 
 def warm(states) -> None:
@@ -88,15 +93,27 @@ def scores(
     portable: bool | None = None,
 ) -> torch.Tensor:
     """[`ops.scores`] in two launches: query, logits of exact tokens | logits of codes."""
-    call = AttentionCall(query, states, attention_mask, is_causal, softcap, portable)
+    states.settle()
+    query = query if query.stride(3) == 1 else query.contiguous()
+    mask, mask_kind = _mask(attention_mask, query)
+    plan = _plan(query, states, mask_kind, is_causal, softcap, None, portable)
     out = torch.empty((*query.shape[:3], states.kv_len), dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
-        call.prepare(scaling, out)
-        call.scores(out)
+        plan.run_scores(query, states, scaling, mask, softcap, out)
     return out
 
 
-class AttentionPlan(Plan):
+def _plan(query, states, mask_kind, is_causal, softcap, sinks, portable) -> "AttentionPlan":
+    key = _key(query, states, mask_kind, is_causal, softcap, sinks, portable)
+    plan = None if states.plans is None else states.plans.find(key, states)
+    if plan is None:
+        plan = AttentionPlan(query, states, mask_kind, is_causal, softcap is not None, sinks is not None, portable)
+        if states.plans is not None:
+            states.plans.keep(key, plan, states)
+    return plan
+
+
+class AttentionPlan:
     """
     What calls on the same buffers have in common while the codes fill the same blocks: a step of decoding finds all of
     it done, but for the lengths.
@@ -104,22 +121,28 @@ class AttentionPlan(Plan):
     Args:
         query, states, is_causal, portable: as of [`attention`].
         mask_kind, softcap (`bool`): of what kind the mask is, see [`_mask`], and whether there is a softcap.
+        sinks (`bool`): whether there are attention sinks.
     """
 
-    def __init__(self, query, states, mask_kind, is_causal, softcap, portable):
-        super().__init__(states)
+    def __init__(self, query, states, mask_kind, is_causal, softcap, sinks, portable):
         keys, values = states.quantizers["keys"], states.quantizers["values"]
-        batch, heads, query_length, _ = query.shape
-        self.heads, self.query_length, self.value_dim = heads, query_length, values.head_dim
         codes = [buffer.tensors for buffer in states.codes.values()]
+        self.stream = stream_of(query.device)
+        # it keeps the buffers alive, whose addresses it has
+        self.quantizers, self.exact, (self.key_codes, self.value_codes) = states.quantizers, states.exact, codes
+        batch, heads, query_length, _ = query.shape
+        # where the model wants it: heads next to each other
+        width = heads * values.head_dim
+        self.out_shape = batch, heads, query_length, values.head_dim
+        self.out_strides = query_length * width, values.head_dim, width, 1
         scales = codes[0]["scales"]
         kv_heads = scales.shape[1]
-        self.pairs = batch * kv_heads
+        self.pairs = pairs = batch * kv_heads
         groups = heads // kv_heads
-        self.rows = rows = groups * query_length
+        rows = groups * query_length
         # with a static capacity the kernels read the lengths from device memory, and these are bounds
         static = states.counters is not None
-        self.blocks = -(-states.codes["keys"].length // BLOCK)
+        self.blocks = -(-states.quantized // BLOCK)
         key_constants, value_constants = constants_of(keys), constants_of(values)
         self.kernels = kernels = kernels_for(
             query.device,
@@ -142,182 +165,122 @@ class AttentionPlan(Plan):
             rows <= ROWS // 2,
             static,
         )
-        self.row_tiles = -(-rows // kernels.rows)
+        self.row_tiles = row_tiles = -(-rows // kernels.rows)
         # one call's splits are those of the codes, then those of the exact tokens
         slots = min(states.sink_length + states.ring, states.exact["keys"].shape[2])
         exact_splits = max(-(-slots // EXACT_TILE), int(static))
-        self.code_splits = count_splits(kernels.wave, self.pairs * self.row_tiles, self.blocks, MAX_SPLITS)
+        self.code_splits = count_splits(kernels.wave, pairs * row_tiles, self.blocks, MAX_SPLITS)
         splits = self.code_splits + exact_splits
         scratch = NewScratch(query.device) if static else scratch_of(query.device)
-        partial = scratch.get("partial", self.pairs * rows * splits * self.value_dim)
-        stats = scratch.get("stats", self.pairs * rows * splits * 2)
-        operands = scratch.get("operands", self.pairs * rows * kernels.operand_bytes)
-        row_constants = scratch.get("constants", self.pairs * rows * 8)
+        partial = scratch.get("partial", pairs * rows * splits * values.head_dim)
+        stats = scratch.get("stats", pairs * rows * splits * 2)
+        operands = scratch.get("operands", pairs * rows * kernels.operand_bytes)
+        row_constants = scratch.get("constants", pairs * rows * 8)
         key_states, value_states = states.exact["keys"], states.exact["values"]
         operators = key_constants.query_operators(keys, kernels.operator_dtype)
-        key_planes = _planes(keys, codes[0]) + (codes[0].get("residual_norms", scales),)
-        head_sizes = key_constants.heads, *(1 if x is None else len(x) for x in (keys.scale, keys.mean))
         sizes = query_length, groups, kv_heads
+        head_sizes = key_constants.heads, *(1 if x is None else len(x) for x in (keys.scale, keys.mean))
         tiles = -(-rows // 16)
         # rows that share an operator fill tiles of 16 together
-        query_tiles = -(-self.pairs * rows // 16) if key_constants.heads == 1 else self.pairs * tiles
-        self.prepare_grid = kernels.terms * query_tiles + self.pairs * tiles * exact_splits, 1, 1
+        query_tiles = -(-pairs * rows // 16) if key_constants.heads == 1 else pairs * tiles
+        programs = kernels.terms * query_tiles + pairs * tiles * exact_splits
+        self.prepare, sides = kernels.prepare, (None, None)
+        if states.newest is not None:
+            sides, specifications, key, _ = token_sides(states, dict(zip(states.exact, states.newest, strict=True)))
+            self.prepare = kernels.append((*key, _aligned(states)), specifications, states.ring > 0)
+            programs += 2 * pairs
+        self.prepare_grid, self.attend_grid = (programs, 1, 1), (self.code_splits * row_tiles, pairs, 1)
+        self.combine_grid = pairs * rows, -(-values.head_dim // COMBINE_COLUMNS), 1
+        self.combine = kernels.combine(self.code_splits, sinks)
         dual = value_constants.dual_operator(values, kernels.dual_dtype)
+        key_planes = _planes(keys, codes[0]) + (codes[0].get("residual_norms", scales),)
         codes_of_keys = operands, row_constants, *key_planes, key_constants.tables
-        # of each launch, what comes between the arguments that differ from call to call
-        self.tensors = {
-            "prepare": (
-                (operators, *(operators if x is None else x for x in (keys.scale, keys.mean)), operands, row_constants)
-                + (key_states, value_states),
-                (partial, stats),
-                (*query.stride()[:3],),
-                (*sizes, *head_sizes),
-                (states.sink_length, states.ring),
-                (slots, key_states.stride(1), value_states.stride(1), self.pairs, splits, self.code_splits),
-                (key_constants.scale, key_constants.offset),
-            ),
-            "attend": (
-                (*codes_of_keys, *_planes(values, codes[1]), value_constants.tables),
-                (partial, stats),
-                sizes,
-                (scales.shape[2], codes[1]["scales"].shape[2], self.row_tiles, splits, self.code_splits),
-            ),
-            "scores": (codes_of_keys, sizes, (scales.shape[2], self.row_tiles)),
-            "combine": (
-                (partial, stats, dual, dual if values.mean is None else values.mean),
-                (rows, *sizes, value_constants.heads, 1 if values.mean is None else len(values.mean))
-                + (splits, self.code_splits, query_length * heads * self.value_dim, self.value_dim)
-                + (heads * self.value_dim, value_constants.scale),
-            ),
-        }
-        self.addresses = {name: addresses(args) for name, args in self.tensors.items()}
-        # without sinks and with
-        self.combine = [kernels.combine(self.code_splits, sinks) for sinks in (False, True)]
-
-    def args(self, name: str, launcher) -> tuple:
-        """As [`at`]."""
-        return (self.tensors if launcher.compiled is None else self.addresses)[name]
+        # of each launch the arguments that do not differ from call to call, as tensors and as addresses
+        self.fixed_prepare = self.prepare.fix(
+            (*sides, operators, *(operators if x is None else x for x in (keys.scale, keys.mean)))
+            + (operands, row_constants, key_states, value_states, partial, stats)
+            + (*query.stride()[:3], *sizes, *head_sizes, states.sink_length, states.ring, slots)
+            + (states.codes["keys"].capacity // BLOCK, key_states.stride(1), value_states.stride(1))
+            + (pairs, splits, self.code_splits, key_constants.scale, key_constants.offset)
+        )
+        self.attend = kernels.attend
+        self.fixed_attend = self.attend.fix(
+            (*codes_of_keys, *_planes(values, codes[1]), value_constants.tables, partial, stats, *sizes)
+            + (states.sink_length, scales.shape[2], codes[1]["scales"].shape[2], row_tiles, splits, self.code_splits)
+        )
+        self.fixed_combine = self.combine.fix(
+            (partial, stats, dual, dual if values.mean is None else values.mean)
+            + (rows, *sizes, value_constants.heads, 1 if values.mean is None else len(values.mean))
+            + (splits, self.code_splits, *self.out_strides[:3], value_constants.scale)
+        )
+        self.fixed_scores = kernels.scores.fix((*codes_of_keys, *sizes, states.sink_length, scales.shape[2], row_tiles))
+        # whether all is compiled: what is launched then takes addresses
+        self.compiled = False
 
     def fits(self, states) -> bool:
         """Whether these are the same buffers, and the codes fill the same blocks."""
-        return self.blocks == -(-states.codes["keys"].length // BLOCK) and super().fits(states)
+        codes = states.codes
+        return (
+            self.blocks == -(-states.quantized // BLOCK)
+            and self.exact is states.exact
+            and self.key_codes is codes["keys"].tensors
+            and self.value_codes is codes["values"].tensors
+            and self.quantizers is states.quantizers
+        )
 
+    def run(self, query, states, scaling, mask, softcap, sinks, launches=LAUNCHES) -> torch.Tensor:
+        """
+        See [`attention`].
 
-class AttentionCall:
-    """The launches of one call."""
-
-    def __init__(self, query, states, attention_mask, is_causal, softcap, portable, plan=None):
-        self.query = query if query.stride(3) == 1 else query.contiguous()
-        self.mask, self.mask_strides, mask_kind = _mask(attention_mask, self.query)
-        self.softcap = 1.0 if softcap is None else softcap * LOG2E
-        key = None
-        if plan is None and states.plans is not None:
-            key = _key(self.query, mask_kind, is_causal, softcap, portable)
-            plan = states.plans.find(key, states)
-        if plan is None:
-            plan = AttentionPlan(self.query, states, mask_kind, is_causal, softcap is not None, portable)
-            if key is not None:
-                states.plans.keep(key, plan, states)
-        self.plan = plan
-        self.kv_len, self.length = states.kv_len, states.codes["keys"].length
-        self.sink_length, self.phase = states.sink_length, states.phase
-        self.recent_start = self.sink_length + self.length
+        Args:
+            mask (`tuple`): a tensor and its four strides, see [`_mask`].
+        """
+        if on_other_device(query.device):
+            with torch.cuda.device(query.device):
+                return self.run(query, states, scaling, mask, softcap, sinks, launches)
+        compiled, stream = self.compiled, self.stream
+        # tensors until everything is compiled, then addresses
+        at = torch.Tensor.data_ptr if compiled else _itself
+        softcap = 1.0 if softcap is None else softcap * LOG2E
+        mask = at(mask[0]), *mask[1:]
+        kv_len, quantized = states.kv_len, states.quantized
+        recent_start = states.sink_length + quantized
         if states.counters is not None:
-            self.kv_len = states.counters
-            self.recent_start = self.length = states.counters[:, :, 1:]
+            # pointers to both
+            kv_len, recent_start = states.counters, states.counters[:, :, 1:]
+            quantized = recent_start
+        if "prepare" in launches:
+            x, newest = at(query), states.newest
+            key, value = (x, x) if newest is None else (at(newest[0]), at(newest[1]))
+            args = x, key, value, *mask, x, kv_len, recent_start, states.phase, states.leaving, scaling, softcap
+            self.prepare(self.prepare_grid, stream, args, self.fixed_prepare[compiled])
+            states.newest = None
+        if self.code_splits and "attend" in launches:
+            args = *mask, kv_len, quantized, softcap
+            self.attend(self.attend_grid, stream, args, self.fixed_attend[compiled])
+        out = query.new_empty_strided(self.out_shape, self.out_strides)
+        if "combine" in launches:
+            args = at(query if sinks is None else sinks), at(out)
+            self.combine(self.combine_grid, stream, args, self.fixed_combine[compiled])
+        self.compiled = not INTERPRETED and launches is LAUNCHES
+        return out
 
-    def run(self, scaling: float, sinks: torch.Tensor | None) -> torch.Tensor:
-        """All of them."""
-        if on_other_device(self.query.device):
-            with torch.cuda.device(self.query.device):
-                return self.run(scaling, sinks)
-        self.prepare(scaling)
-        self.attend()
-        return self.combine(sinks)
+    def run_scores(self, query, states, scaling, mask, softcap, out) -> None:
+        """Writes the logits to `out`, of exact tokens and of codes; arguments as of [`run`]."""
+        stream = self.stream
+        softcap = 1.0 if softcap is None else softcap * LOG2E
+        lengths = states.kv_len, states.recent_start, states.phase, states.leaving
+        args = query, query, query, *mask, out, *lengths, scaling, softcap
+        self.kernels.prepare_scores(self.prepare_grid, stream, args, self.fixed_prepare[0])
+        chunks = -(-self.blocks // self.kernels.score_blocks)
+        if chunks:
+            grid = chunks * self.row_tiles, self.pairs, 1
+            args = *mask, states.kv_len, states.quantized, softcap, out
+            self.kernels.scores(grid, stream, args, self.fixed_scores[0])
 
-    def prepare(self, scaling: float, logits: torch.Tensor | None = None) -> None:
-        """Turns the query and attends to exact tokens, or writes their `logits`."""
-        plan = self.plan
-        launch = plan.kernels.prepare if logits is None else plan.kernels.prepare_scores
-        constants, results, query_strides, sizes, ring, layout, levels = plan.args("prepare", launch)
-        launch(
-            plan.prepare_grid,
-            at(launch, self.query),
-            *constants,
-            at(launch, self.mask),
-            *results,
-            results[0] if logits is None else logits,
-            *query_strides,
-            *self.mask_strides,
-            *sizes,
-            self.kv_len,
-            self.recent_start,
-            *ring,
-            self.phase,
-            *layout,
-            scaling,
-            self.softcap,
-            *levels,
-        )
 
-    def attend(self) -> None:
-        """Attends to the codes, split by split."""
-        plan = self.plan
-        if not plan.code_splits:
-            return
-        launch = plan.kernels.attend
-        codes, results, sizes, layout = plan.args("attend", launch)
-        launch(
-            (plan.code_splits * plan.row_tiles, plan.pairs, 1),
-            *codes,
-            at(launch, self.mask),
-            *results,
-            *self.mask_strides,
-            *sizes,
-            self.kv_len,
-            self.sink_length,
-            self.length,
-            *layout,
-            self.softcap,
-        )
-
-    def combine(self, sinks: torch.Tensor | None = None) -> torch.Tensor:
-        """Merges the splits, turns values back."""
-        plan, query = self.plan, self.query
-        # where the model wants it: heads next to each other
-        out = query.new_empty((query.shape[0], plan.query_length, plan.heads, plan.value_dim))
-        launch = plan.combine[sinks is not None]
-        results, sizes = plan.args("combine", launch)
-        launch(
-            (plan.pairs * plan.rows, -(-plan.value_dim // COMBINE_COLUMNS), 1),
-            *results,
-            results[0] if sinks is None else sinks,
-            at(launch, out),
-            *sizes,
-        )
-        return out.transpose(1, 2)
-
-    def scores(self, out: torch.Tensor) -> None:
-        """Writes the logits of the codes."""
-        plan = self.plan
-        chunks = -(-plan.blocks // plan.kernels.score_blocks)
-        if not chunks:
-            return
-        launch = plan.kernels.scores
-        codes, sizes, layout = plan.args("scores", launch)
-        launch(
-            (chunks * plan.row_tiles, plan.pairs, 1),
-            *codes,
-            self.mask,
-            out,
-            *self.mask_strides,
-            *sizes,
-            self.kv_len,
-            self.sink_length,
-            self.length,
-            *layout,
-            self.softcap,
-        )
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _planes(quantizer: Quantizer, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -330,20 +293,29 @@ def _planes(quantizer: Quantizer, tensors: dict[str, torch.Tensor]) -> tuple[tor
 _NO_MASK = None, False
 
 
-def _key(query: torch.Tensor, mask_kind: tuple, is_causal: bool, softcap: float | None, portable: bool | None) -> tuple:
+def _key(query: torch.Tensor, states, mask_kind: tuple, is_causal: bool, softcap, sinks, portable) -> tuple:
+    """All that a plan depends on besides the buffers."""
+    newest = states.newest
+    if newest is not None:
+        newest = newest[0].stride(), newest[1].stride(), _aligned(states)
+    kind = mask_kind, is_causal, softcap is None, sinks is None, portable, newest
     # scratch belongs to a stream
-    stream = stream_of(query.device)
-    kind = mask_kind, is_causal, softcap is None, portable
-    return "attention", query.shape, query.stride(), query.dtype, query.device, stream, kind
+    return query.shape, query.stride(), query.dtype, query.device, stream_of(query.device), kind
 
 
-def _mask(mask: torch.Tensor | None, query: torch.Tensor):
+def _aligned(states) -> tuple[int, int]:
+    # a compiled kernel may count on aligned addresses
+    key, value = states.newest
+    return key.data_ptr() % 16, value.data_ptr() % 16
+
+
+def _mask(mask: torch.Tensor | None, query: torch.Tensor) -> tuple[tuple, tuple]:
     """
-    Mask, strides with zeros where it is broadcast, and its kind: dtype, and whether all heads and queries of a sequence
-    share one that lies token by token. Without a mask any tensor, to have a pointer.
+    Mask and strides, with zeros where it is broadcast, and its kind: dtype, and whether all heads and queries of a
+    sequence share one that lies token by token. Without a mask any tensor, to have a pointer.
     """
     if mask is None:
-        return query, (0, 0, 0, 0), _NO_MASK
+        return (query, 0, 0, 0, 0), _NO_MASK
     strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
     kind = mask.dtype, strides[1:] == (0, 0, 1)
-    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, strides, kind
+    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask, *strides), kind

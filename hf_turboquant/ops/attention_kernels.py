@@ -24,10 +24,10 @@ def load_mask(mask_row, block, length, PARTS: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
 def attend_kernel(
+    mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, length, softcap,
     operands, constants, key_wide, key_one, key_scales, key_residual_norms, key_tables,
-    value_wide, value_one, value_scales, value_table, mask_ptr, partial, stats,
-    mask_b, mask_h, mask_t, mask_n, query_length, groups, kv_heads, kv_len, sink_length, length,
-    key_blocks, value_blocks, row_tiles, splits, code_splits, softcap,
+    value_wide, value_one, value_scales, value_table, partial, stats,
+    query_length, groups, kv_heads, sink_length, key_blocks, value_blocks, row_tiles, splits, code_splits,
     DIM: tl.constexpr, WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, QJL: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_BITS: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, FOLD: tl.constexpr, MEAN: tl.constexpr,
@@ -218,7 +218,7 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
 def combine_kernel(
-    partial, stats, dual, mean, sinks, out, rows, query_length, groups, kv_heads, dual_heads, mean_heads,
+    sinks, out, partial, stats, dual, mean, rows, query_length, groups, kv_heads, dual_heads, mean_heads,
     splits, code_splits, out_b, out_h, out_t, level_scale,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, CODED: tl.constexpr, EXACT: tl.constexpr,
     MEAN: tl.constexpr, SINKS: tl.constexpr, ASM: tl.constexpr,

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..quantizer import Quantizer
 from .attention_kernels import attend_kernel, combine_kernel
-from .launch import DTYPES, INTERPRETED, launch, stream_of
+from .launch import DTYPES, INTERPRETED, addresses, launch, stream_of
 from .prepare_kernel import prepare_kernel
 from .ptx import level_snippet, value_snippet
 from .scores_kernel import scores_kernel
@@ -161,8 +161,8 @@ def count_splits(wave: int, programs: int, blocks: int, limit: int) -> int:
 class Launcher:
     """A kernel with its compile-time arguments, compiled on the first call; later calls skip Triton's dispatch."""
 
-    def __init__(self, kernel, device: torch.device, constants: dict, **options):
-        self.kernel, self.device, self.constants, self.options = kernel, device, constants, options
+    def __init__(self, kernel, constants: dict, **options):
+        self.kernel, self.constants, self.options = kernel, constants, options
         self.compiled = None
         self.values = tuple(constants.values())
 
@@ -172,12 +172,20 @@ class Launcher:
             self.compiled._init_handles()
         return self.compiled
 
-    def __call__(self, grid: tuple[int, int, int], *args) -> None:
+    def __call__(self, grid: tuple[int, int, int], stream: int, args: tuple, fixed: tuple) -> None:
+        """Launches with `args` and the last of the arguments, made by [`fix`] of this launcher."""
         if INTERPRETED:
-            self.kernel[grid](*args, **self.constants)
-            return
-        # the first time with tensors: their types are part of what is compiled
-        launch(self.compiled or self.compile(*args), grid, self.device, (*args, *self.values))
+            self.kernel[grid](*args, *fixed, **self.constants)
+        else:
+            # the first time with tensors: their types are part of what is compiled
+            compiled = self.compiled or self.compile(*args, *fixed[: len(fixed) - len(self.values)])
+            launch(compiled, grid, stream, args, fixed)
+
+    def fix(self, args: tuple) -> tuple[tuple, tuple]:
+        """Arguments that many launches have in common, as `__call__` takes them: as tensors, and as addresses."""
+        if INTERPRETED:
+            return args, args
+        return (*args, *self.values), (*addresses(args), *self.values)
 
 
 class Kernels:
@@ -196,7 +204,6 @@ class Kernels:
         parts = 2 if value_bits == 4 else 4
         halves = 2 if value_bits == 3 else 1
         value_rows = max(16, triton.next_power_of_2(value_dim // halves))
-        self.device = device
         self.rows = PORTABLE_ROWS if INTERPRETED or torch.version.hip else ROWS
         self.terms = 1 + qjl
         self.operator_dtype = torch.float32 if exact_dot == tl.float32 else query_dtype
@@ -238,12 +245,15 @@ class Kernels:
             "DOT": exact_dot,
             "PRECISION": "tf32x3" if not portable and exact_dot == tl.float32 else "ieee",
             "ASM": not portable,
+            # nothing to append
+            **dict.fromkeys(("KEYS", "VALUES", "RING")),
         }
-        self.prepare = Launcher(prepare_kernel, device, {**prepare, "SCORES": False, **last}, num_warps=8)
-        self.prepare_scores = Launcher(prepare_kernel, device, {**prepare, "SCORES": True, **last}, num_warps=8)
+        self._prepare = {**prepare, "SCORES": False, **last}
+        self.prepare = Launcher(prepare_kernel, self._prepare, num_warps=8)
+        self.prepare_scores = Launcher(prepare_kernel, {**self._prepare, "SCORES": True}, num_warps=8)
+        self._append: dict[tuple, Launcher] = {}
         self.attend = Launcher(
             attend_kernel,
-            device,
             {
                 **codes,
                 "VALUE_DIM": value_dim,
@@ -270,7 +280,6 @@ class Kernels:
         )
         self.scores = Launcher(
             scores_kernel,
-            device,
             {
                 **codes,
                 "PARTS": 2,
@@ -290,9 +299,18 @@ class Kernels:
         # half the bytes of a matrix that every row reads, at an error below the output's own rounding
         self.dual_dtype = torch.float32 if exact_dot == tl.float32 else torch.float16
         self._combine: dict[tuple, Launcher] = {}
-        self._wave = None
+        self._device, self._wave = device, None
         self._static = static
         self._mask_dtype = mask_dtype or query_dtype
+
+    def append(self, key: tuple, specifications: list, ring: bool) -> Launcher:
+        """`prepare_kernel` where it appends a token too; `key` as of `token_sides`, and how the token is aligned."""
+        key = *key, ring
+        launcher = self._append.get(key)
+        if launcher is None:
+            constants = dict(zip(("KEYS", "VALUES", "RING"), (*specifications, ring), strict=True))
+            launcher = self._append[key] = Launcher(prepare_kernel, {**self._prepare, **constants}, num_warps=8)
+        return launcher
 
     def combine(self, code_splits: int, sinks: bool) -> Launcher:
         """`combine_kernel` for so many splits of codes."""
@@ -310,7 +328,7 @@ class Kernels:
                 "ASM": not self.portable,
             }
             warps = 4 if coded * constants["DIM_PAD"] <= 2**13 else 8
-            launcher = self._combine[coded, sinks] = Launcher(combine_kernel, self.device, constants, num_warps=warps)
+            launcher = self._combine[coded, sinks] = Launcher(combine_kernel, constants, num_warps=warps)
         return launcher
 
     @property
@@ -323,11 +341,10 @@ class Kernels:
     def _count_wave(self) -> int:
         byte, wide = torch.uint8, torch.float32
         scale = torch.bfloat16
-        pointers = (torch.int8, wide, byte, byte, scale, scale, torch.int8, byte, byte, scale, wide)
+        pointers = (torch.int8, wide, byte, byte, scale, scale, torch.int8, byte, byte, scale, wide, wide, wide)
         length = torch.int32 if self._static else 1
-        integers = [1] * 7 + [length, 1, length] + [1] * 5
-        compiled = self.attend.compile(*pointers, self._mask_dtype, wide, wide, *integers, 1.0)
-        properties = torch.cuda.get_device_properties(self.device)
+        compiled = self.attend.compile(self._mask_dtype, *[1] * 4, length, length, 1.0, *pointers, *[1] * 9)
+        properties = torch.cuda.get_device_properties(self._device)
         # registers come in steps of 8 per thread, and each quarter of a multiprocessor has a quarter of them
         registers = -(-compiled.n_regs // 8) * 8 * properties.warp_size
         warps = 4 * (properties.regs_per_multiprocessor // 4 // registers)

@@ -8,7 +8,7 @@ from ..packing import BLOCK
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
 from .attention_plan import Launcher, constants_of
-from .launch import DTYPES, INTERPRETED
+from .launch import DTYPES, INTERPRETED, stream_of
 
 _launchers: dict[tuple, Launcher] = {}
 
@@ -50,29 +50,30 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
             "MEAN": quantizer.mean is not None,
             "T": tile,
         }
-        _launchers[key] = Launcher(dequantize_kernel, out.device, options, num_warps=8)
+        _launchers[key] = Launcher(dequantize_kernel, options, num_warps=8)
     planes = [tensor for name, tensor in buffer.tensors.items() if name.startswith("plane")]
+    args = (
+        planes[0],
+        planes[-1],
+        buffer["scales"],
+        buffer.tensors.get("residual_norms", buffer["scales"]),
+        quantizer.centroids,
+        constants.decode_operators(quantizer, operator_dtype),
+        quantizer.centroids if quantizer.scale is None else quantizer.scale,
+        quantizer.centroids if quantizer.mean is None else quantizer.mean,
+        out,
+        *out.stride()[:3],
+        tokens,
+        heads,
+        buffer.capacity // BLOCK,
+        constants.heads,
+        1 if quantizer.scale is None else len(quantizer.scale),
+        1 if quantizer.mean is None else len(quantizer.mean),
+        constants.scale,
+    )
+    launcher, grid = _launchers[key], (-(-tokens // tile), batch * heads, 1)
     with torch.cuda.device_of(out):
-        _launchers[key](
-            (-(-tokens // tile), batch * heads, 1),
-            planes[0],
-            planes[-1],
-            buffer["scales"],
-            buffer.tensors.get("residual_norms", buffer["scales"]),
-            quantizer.centroids,
-            constants.decode_operators(quantizer, operator_dtype),
-            quantizer.centroids if quantizer.scale is None else quantizer.scale,
-            quantizer.centroids if quantizer.mean is None else quantizer.mean,
-            out,
-            *out.stride()[:3],
-            tokens,
-            heads,
-            buffer.capacity // BLOCK,
-            constants.heads,
-            1 if quantizer.scale is None else len(quantizer.scale),
-            1 if quantizer.mean is None else len(quantizer.mean),
-            constants.scale,
-        )
+        launcher(grid, stream_of(out.device), args, launcher.fix(())[0])
 
 
 @triton.jit

@@ -13,9 +13,9 @@ def stream_of(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
-def launch(compiled, grid: tuple[int, int, int], device: torch.device, args: tuple) -> None:
-    """What `compiled[grid](*args)` does, with less work on the host and without Triton's own profiler."""
-    compiled.run(*grid, stream_of(device), compiled.function, compiled.packed_metadata, None, None, None, *args)
+def launch(compiled, grid: tuple[int, int, int], stream: int, args: tuple, fixed: tuple = ()) -> None:
+    """What `compiled[grid](*args, *fixed)` does, with less work on the host and without Triton's own profiler."""
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *fixed)
 
 
 def on_other_device(device: torch.device) -> bool:
@@ -31,8 +31,3 @@ def addresses(tree):
     if isinstance(tree, torch.Tensor):
         return tree.data_ptr()
     return tuple(addresses(item) for item in tree) if isinstance(tree, tuple) else tree
-
-
-def at(launcher, tensor: torch.Tensor) -> torch.Tensor | int:
-    """What `launcher` takes for a tensor: its address, once it is compiled."""
-    return tensor if launcher.compiled is None else tensor.data_ptr()

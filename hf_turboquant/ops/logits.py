@@ -15,8 +15,8 @@ OVERFLOW = tl.constexpr(2**30)
 INTEGERS = (
     "query_b query_h query_t mask_b mask_h mask_t mask_n query_length groups kv_heads operator_heads mean_heads "
     "scale_heads "
-    "dual_heads kv_len recent_start sink_length ring phase slots length key_stride value_stride splits code_splits "
-    "key_blocks value_blocks row_tiles pairs rows out_b out_h out_t"
+    "dual_heads kv_len recent_start sink_length ring phase leaving slots length key_stride value_stride splits "
+    "code_splits blocks key_blocks value_blocks row_tiles pairs rows out_b out_h out_t"
 ).split()
 UNALIGNED = ["query", "mask_ptr", "sinks"]
 

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .codes import exp2, operand_position
 from .logits import INTEGERS, LOWEST, OVERFLOW, UNALIGNED, finish_logits
+from .step_kernel import append_token
 
 
 @triton.jit
@@ -17,22 +18,25 @@ def _round_query(x, step):
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
 def prepare_kernel(
-    query, operators, key_scale, mean, operands, constants, key_states, value_states, mask_ptr, partial, stats,
-    logits_out,
-    query_b, query_h, query_t, mask_b, mask_h, mask_t, mask_n,
-    query_length, groups, kv_heads, operator_heads, scale_heads, mean_heads,
-    kv_len, recent_start, sink_length, ring, phase, slots,
-    key_stride, value_stride, pairs, splits, code_splits, scaling, softcap, level_scale, level_offset,
+    query, new_key, new_value, mask_ptr, mask_b, mask_h, mask_t, mask_n, logits_out,
+    kv_len, recent_start, phase, leaving, scaling, softcap,
+    key_side, value_side, operators, key_scale, mean, operands, constants, key_states, value_states, partial, stats,
+    query_b, query_h, query_t, query_length, groups, kv_heads, operator_heads, scale_heads, mean_heads,
+    sink_length, ring, slots, blocks, key_stride, value_stride, pairs, splits, code_splits, level_scale, level_offset,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     BITS: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, PASSES: tl.constexpr, TILE: tl.constexpr,
     SCALE: tl.constexpr, MEAN: tl.constexpr, STATIC: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SCORES: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """
     Everything that does not need the codes. The first programs of the grid turn 16 rows of queries each, A⁻ᵀ q, or
     sketch them, κS A⁻ᵀ q, `TERMS` programs for the same rows, and write both as integers; each of the others attends to
     `TILE` exact slots with 16 rows of one pair of batch and KV head (with `SCORES`: writes its logits).
+
+    With specifications `KEYS` and `VALUES` the last token is not in its slot yet: before all others, two programs a
+    pair append its key and its value, as [`append_token`], and those that attend to exact slots read it where it is.
 
     With `PASSES` 2 an operator is a sum of two matrices in the query's own 16 bits, the second times 2048: two products
     of a 16-bit matrix product are as good as one in fp32, and faster.
@@ -48,7 +52,26 @@ def prepare_kernel(
     segment_tiles = (segment_rows + 15) // 16
     query_tiles = pairs * rows // segment_rows * segment_tiles
     task = tl.program_id(0)
-    if task < TERMS * query_tiles:
+    if KEYS is not None:
+        sequence = (task // 2).to(tl.int64)
+        before = recent_start - sink_length - leaving
+        capacity = kv_len
+        if task >= 2 * pairs:
+            pass
+        elif task % 2 == 0:
+            append_token(
+                new_key, key_side, key_states, None, sequence, capacity, kv_len - 1, before, sink_length, ring, slots,
+                blocks, kv_heads, KEYS, RING,
+            )  # fmt: skip
+        else:
+            append_token(
+                new_value, value_side, value_states, None, sequence, capacity, kv_len - 1, before, sink_length, ring,
+                slots, blocks, kv_heads, VALUES, RING,
+            )  # fmt: skip
+        task -= 2 * pairs
+    if task < 0:
+        pass
+    elif task < TERMS * query_tiles:
         term = task // query_tiles
         segment = task % query_tiles // segment_tiles
         local = task % segment_tiles * 16 + tl.arange(0, 16)
@@ -140,16 +163,30 @@ def prepare_kernel(
         q_mask = exists[:, None] & (d < DIM)[None, :]
         q = tl.load(query + query_offset[:, None] + d[None, :], mask=q_mask, other=0).to(DOT)
         slot64 = slot.to(tl.int64)
-        k_mask = (d < DIM)[:, None] & valid[None, :]
+        stored = valid
+        if KEYS is not None:
+            newest = valid & (position == tokens - 1)
+            stored = valid & (position != tokens - 1)
+        k_mask = (d < DIM)[:, None] & stored[None, :]
         k = tl.load(
             key_states + bh.to(tl.int64) * key_stride + slot64[None, :] * DIM + d[:, None], mask=k_mask, other=0
         )
+        if KEYS is not None:
+            strides = key_side[0]
+            at = new_key + (bh // kv_heads).to(tl.int64) * strides[0] + bh % kv_heads * strides[1] + d * strides[3]
+            k_new = tl.load(at, mask=d < DIM, other=0)
+            k = tl.where(newest[None, :], k_new[:, None], k)
         if not SCORES:
             # asked for before it is needed, so that both loads are under way together
             v = tl.arange(0, VALUE_PAD)
-            v_mask = valid[:, None] & (v < VALUE_DIM)[None, :]
+            v_mask = stored[:, None] & (v < VALUE_DIM)[None, :]
             values = value_states + bh.to(tl.int64) * value_stride + slot64[:, None] * VALUE_DIM + v[None, :]
             values = tl.load(values, mask=v_mask, other=0).to(DOT)
+            if KEYS is not None:
+                strides = value_side[0]
+                at = new_value + (bh // kv_heads).to(tl.int64) * strides[0] + bh % kv_heads * strides[1]
+                v_new = tl.load(at + v * strides[3], mask=v < VALUE_DIM, other=0).to(DOT)
+                values = tl.where(newest[:, None], v_new[None, :], values)
         logits = tl.dot(q, k.to(DOT), input_precision="ieee") * (scaling * 1.4426950408889634)
         logits = finish_logits(
             logits, position[None, :], row[:, None], bh, valid[None, :], mask_ptr, mask_b, mask_h, mask_t, mask_n,

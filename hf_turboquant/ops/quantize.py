@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 
 from ..packing import BLOCK, plane_shapes
-from ..plans import Plan
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
-from .launch import DTYPES, INTERPRETED, addresses, launch, on_other_device
+from .launch import DTYPES, INTERPRETED, launch, on_other_device, stream_of
 from .quantize_kernels import quantize_kernel
 from .step_kernel import step_kernel
 
@@ -58,65 +57,37 @@ def quantize_pair(
 
 def append(states, new: dict[str, torch.Tensor]) -> None:
     """[`ops.append`] in one launch for each token."""
-    keys, values = new["keys"], new["values"]
-    if keys.shape[2] > 1:
-        for index in range(keys.shape[2]):
-            append(states, {role: state[:, :, index : index + 1] for role, state in new.items()})
+    device = new["keys"].device
+    if on_other_device(device):
+        with torch.cuda.device(device):
+            append(states, new)
         return
-    plan = AppendPlan(states, new)
-    if states.plans is not None:
-        states.plans.keep(_append_key(keys, values), plan, states)
-    plan.run(states, keys, values)
+    sides, specs, key, options = token_sides(states, new)
+    batch, heads, tokens, _ = new["keys"].shape
+    lengths = (states.kv_len, 0, 0) if states.counters is not None else (2**31 - 1, states.kv_len, states.quantized)
+    sizes = states.sink_length, states.ring, states.exact["keys"].shape[2], states.codes["keys"].capacity // BLOCK
+    exact = states.exact["keys"], states.exact["values"]
+    key = step_kernel, device.index, states.ring > 0, states.counters is not None, *key
+    for index in range(tokens):
+        token = tuple(x[:, :, index : index + 1] for x in new.values())
+        args = *token, *sides, *exact, states.counters, *lengths, *sizes, heads, *specs, states.ring > 0
+        # a compiled kernel may count on aligned addresses
+        aligned = tuple(x.data_ptr() % 16 for x in token)
+        _run(step_kernel, (*key, aligned), (1, batch * heads, len(token)), device, args, options)
 
 
-def append_again(states, keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """[`append`] if it was done before to the same buffers with tokens like these; says whether it was."""
-    plan = states.plans.find(_append_key(keys, values), states)
-    if plan is None:
-        return False
-    plan.run(states, keys, values)
-    return True
-
-
-def _append_key(keys: torch.Tensor, values: torch.Tensor) -> tuple:
-    # a compiled kernel may count on aligned addresses
-    aligned = keys.data_ptr() % 16, values.data_ptr() % 16
-    return "append", keys.dtype, keys.device, keys.shape, values.shape, keys.stride(), values.stride(), aligned
-
-
-class AppendPlan(Plan):
-    """What all launches of `step_kernel` on the same buffers, for tokens of the same strides, have in common."""
-
-    def __init__(self, states, new: dict[str, torch.Tensor]):
-        super().__init__(states)
-        batch, self.heads, _, _ = new["keys"].shape
-        self.device, self.grid = new["keys"].device, (1, batch * self.heads, len(new))
-        self.static = states.counters is not None
-        sides, specs, key = [], [], [self.device.index, states.ring > 0, self.static]
-        for role, x in new.items():
-            buffers, constants, spec, self.options, parts = _side(x, states.quantizers[role], states.codes[role], 1)
-            sides.append((x.stride(), buffers, constants))
-            specs.append(spec)
-            key += parts
-        self.key = step_kernel, *key
-        exact = states.exact["keys"], states.exact["values"]
-        self.tensors = *sides, exact
-        self.addresses = addresses(self.tensors)
-        sizes = states.sink_length, states.ring, exact[0].shape[2], states.codes["keys"].capacity // BLOCK
-        self.last = *sizes, self.heads, *specs, states.ring > 0
-
-    def run(self, states, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Launches."""
-        if on_other_device(self.device):
-            with torch.cuda.device(self.device):
-                return self.run(states, keys, values)
-        compiled = _compiled.get(self.key)
-        key_side, value_side, exact = self.tensors if compiled is None else self.addresses
-        if compiled is not None:
-            keys, values = keys.data_ptr(), values.data_ptr()
-        lengths = (states.kv_len, 0, 0) if self.static else (2**31 - 1, states.kv_len, states.codes["keys"].length)
-        args = (keys, *key_side), (values, *value_side), *exact, states.counters, *lengths, *self.last
-        _run(step_kernel, self.key, self.grid, self.device, args, self.options)
+def token_sides(states, new: dict[str, torch.Tensor]):
+    """
+    What kernels take of keys and of values to append single tokens, their specifications, all that they may be compiled
+    for but the alignment of the tokens, and how they are launched.
+    """
+    sides, specs, key = [], [], []
+    for role, x in new.items():
+        buffers, constants, spec, options, parts = _side(x, states.quantizers[role], states.codes[role], 1)
+        sides.append((x.stride(), buffers, constants))
+        specs.append(spec)
+        key += parts
+    return sides, specs, key, options
 
 
 def _launch(states, quantizers, buffers) -> None:
@@ -133,8 +104,9 @@ def _launch(states, quantizers, buffers) -> None:
     sides, specs, key = [None, None], [None, None], [device.index]
     for i, (x, quantizer, buffer) in enumerate(zip(states, quantizers, buffers, strict=True)):
         outputs, constants, specs[i], options, parts = _side(x, quantizer, buffer, tile)
-        sides[i] = (x, x.stride(), outputs, constants)
-        key += parts
+        sides[i] = x, (x.stride(), outputs, constants)
+        # a compiled kernel may count on aligned addresses
+        key += *parts, x.data_ptr() % 16
     grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(states))
     args = (*sides, length, tokens, buffers[0].capacity // BLOCK, heads, *specs, tile)
     _run(quantize_kernel, (quantize_kernel, *key), grid, device, args, options)
@@ -146,13 +118,13 @@ def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int)
     """Of keys or values: buffers and constants as the kernels take them, specification, options, a part of the key."""
     planes, constants, spec, options = _prepare(quantizer, x.dtype, tile)
     buffers = tuple(buffer[name] for name in planes), buffer["scales"], buffer.tensors.get("residual_norms")
-    key = (id(spec), x.dtype, quantizer.mean is None, quantizer.scale is None, x.stride(), x.data_ptr() % 16)
+    key = (id(spec), x.dtype, quantizer.mean is None, quantizer.scale is None, x.stride())
     return buffers, constants, spec, options, key
 
 
 def _run(kernel, key: tuple, grid: tuple[int, int, int], device: torch.device, args: tuple, options: dict) -> None:
     if key in _compiled:
-        launch(_compiled[key], grid, device, args)
+        launch(_compiled[key], grid, stream_of(device), args)
     else:
         compiled = kernel[grid](*args, **options)
         if not INTERPRETED:

@@ -196,9 +196,9 @@ def _store_values(
 
 
 @triton.jit
-def _append(args, length, tokens, blocks, heads, SPEC: tl.constexpr, T: tl.constexpr):
-    """Quantises the tokens of one tile of one sequence: program (tile, batch · heads + head)."""
-    states, strides, buffers, constants = args
+def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPEC: tl.constexpr, T: tl.constexpr):
+    """Quantises `tokens` tokens, those of them that lie in tile `tile` of `sequence`, batch · heads + head."""
+    strides, buffers, constants = side
     planes, scales, residual_norms = buffers
     transform, transform_stride, mean, mean_stride, factors, factors_stride, sketch, boundaries, centroids = constants
     KEYS: tl.constexpr = SPEC[0]
@@ -212,9 +212,8 @@ def _append(args, length, tokens, blocks, heads, SPEC: tl.constexpr, T: tl.const
     PRECISION: tl.constexpr = SPEC[8]
     CODE_BITS: tl.constexpr = NBITS if sketch is None else NBITS - 1
 
-    sequence = tl.program_id(1).to(tl.int64)
     batch, head = sequence // heads, sequence % heads
-    first = (length // T + tl.program_id(0)) * T
+    first = tile * T
     position = first + tl.arange(0, T)
     token = (position - length).to(tl.int64)
     # tokens after the last one are coded too: what lies beyond the length is undefined
@@ -282,9 +281,17 @@ def _append(args, length, tokens, blocks, heads, SPEC: tl.constexpr, T: tl.const
 def quantize_kernel(
     first, second, length, tokens, blocks, heads, FIRST: tl.constexpr, SECOND: tl.constexpr, T: tl.constexpr
 ):
+    """
+    Appends tokens of one or two roles. Grid (tiles, batch · heads, roles).
+
+    Args:
+        first, second (tuple): states `[batch, heads, tokens, D]` and their side: strides, buffers, constants.
+    """
+    tile = length // T + tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
     if SECOND is None:
-        _append(first, length, tokens, blocks, heads, FIRST, T)
+        append_tile(first[0], first[1], tile, sequence, length, tokens, blocks, heads, FIRST, T)
     elif tl.program_id(2) == 0:
-        _append(first, length, tokens, blocks, heads, FIRST, T)
+        append_tile(first[0], first[1], tile, sequence, length, tokens, blocks, heads, FIRST, T)
     else:
-        _append(second, length, tokens, blocks, heads, SECOND, T)
+        append_tile(second[0], second[1], tile, sequence, length, tokens, blocks, heads, SECOND, T)

@@ -109,14 +109,16 @@ def append(states, new: dict[str, torch.Tensor]) -> None:
 def _append_one(states, new: dict[str, torch.Tensor]) -> None:
     sinks, ring = states.sink_length, states.ring
     now = states.measured()
-    quantized = now.codes["keys"].length
+    quantized = now.quantized
     leaves = now.kv_len + 1 - sinks - ring > quantized
     if leaves:
         slot = sinks + quantized % ring if ring else None
         for role, state in new.items():
             leaving = states.exact[role][:, :, slot : slot + 1] if ring else state
             # its length is the caller's, or in the counters
-            quantize(leaving, states.quantizers[role], now.codes[role].snapshot())
+            buffer = now.codes[role].snapshot()
+            buffer.length = quantized
+            quantize(leaving, states.quantizers[role], buffer)
     if now.kv_len < sinks or ring:
         # all that can fail for want of memory is done: the new token may take the slot of the one that left
         slot = now.kv_len if now.kv_len < sinks else sinks + (now.kv_len - sinks) % ring
@@ -203,6 +205,7 @@ def _pieces(query, states, scaling, softcap):
     Position, logits `[batch, num_attention_heads, query_length, tokens]`, values `[batch, num_key_value_heads, tokens,
     head_dim]` in fp32 and whether they are of codes (the values are then still transformed), tile by tile.
     """
+    states.settle()
     quantizer = states.quantizers["keys"]
     shape = query.shape[:3]
     # the queries of one KV head are rows of one matrix
@@ -221,7 +224,7 @@ def _pieces(query, states, scaling, softcap):
         for part, piece in zip(quantizer.parts, _split(turned, quantizer), strict=True)
     ]
     offset = 0.0 if quantizer.mean is None else (rows * quantizer.mean).sum(-1, keepdim=True)
-    length = states.codes["keys"].length
+    length = states.quantized
     for start in range(0, length, TILE):
         stop = min(start + TILE, length)
         key_codes, value_codes = (

@@ -9,9 +9,9 @@ from .logits import INTEGERS, UNALIGNED, finish_logits, key_logits, load_constan
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
 def scores_kernel(
-    operands, constants, key_wide, key_one, key_scales, key_residual_norms, key_tables, mask_ptr, out,
-    mask_b, mask_h, mask_t, mask_n, query_length, groups, kv_heads, kv_len, sink_length, length,
-    key_blocks, row_tiles, softcap,
+    mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, length, softcap, out,
+    operands, constants, key_wide, key_one, key_scales, key_residual_norms, key_tables,
+    query_length, groups, kv_heads, sink_length, key_blocks, row_tiles,
     DIM: tl.constexpr, WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, QJL: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, MEAN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     ASM: tl.constexpr, SNIPPET: tl.constexpr, CONSTRAINTS: tl.constexpr, BLOCKS: tl.constexpr,

@@ -64,8 +64,7 @@ def fill(states, keys, values, count):
 def contents(states, role):
     """Codes and scales of all tokens that are quantised, and those of the exact slots that are taken."""
     now = states.measured()
-    buffer = now.codes[role]
-    codes, scales = reference.codes_of(buffer, states.quantizers[role], 0, buffer.length)
+    codes, scales = reference.codes_of(now.codes[role], states.quantizers[role], 0, now.quantized)
     return codes, *scales.values(), states.exact[role][:, :, : now.kv_len]
 
 
@@ -138,6 +137,95 @@ def test_steps_of_a_growing_layer_leave_what_a_prefill_leaves(sinks, ring, optio
             assert (mine != other).sum() <= 1e-3 * mine.numel()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sinks, ring, head_dims, options",
+    [
+        (4, 8, (64, 64), {"nbits": 4}),
+        (0, 70, (128, 64), {"nbits": 3}),
+        (0, 5, (80, 48), {"nbits": 2, "key_estimator": "rescaled"}),
+        (3, 0, (64, 64), {"key_bits": 3, "value_bits": 4, "key_estimator": "mse", "condition": "center"}),
+        (0, 1, (256, 256), {"nbits": 4, "condition": "attention"}),
+    ],
+    ids=str,
+)
+def test_attention_appends_the_newest_token(sinks, ring, head_dims, options, dtype):
+    """On its way, in the launch that turns the query: the same as by a launch of its own."""
+    keys, values = random_tokens(200, head_dims, dtype, batch=2)
+    attending, settling = (dynamic_layer(sinks, ring, **options) for _ in range(2))
+    query = torch.randn(2, 4, 1, head_dims[0], device=DEVICE).to(dtype)
+    mask = torch.ones(2, 1, 1, 200, dtype=torch.bool, device=DEVICE)
+    mask[1, ..., :100] = False
+    scaling = head_dims[0] ** -0.5
+    for layer in (attending, settling):
+        layer.update(keys[:, :, :136], values[:, :, :136])
+        layer.settle(query)
+    for start, stop in ((136, 142), (140, 143)):
+        for layer in (attending, settling):
+            if start < layer.length:
+                # steps go on with a ring that is not full
+                layer.crop(start - layer.length)
+        for at in range(start, stop):
+            states = grow(attending, keys, values, at, at + 1)[0].states
+            attention_mask = None if at % 2 else mask
+            assert states.newest is not None
+            out = ops.attention(query, states, scaling=scaling, attention_mask=attention_mask)
+            assert states.newest is None and out.isfinite().all()
+            truth = reference.attention(query.float(), states, scaling=scaling, attention_mask=attention_mask)
+            assert relative_error(out, truth) < (2e-3 if dtype == torch.float16 else 1.6e-2)
+            again = ops.attention(query, states, scaling=scaling, attention_mask=attention_mask)
+            assert relative_error(again, truth) < (2e-3 if dtype == torch.float16 else 1.6e-2)
+            grow(settling, keys, values, at, at + 1)
+        settling.settle()
+        for role in ROLES:
+            for ours, theirs in zip(*(contents(x._read(), role) for x in (attending, settling)), strict=True):
+                assert (ours != theirs).sum() <= 1e-3 * ours.numel()
+
+
+@pytest.mark.parametrize("look", ["dequantize", "scores", "copy", "crop", "keys", "update"])
+def test_the_newest_token_is_appended_without_attention_too(look):
+    keys, values = random_tokens(140)
+    query = torch.randn(1, 4, 1, 64, device=DEVICE).to(keys.dtype)
+    layer = dynamic_layer(nbits=4)
+    layer.update(keys[:, :, :100], values[:, :, :100])
+    handle = grow(layer, keys, values, 100, 130)[0]
+    assert handle.states.newest is not None
+    if look == "dequantize":
+        assert torch.equal(handle.dequantize()[:, :, 129], keys[:, :, 129])
+    elif look == "scores":
+        logits = ops.scores(query, handle.states, scaling=1.0)[..., 129]
+        truth = query.view(1, 2, 2, 64).float() @ keys[:, :, 129, :, None].float()
+        assert relative_error(logits.view(1, 2, 2, 1), truth) < 1e-3
+    elif look == "copy":
+        twin = copy.deepcopy(layer)
+        twin.settle()
+        assert torch.equal(twin.keys.dequantize()[:, :, 129], keys[:, :, 129]) and handle.states.newest is not None
+    elif look == "crop":
+        layer.crop(-3)
+        assert torch.equal(layer.keys.dequantize()[:, :, 126], keys[:, :, 126])
+    elif look == "keys":
+        assert torch.equal(layer.keys.dequantize()[:, :, 129], keys[:, :, 129])
+    else:
+        grow(layer, keys, values, 130, 131)
+    assert look == "copy" or handle.states.newest is None
+
+
+def test_tokens_may_lie_anywhere():
+    """Launches for aligned tokens are not for those that are not, nor for other strides."""
+    keys, values = random_tokens(220)
+    query = torch.randn(1, 4, 1, 64, device=DEVICE).to(keys.dtype)
+    layer = dynamic_layer(nbits=4)
+    layer.update(keys[:, :, :200], values[:, :, :200])
+    for at, offset in enumerate((0, 3, 0, 8, 3), start=200):
+        wide = torch.zeros(1, HEADS, 1, 80, device=DEVICE, dtype=keys.dtype)
+        new = wide[..., offset : offset + 64] if offset else keys[:, :, at : at + 1]
+        new.copy_(keys[:, :, at : at + 1])
+        states = layer.update(new, values[:, :, at : at + 1])[0].states
+        out = ops.attention(query, states, scaling=0.125)
+        assert relative_error(out, reference.attention(query.float(), states, scaling=0.125)) < 2e-3
+        assert torch.equal(layer.keys.dequantize()[:, :, at], keys[:, :, at])
+
+
 def test_plans_are_for_the_buffers_that_they_were_made_for():
     keys, values = random_tokens(400)
     query = torch.randn(1, 4, 1, 64, device=DEVICE).to(keys.dtype)
@@ -151,7 +239,7 @@ def test_plans_are_for_the_buffers_that_they_were_made_for():
 
     layer.update(keys[:, :, :200], values[:, :, :200])
     first = attend(layer, 200, 201)
-    assert {key[0] for key in first} == {"append", "attention"}
+    assert len(first) == 1
     # the same block, the same buffers: nothing is worked out again
     assert all(plan is first[key] for key, plan in attend(layer, 201, 202).items())
     # a copy has buffers of its own, and writes to none of the original's

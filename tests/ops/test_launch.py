@@ -1,0 +1,93 @@
+"""Compiled launches take as many arguments as their kernels have: without a GPU nothing else would show it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+PROGRAM = """
+import json
+import sys
+
+import torch
+
+from hf_turboquant import TurboQuantConfig, ops
+from hf_turboquant.layer import TurboQuantLayer
+
+attention, quantize, plan, launch = (
+    sys.modules[f"hf_turboquant.ops.{name}"] for name in ("attention", "quantize", "attention_plan", "launch")
+)
+assert not launch.INTERPRETED
+seen = set()
+
+
+class Compiled:
+    function, packed_metadata = 0, (4, 1, 0)
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    # grid, stream, function, metadata and three hooks come first
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+        name, names = self.kernel.__name__, self.kernel.arg_names
+        assert len(args) == len(names), (name, len(args), len(names))
+        given = dict(zip(names, args))
+        seen.add((name, given.get("KEYS") is not None, any(torch.is_tensor(arg) for arg in args)))
+
+
+class Everything(dict):
+    def __contains__(self, key):
+        return True
+
+    def __missing__(self, key):
+        return Compiled(key[0])
+
+
+def compile(self, *args):
+    assert len(args) + len(self.values) == len(self.kernel.arg_names), self.kernel.__name__
+    self.compiled = Compiled(self.kernel)
+    return self.compiled
+
+
+quantize._compiled, plan.Launcher.compile, plan.Kernels.wave = Everything(), compile, property(lambda self: 264)
+attention.supports = quantize.supports = lambda *args: None
+layer = TurboQuantLayer(TurboQuantConfig(backend="triton", condition="none", key_estimator=sys.argv[1]), 0)
+tokens, query = torch.randn(2, 2, 300, 64).half(), torch.randn(2, 8, 1, 64).half()
+layer.update(tokens, tokens)
+for _ in range(3):
+    states = layer.update(tokens[:, :, :1], tokens[:, :, :1])[0].states
+    assert ops.attention(query, states, scaling=1.0).shape == query.shape and states.newest is None
+    ops.attention(query, states, scaling=1.0, attention_mask=torch.ones(1, 1, 1, 400, dtype=torch.bool))
+    ops.scores(query, states, scaling=1.0)
+layer.update(tokens[:, :, :1], tokens[:, :, :1])[0].states.settle()
+print(json.dumps(sorted(seen)))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU tells by itself")
+@pytest.mark.parametrize("estimator", ["qjl", "rescaled"])
+def test_launches_have_all_arguments(estimator):
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", PROGRAM, estimator]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    launched = json.loads(done.stdout)
+    names = {name for name, _, _ in launched}
+    assert names == {
+        "prepare_kernel",
+        "attend_kernel",
+        "combine_kernel",
+        "scores_kernel",
+        "quantize_kernel",
+        "step_kernel",
+    }
+    # with a token to append and without, the first time with tensors, later with addresses
+    for appends in (True, False):
+        assert {tensors for name, keys, tensors in launched if name == "prepare_kernel" and keys == appends} == {
+            True,
+            False,
+        }
