@@ -13,6 +13,10 @@ from .rotation import rotation_matrix
 from .sketch import sketch_matrix
 from .storage import TokenBuffer
 
+# before rounding, in search of the codes closest in direction. As good as a fine search to 2 % of the error at 4 bits,
+# less below
+STRETCHES = tuple(1 + step * 3 / 32 for step in (-2, -1, 0, 1, 2))
+
 # a two-byte scale costs under .1 % of the distortion up to 4 bits, but 6 % of it at 8
 TWO_BYTE_SCALE_BITS = 4
 
@@ -57,6 +61,7 @@ class Quantizer:
     sketch: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    search: bool = False
     prefix: str = ""
 
     @classmethod
@@ -90,6 +95,11 @@ class Quantizer:
     @property
     def head_dim(self) -> int:
         return self.transform.shape[-1]
+
+    @property
+    def stretches(self) -> tuple[float, ...]:
+        """Factors of y of which the best is taken before rounding, see above; none where y itself is rounded."""
+        return STRETCHES if self.search and self.code_bits > 1 else ()
 
     @property
     def code_bits(self) -> int:
@@ -140,6 +150,7 @@ def _create(nbits, estimator, sketch, rotation, seeds, role, head_dim, device, p
             # the inverse transpose of a rotation is itself
             dual=matrix,
             sketch=_tensor(sketch_matrix(sketch, head_dim, generator), device) if estimator == "qjl" else None,
+            search=estimator == "rescaled" or (estimator == "qjl" and sketch != "gaussian"),
             prefix=prefix,
         )
 

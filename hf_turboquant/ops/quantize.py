@@ -172,6 +172,8 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
         operand,
         sketch_operand,
         precision,
+        len(quantizer.stretches),
+        *(quantizer.stretches[:2] or (1.0, 1.0)),
     )
     # two programs share a multiprocessor where registers and shared memory allow
     exact = operand != tl.float32

@@ -123,6 +123,27 @@ def _nearest(y, boundaries, centroids, CODE_BITS: tl.constexpr):
 
 
 @triton.jit
+def _stretch(
+    y, valid, boundaries, centroids, CODE_BITS: tl.constexpr,
+    COUNT: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    """Of every row the factor before rounding that gives the codes closest to its direction."""
+    best = tl.full([y.shape[0]], 1.0, tl.float32)
+    largest = tl.zeros([y.shape[0]], tl.float32)
+    # exact in fp32, so that the reference has the same
+    stretch = tl.full([y.shape[0]], FIRST, tl.float32)
+    for _ in range(COUNT):
+        _, nearest = _nearest(y * stretch[:, None], boundaries, centroids, CODE_BITS)
+        nearest = tl.where(valid[None, :], nearest, 0.0)
+        cosine = tl.sum(y * nearest, axis=1) / tl.sqrt_rn(tl.sum(nearest * nearest, axis=1))
+        better = cosine > largest
+        best = tl.where(better, stretch, best)
+        largest = tl.where(better, cosine, largest)
+        stretch += SECOND - FIRST
+    return best
+
+
+@triton.jit
 def _merge(pointers, packed, mask, shared):
     # bits 0-7 of `packed` are new, bits 8-15 say which of them count; the others belong to earlier tokens
     old = tl.load(pointers, mask=mask & (tl.zeros((1, 1), tl.int32) < shared), other=0).to(tl.int32)
@@ -210,6 +231,7 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
     OPERAND: tl.constexpr = SPEC[6]
     SKETCH_OPERAND: tl.constexpr = SPEC[7]
     PRECISION: tl.constexpr = SPEC[8]
+    STRETCHES: tl.constexpr = SPEC[9]
     CODE_BITS: tl.constexpr = NBITS if sketch is None else NBITS - 1
 
     batch, head = sequence // heads, sequence % heads
@@ -234,14 +256,27 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
     norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
     # a zero vector has no direction: any will do, its scale is zero
     y = z * (1 / tl.maximum(norm, 1.1754943508222875e-38))[:, None]
+    _, valid = _dims(tl.arange(0, DP), D, DP)
+    if STRETCHES > 0:
+        # from here on the norm of y is `stretch`
+        stretch = _stretch(y, valid, boundaries, centroids, CODE_BITS, STRETCHES, SPEC[10], SPEC[11])
+        y *= stretch[:, None]
     codes, nearest = _nearest(y, boundaries, centroids, CODE_BITS)
     scale = norm
     if ESTIMATOR == "rescaled":
-        scale = norm / tl.where(norm == 0, 1.0, tl.sum(y * nearest, axis=1))
+        product = tl.sum(y * nearest, axis=1)
+        if STRETCHES > 0:
+            product /= stretch
+        scale = norm / tl.where(norm == 0, 1.0, product)
+    elif STRETCHES > 0:
+        norm /= stretch
+        nearest = tl.where(valid[None, :], nearest, 0.0)
+        factor = tl.sum(y * nearest, axis=1) / tl.sum(nearest * nearest, axis=1)
+        scale = norm * factor
+        nearest *= factor[:, None]
     scale_offset = block * 128 + base + tl.arange(0, T)
     tl.store(scales + scale_offset, scale.to(scales.dtype.element_ty, fp_downcast_rounding="rtne"), mask=has_token)
     if sketch is not None:
-        _, valid = _dims(tl.arange(0, DP), D, DP)
         r = tl.where(valid[None, :], y - nearest, 0.0)
         # the y of a vector whose squares vanish may be huge
         residual_norm = tl.where(norm == 0, 0.0, norm * tl.sqrt_rn(tl.sum(r * r, axis=1)))

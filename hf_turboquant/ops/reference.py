@@ -42,17 +42,34 @@ def _encode(z: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[s
     norms = torch.linalg.vector_norm(z, dim=-1)
     # a zero vector has no direction: any will do, its scale is zero
     y = z / norms.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    codes = quantizer.ranks_to_codes[torch.bucketize(y, quantizer.boundaries, out_int32=True)]
+    codes, nearest = _nearest(y * _stretch(y, quantizer), quantizer)
     if quantizer.estimator == "mse":
         return codes, {"scales": norms}
-    nearest = quantizer.centroids[codes.int()]
+    product = torch.linalg.vecdot(y, nearest)
     if quantizer.estimator == "rescaled":
-        scales = norms / torch.linalg.vecdot(y, nearest)
-        return codes, {"scales": torch.where(norms == 0, norms, scales)}
-    residual = y - nearest
+        return codes, {"scales": torch.where(norms == 0, norms, norms / product)}
+    factor = product / nearest.square().sum(-1) if quantizer.stretches else torch.ones_like(product)
+    residual = y - factor.unsqueeze(-1) * nearest
     signs = residual @ quantizer.sketch.mT >= 0
     codes = codes | (signs.to(torch.uint8) << quantizer.code_bits)
-    return codes, {"scales": norms, "residual_norms": norms * torch.linalg.vector_norm(residual, dim=-1)}
+    return codes, {"scales": norms * factor, "residual_norms": norms * torch.linalg.vector_norm(residual, dim=-1)}
+
+
+def _nearest(y: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = quantizer.ranks_to_codes[torch.bucketize(y, quantizer.boundaries, out_int32=True)]
+    return codes, quantizer.centroids[codes.int()]
+
+
+def _stretch(y: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """Of every vector the factor before rounding that gives the codes closest to its direction, of shape `[..., 1]`."""
+    best = torch.ones_like(y[..., :1])
+    largest = torch.zeros_like(best)
+    for stretch in quantizer.stretches:
+        nearest = _nearest(y * stretch, quantizer)[1]
+        cosine = torch.linalg.vecdot(y, nearest) / torch.linalg.vector_norm(nearest, dim=-1)
+        better = cosine.unsqueeze(-1) > largest
+        best, largest = torch.where(better, stretch, best), torch.where(better, cosine.unsqueeze(-1), largest)
+    return best
 
 
 def decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer) -> torch.Tensor:
