@@ -104,48 +104,71 @@ def cache_bytes(cache) -> int:
 
 
 @torch.inference_mode()
-def decode(
-    model, make_cache, batch: int, context: int, steps: int
-) -> tuple[list[tuple[float, float]], tuple[str, ...]]:
-    """Times (in all, on the host) of decode steps after `context` tokens; GPU time, peak memory, bytes of the cache."""
-    cache = make_cache(model.config)
-    fill(cache, model.config, batch, context)
-    torch.cuda.reset_peak_memory_stats()
+def decode(model, makers: dict, batch: int, context: int, steps: int):
+    """
+    Decode steps after `context` tokens, which the caches take in turns: the host of a GPU is faster at times.
+
+    Returns:
+        By name of the cache: median time of a step (ms) and what the host needs of it, GPU time, peak memory without
+        the other caches (GB), and bytes of the cache (GB).
+    """
+    caches, own, peaks = {}, {}, dict.fromkeys(makers, 0)
+
+    def grown(name: str, work) -> None:
+        """Does `work`, and counts its memory for the cache."""
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        if times_ms[name]:
+            peaks[name] = max(peaks[name], weights + own[name] + torch.cuda.max_memory_allocated() - before)
+        own[name] = own.get(name, 0) + torch.cuda.memory_allocated() - before
+
+    def new(name: str) -> None:
+        cache = makers[name](model.config)
+        fill(cache, model.config, batch, context)
+        caches[name] = cache
+
+    times_ms = {name: [] for name in makers}
+    weights = torch.cuda.memory_allocated()
     token = torch.randint(0, model.config.vocab_size, (batch, 1), device="cuda")
-    times_ms = []
-    for _ in range(steps):
+
+    def step(name: str) -> None:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        model(token, past_key_values=cache)
+        model(token, past_key_values=caches[name])
         launched = time.perf_counter()
         torch.cuda.synchronize()
-        times_ms.append(((time.perf_counter() - start) * 1e3, (launched - start) * 1e3))
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(3):
-            model(token, past_key_values=cache)
-        torch.cuda.synchronize()
-    busy_ms = sum(event.self_device_time_total for event in profiler.key_averages()) / 3e3
-    peak = torch.cuda.max_memory_allocated()
-    return times_ms[2:], (f"{busy_ms:.1f}", f"{peak / 1e9:.1f}", f"{cache_bytes(cache) / 1e9:.2f}")
+        times_ms[name].append(((time.perf_counter() - start) * 1e3, (launched - start) * 1e3))
+
+    for name in makers:
+        grown(name, lambda name=name: new(name))
+    for _ in range(steps):
+        for name in makers:
+            grown(name, lambda name=name: step(name))
+    cells = {}
+    for name, cache in caches.items():
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(3):
+                model(token, past_key_values=cache)
+            torch.cuda.synchronize()
+        busy_ms = sum(event.self_device_time_total for event in profiler.key_averages()) / 3e3
+        medians = [statistics.median(column) for column in zip(*times_ms[name][2:], strict=True)]
+        memory = peaks[name] / 1e9, cache_bytes(cache) / 1e9
+        cells[name] = tuple(f"{number:.1f}" for number in (*medians, busy_ms, memory[0])) + (f"{memory[1]:.2f}",)
+    return cells
 
 
-def decode_in_turns(model, makers: dict, batch: int, context: int, steps: int, rounds: int):
-    """Name and cells of every cache, which take turns `rounds` times: the host is faster at times."""
-    times_ms, rest = {name: [] for name in makers}, {}
-    for _ in range(rounds):
-        for name, make_cache in makers.items():
-            if isinstance(rest.get(name), str):
-                continue
-            try:
-                times, rest[name] = decode(model, make_cache, batch, context, steps)
-                times_ms[name] += times
-            except (ImportError, ValueError, torch.OutOfMemoryError) as error:
-                rest[name] = str(error).splitlines()[0][:60]
-            gc.collect()
-            torch.cuda.empty_cache()
-    for name, times in times_ms.items():
-        medians = (f"{statistics.median(column):.1f}" for column in zip(*times, strict=True))
-        yield name, (rest[name], *[""] * 4) if isinstance(rest[name], str) else (*medians, *rest[name])
+def decode_all(model, makers: dict, batch: int, context: int, steps: int, in_turns: bool):
+    """Name and cells of every cache, all of them in memory at once or one after the other."""
+    for group in [makers] if in_turns else [{name: make_cache} for name, make_cache in makers.items()]:
+        try:
+            rows = decode(model, group, batch, context, steps)
+        except (ImportError, ValueError, torch.OutOfMemoryError) as error:
+            rows = dict.fromkeys(group, (str(error).splitlines()[0][:60], *[""] * (len(COLUMNS) - 3)))
+        gc.collect()
+        torch.cuda.empty_cache()
+        yield from rows.items()
 
 
 class Clock(StoppingCriteria):
@@ -246,7 +269,7 @@ def prefill_ms(model, make_cache, context: int) -> float:
 
 def fits(model, make_cache, batch: int, context: int) -> bool:
     try:
-        decode(model, make_cache, batch, context, 3)
+        decode(model, {"": make_cache}, batch, context, 3)
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -271,7 +294,7 @@ def main():
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--caches", nargs="+", choices={**CACHES, **STATIC_CACHES})
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=1, help="that caches take turns in, so many steps each")
+    parser.add_argument("--in-turns", action="store_true", help="caches, all in memory at once, step in turns")
     parser.add_argument("--max-tokens", type=int, default=2**18, help="skip larger batch × context")
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192], help="contexts whose prefill is timed")
     parser.add_argument("--static", type=int, nargs="?", const=64, default=0, help="compiled steps, so many tokens")
@@ -295,7 +318,7 @@ def main():
         + (
             f"{args.static} tokens, compiled by generate\n"
             if args.static
-            else f"median of {args.rounds} × {args.steps - 2} steps, eager\n"
+            else f"median of {args.steps - 2} steps, eager{', caches in turns' * args.in_turns}\n"
         )
     )
     columns = STATIC_COLUMNS if args.static else COLUMNS
@@ -310,7 +333,7 @@ def main():
             if args.static:
                 rows = decode_static_all(model, makers, batch, context, args.static)
             else:
-                rows = decode_in_turns(model, makers, batch, context, args.steps, args.rounds)
+                rows = decode_all(model, makers, batch, context, args.steps, args.in_turns)
             for name, cells in rows:
                 print(f"| {batch} × {context:,} | {name} | {' | '.join(cells)} |", flush=True)
         if args.static:

@@ -7,7 +7,7 @@ import torch
 
 from hf_turboquant import TurboQuantConfig, ops
 from hf_turboquant.codebook import lloyd_max
-from hf_turboquant.quantizer import Quantizer
+from hf_turboquant.quantizer import STRETCHES, Quantizer
 
 # d·E[err²] of ⟨y, x̂⟩ over random unit x and y, d = 128: (rescaled, Algorithm 2 Gaussian, Algorithm 2 orthogonal)
 INNER_PRODUCT_ERROR = {
@@ -15,6 +15,8 @@ INNER_PRODUCT_ERROR = {
     3: {"rescaled": 0.0349, "gaussian": 0.180, "orthogonal": 0.0658},
     4: {"rescaled": 0.0093, "gaussian": 0.0527, "orthogonal": 0.0193},
 }
+# what is left of the squared error by the search for the codes closest in direction, by bits of codes
+SEARCHED = {1: 1.0, 2: 0.99, 3: 0.94, 4: 0.87}
 FACTS_DISTORTION = {1: 0.3609, 2: 0.1160, 3: 0.03397, 4: 0.009315, 5: 0.002451, 6: 6.442e-4, 7: 1.635e-4, 8: 4.119e-5}
 
 
@@ -57,7 +59,35 @@ def test_scores_are_unbiased_with_the_known_variance(nbits, kind):
         # ⟨x, x̂⟩ has slope one as well, and shows a bias with far fewer samples
         slopes.append((x * estimate).sum(-1).mean().item())
     assert sum(slopes) / len(slopes) == pytest.approx(1, abs=0.01)
-    assert sum(errors) / len(errors) == pytest.approx(INNER_PRODUCT_ERROR[nbits][kind], rel=0.05)
+    left = 1 if kind == "gaussian" else SEARCHED[quantizer.code_bits]
+    assert sum(errors) / len(errors) == pytest.approx(INNER_PRODUCT_ERROR[nbits][kind] * left, rel=0.05)
+
+
+@pytest.mark.parametrize("head_dim, nbits, left", [(64, 2, 0.98), (64, 3, 0.9), (64, 4, 0.81), (128, 4, 0.87)])
+def test_codes_are_the_closest_in_direction(head_dim, nbits, left):
+    config = TurboQuantConfig(nbits=nbits, key_estimator="rescaled", rotation="haar")
+    quantizer = Quantizer.create(config, "keys", 0, head_dim)
+    x = unit_vectors(1, 1, 3000, head_dim)
+    y = x.double() @ quantizer.transform[0].double().mT
+    codes = torch.stack([(y * factor).unsqueeze(-1).sub(quantizer.centroids).abs().argmin(-1) for factor in STRETCHES])
+    cosines = torch.cosine_similarity(y, quantizer.centroids.double()[codes], dim=-1)
+    best = codes.gather(0, cosines.argmax(0)[None, ..., None].expand(1, *y.shape))[0]
+    ours, scales = ops.reference.encode(x, quantizer)
+    assert (ours != best).float().mean() < 1e-3
+    nearest = 1 / cosines[STRETCHES.index(1)] ** 2 - 1
+    error = (ops.reference.decode(ours, scales, quantizer) - y).square().sum(-1)
+    assert (error.mean() / nearest.mean()).item() == pytest.approx(left, abs=0.015)
+
+
+def test_algorithm_2_takes_the_nearest_codes():
+    x = unit_vectors(1, 1, 100, 64)
+    for sketch, searched in (("gaussian", False), ("orthogonal", True)):
+        quantizer = Quantizer.create(TurboQuantConfig(nbits=4, sketch=sketch), "keys", 0, 64)
+        codes, scales = ops.reference.encode(x, quantizer)
+        y = x @ quantizer.transform.mT
+        nearest = y.unsqueeze(-1).sub(quantizer.centroids).abs().argmin(-1)
+        same = (codes & 7) == nearest
+        assert same.all() != searched and torch.allclose(scales["scales"], torch.ones(100), atol=1e-5) != searched
 
 
 def test_algorithm_1_is_biased():
@@ -71,13 +101,11 @@ def test_algorithm_1_is_biased():
 @pytest.mark.parametrize("nbits", (2, 3, 4, 8))
 @pytest.mark.parametrize("head_dim", (80, 96, 112, 192, 576))
 def test_any_head_dim(role, nbits, head_dim):
-    config = TurboQuantConfig(nbits=nbits, key_estimator="rescaled")
+    config = TurboQuantConfig(nbits=nbits, key_estimator="mse", value_estimator="mse")
     x = unit_vectors(1, 2, 300, head_dim) * 3
     error = ((round_trip(x, Quantizer.create(config, role, 0, head_dim)) - x).square().sum(-1) / 9).mean()
-    distortion = lloyd_max(nbits, head_dim).distortion
-    # rescaling trades D for D / (1 - D)
     # at 8 bits a few tail coordinates make up much of the error of 600 vectors
-    assert error.item() == pytest.approx(distortion / (1 - distortion), rel=0.15 if nbits == 8 else 0.05)
+    assert error.item() == pytest.approx(lloyd_max(nbits, head_dim).distortion, rel=0.15 if nbits == 8 else 0.05)
 
 
 def test_head_dims_that_cannot_be_served():
@@ -110,7 +138,7 @@ def test_extreme_norms(estimator, norm):
     scaled = round_trip(x * norm, quantizer) / norm
     assert scaled.isfinite().all()
     # a two-byte scale rounds differently at another magnitude
-    torch.testing.assert_close(scaled, round_trip(x, quantizer), rtol=0.01, atol=1e-3)
+    torch.testing.assert_close(scaled, round_trip(x, quantizer), rtol=0.01, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
