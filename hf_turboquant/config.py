@@ -48,7 +48,7 @@ class TurboQuantConfig:
         value_estimator (`str`, defaults to `"rescaled"`):
             `"rescaled"` or `"mse"`.
         sketch (`str`, defaults to `"orthogonal"`):
-            `"orthogonal"` (2.75 times less variance) or `"gaussian"` (what Algorithm 2 prints).
+            `"orthogonal"` (2.75 times less variance) or `"gaussian"`, with the nearest codes: what Algorithm 2 prints.
         rotation (`str`, defaults to `"hadamard"`):
             `"hadamard"` (randomised) or `"haar"` (uniform over all rotations).
         condition (`str`, defaults to `"attention"`):

@@ -27,13 +27,18 @@ class Quantizer:
     The constants of one role (`"keys"` or `"values"`) of one layer.
 
     A vector x is stored as codes of y = z / |z|, z = A (x - μ), with one scale s, and with the `"qjl"` estimator the
-    signs of the sketched residual r = y - c[codes] and its norm |z| |r|:
+    signs of the sketched residual r = y - f c[codes] and its norm |z| |r|:
 
         "mse"        s = |z|                 ẑ = s c[codes]                                   (TurboQuant, Algorithm 1)
         "rescaled"   s = |z| / ⟨y, c⟩        ẑ = s c[codes]                                (EDEN, arXiv 2105.08339)
-        "qjl"        s = |z|                 ẑ = s c[codes] + |z| |r| (κS)ᵀ signs             (TurboQuant, Algorithm 2)
+        "qjl"        s = f |z|               ẑ = s c[codes] + |z| |r| (κS)ᵀ signs             (TurboQuant, Algorithm 2)
 
     and x̂ = A⁻¹ ẑ + μ. Scores need no x̂: ⟨q, x̂⟩ = ⟨A⁻ᵀ q, ẑ⟩ + ⟨q, μ⟩, and softmax ignores the last term.
+
+    The codes are the nearest to y and f is 1, as the papers have it; with `search` they are, of the nearest to αy for all
+    `stretches` α, those with the largest cosine ⟨y, c⟩ / |c|, and f is ⟨y, c⟩ / |c|², which leaves the smallest residual.
+    Both estimators stay unbiased whatever the codes: what c has beside z has no preferred direction under a random
+    rotation, and what the sketch sees is the residual that the codes leave.
 
     Args:
         role (`str`): `"keys"` or `"values"`; also the packing layout.
@@ -46,6 +51,7 @@ class Quantizer:
         sketch (`torch.Tensor` of shape `[head_dim, head_dim]`, fp32, *optional*): κS, with `"qjl"` only.
         mean (`torch.Tensor` of shape `[1 or num_key_value_heads, 1, head_dim]`, fp32, *optional*): μ; `None` is zero.
         scale (`torch.Tensor`, same shape, fp32, *optional*): a factor of every channel, before A: see `conditioning`.
+        search (`bool`): whether codes are searched, see above.
         prefix (`str`): of the names of its planes and scales, where a buffer holds those of two quantizers.
     """
 
