@@ -35,10 +35,10 @@ class Quantizer:
 
     and x̂ = A⁻¹ ẑ + μ. Scores need no x̂: ⟨q, x̂⟩ = ⟨A⁻ᵀ q, ẑ⟩ + ⟨q, μ⟩, and softmax ignores the last term.
 
-    The codes are the nearest to y and f is 1, as the papers have it; with `search` they are, of the nearest to αy for all
-    `stretches` α, those with the largest cosine ⟨y, c⟩ / |c|, and f is ⟨y, c⟩ / |c|², which leaves the smallest residual.
-    Both estimators stay unbiased whatever the codes: what c has beside z has no preferred direction under a random
-    rotation, and what the sketch sees is the residual that the codes leave.
+    The codes are the nearest to y and f is 1, as the papers have it; with `search` they are, of the nearest to αy for
+    all `stretches` α, those with the largest cosine ⟨y, c⟩ / |c|, and f is ⟨y, c⟩ / |c|², which leaves the smallest
+    residual. Both estimators stay unbiased whatever the codes: what c has beside z has no preferred direction under a
+    random rotation, and what the sketch sees is the residual that the codes leave.
 
     Args:
         role (`str`): `"keys"` or `"values"`; also the packing layout.
