@@ -12,6 +12,9 @@ from ..storage import TokenBuffer
 
 TILE = 32 * BLOCK
 
+# of the table that finds centroids: a power of two, so that x * CELLS is exact
+CELLS = 2**13
+
 
 def encode(states: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
@@ -42,7 +45,14 @@ def _encode(z: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[s
     norms = torch.linalg.vector_norm(z, dim=-1)
     # a zero vector has no direction: any will do, its scale is zero
     y = z / norms.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    codes, nearest = _nearest(y * _stretch(y, quantizer), quantizer)
+    size = y.abs().nan_to_num_()
+    rank = _rank(size * _stretch(size, quantizer), quantizer)
+    if len(quantizer.boundaries):
+        # a codebook is symmetric
+        positive = len(quantizer.boundaries) // 2
+        rank = torch.where(y > 0, rank + positive + 1, positive - rank)
+    codes = quantizer.ranks_to_codes[rank]
+    nearest = quantizer.centroids[codes.int()]
     if quantizer.estimator == "mse":
         return codes, {"scales": norms}
     product = torch.linalg.vecdot(y, nearest)
@@ -55,18 +65,27 @@ def _encode(z: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[s
     return codes, {"scales": norms * factor, "residual_norms": norms * torch.linalg.vector_norm(residual, dim=-1)}
 
 
-def _nearest(y: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = quantizer.ranks_to_codes[torch.bucketize(y, quantizer.boundaries, out_int32=True)]
-    return codes, quantizer.centroids[codes.int()]
+def _rank(size: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """How many positive boundaries lie below each of `size`, from zero on; int32."""
+    boundaries = quantizer.boundaries[len(quantizer.boundaries) // 2 + 1 :]
+    if size.numel() < 8 * CELLS:
+        return torch.bucketize(size, boundaries, out_int32=True)
+    # the same from a table, several times faster on a CPU: cells so small that at most one boundary lies in each
+    cells = torch.arange(CELLS, dtype=torch.float32, device=size.device) / CELLS
+    below = torch.bucketize(cells, boundaries, out_int32=True)
+    boundary = torch.cat([boundaries, boundaries.new_tensor([torch.inf])])[below]
+    cell = (size * CELLS).clamp_max_(CELLS - 1).int()
+    return below[cell] + (size > boundary[cell])
 
 
-def _stretch(y: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+def _stretch(size: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """Of every vector the factor before rounding that gives the codes closest to its direction, of shape `[..., 1]`."""
-    best = torch.ones_like(y[..., :1])
+    best = torch.ones_like(size[..., :1])
     largest = torch.zeros_like(best)
+    values = quantizer.centroids.sort().values[len(quantizer.centroids) // 2 :]
     for stretch in quantizer.stretches:
-        nearest = _nearest(y * stretch, quantizer)[1]
-        cosine = torch.linalg.vecdot(y, nearest) / torch.linalg.vector_norm(nearest, dim=-1)
+        nearest = values[_rank(size * stretch, quantizer)]
+        cosine = torch.linalg.vecdot(size, nearest) / torch.linalg.vector_norm(nearest, dim=-1)
         better = cosine.unsqueeze(-1) > largest
         best, largest = torch.where(better, stretch, best), torch.where(better, cosine.unsqueeze(-1), largest)
     return best
