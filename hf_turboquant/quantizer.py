@@ -15,6 +15,8 @@ from .storage import TokenBuffer
 
 # before rounding, in search of the codes closest in direction. As good as a fine search to 2 % of the error at 4 bits,
 # less below
+# Beyond MAX_SEARCHED_BITS nobody feels the difference, and which factor is best is decided by rounding errors.
+MAX_SEARCHED_BITS = 5
 STRETCHES = tuple(1 + step * 3 / 32 for step in (-2, -1, 0, 1, 2))
 
 # a two-byte scale costs under .1 % of the distortion up to 4 bits, but 6 % of it at 8
@@ -105,7 +107,7 @@ class Quantizer:
     @property
     def stretches(self) -> tuple[float, ...]:
         """Factors of y of which the best is taken before rounding, see above; none where y itself is rounded."""
-        return STRETCHES if self.search and self.code_bits > 1 else ()
+        return STRETCHES if self.search and 1 < self.code_bits <= MAX_SEARCHED_BITS else ()
 
     @property
     def code_bits(self) -> int:

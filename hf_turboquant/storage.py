@@ -1,5 +1,6 @@
 """TokenBuffer: named tensors that grow by tokens, in place; SlotBuffer: the exact tokens among them."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -75,10 +76,7 @@ class TokenBuffer:
 
     def snapshot(self) -> "TokenBuffer":
         """The same tensors with a length of their own: later appends and moves don't show."""
-        # four times faster than `copy.copy`, and every step takes two
-        twin = object.__new__(type(self))
-        vars(twin).update(vars(self))
-        return twin
+        return copy.copy(self)
 
 
 class SlotBuffer(TokenBuffer):
