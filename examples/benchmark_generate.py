@@ -15,6 +15,8 @@ import argparse
 import gc
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -103,6 +105,38 @@ def cache_bytes(cache) -> int:
     return sum(t.nbytes for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t))
 
 
+@dataclass
+class Entry:
+    """A cache of [`decode`]: wall and host times of its steps (ms), what it holds and the most it took (bytes)."""
+
+    make: Callable
+    cache: object = None
+    times_ms: list[tuple[float, float]] = field(default_factory=list)
+    held: int = 0
+    peak: int = 0
+
+    def measure(self, work: Callable[[], None]) -> None:
+        """Does `work`, and counts its memory for this cache."""
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        self.peak = max(self.peak, self.held + torch.cuda.max_memory_allocated() - before)
+        self.held += torch.cuda.memory_allocated() - before
+
+    def fill(self, config, batch: int, context: int) -> None:
+        self.cache = self.make(config)
+        fill(self.cache, config, batch, context)
+
+    def step(self, model, token: torch.Tensor) -> None:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(token, past_key_values=self.cache)
+        launched = time.perf_counter()
+        torch.cuda.synchronize()
+        self.times_ms.append(((time.perf_counter() - start) * 1e3, (launched - start) * 1e3))
+
+
 @torch.inference_mode()
 def decode(model, makers: dict, batch: int, context: int, steps: int):
     """
@@ -112,60 +146,36 @@ def decode(model, makers: dict, batch: int, context: int, steps: int):
         By name of the cache: median time of a step (ms) and what the host needs of it, GPU time, peak memory without
         the other caches (GB), and bytes of the cache (GB).
     """
-    caches, own, peaks = {}, {}, dict.fromkeys(makers, 0)
-
-    def grown(name: str, work) -> None:
-        """Does `work`, and counts its memory for the cache."""
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-        if times_ms[name]:
-            peaks[name] = max(peaks[name], weights + own[name] + torch.cuda.max_memory_allocated() - before)
-        own[name] = own.get(name, 0) + torch.cuda.memory_allocated() - before
-
-    def new(name: str) -> None:
-        cache = makers[name](model.config)
-        fill(cache, model.config, batch, context)
-        caches[name] = cache
-
-    times_ms = {name: [] for name in makers}
+    entries = {name: Entry(make) for name, make in makers.items()}
     weights = torch.cuda.memory_allocated()
     token = torch.randint(0, model.config.vocab_size, (batch, 1), device="cuda")
-
-    def step(name: str) -> None:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model(token, past_key_values=caches[name])
-        launched = time.perf_counter()
-        torch.cuda.synchronize()
-        times_ms[name].append(((time.perf_counter() - start) * 1e3, (launched - start) * 1e3))
-
-    for name in makers:
-        grown(name, lambda name=name: new(name))
+    for entry in entries.values():
+        entry.measure(lambda entry=entry: entry.fill(model.config, batch, context))
+        # only steps count
+        entry.peak = 0
     for _ in range(steps):
-        for name in makers:
-            grown(name, lambda name=name: step(name))
+        for entry in entries.values():
+            entry.measure(lambda entry=entry: entry.step(model, token))
     cells = {}
-    for name, cache in caches.items():
+    for name, entry in entries.items():
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             for _ in range(3):
-                model(token, past_key_values=cache)
+                model(token, past_key_values=entry.cache)
             torch.cuda.synchronize()
         busy_ms = sum(event.self_device_time_total for event in profiler.key_averages()) / 3e3
-        medians = [statistics.median(column) for column in zip(*times_ms[name][2:], strict=True)]
-        memory = peaks[name] / 1e9, cache_bytes(cache) / 1e9
+        medians = [statistics.median(column) for column in zip(*entry.times_ms[2:], strict=True)]
+        memory = (weights + entry.peak) / 1e9, cache_bytes(entry.cache) / 1e9
         cells[name] = tuple(f"{number:.1f}" for number in (*medians, busy_ms, memory[0])) + (f"{memory[1]:.2f}",)
     return cells
 
 
-def decode_all(model, makers: dict, batch: int, context: int, steps: int, in_turns: bool):
-    """Name and cells of every cache, all of them in memory at once or one after the other."""
-    for group in [makers] if in_turns else [{name: make_cache} for name, make_cache in makers.items()]:
+def attempt(work: Callable, model, groups: list[dict], *args):
+    """Name and cells of every cache of every group, as `work` gives them, or what went wrong."""
+    for makers in groups:
         try:
-            rows = decode(model, group, batch, context, steps)
+            rows = work(model, makers, *args)
         except (ImportError, ValueError, torch.OutOfMemoryError) as error:
-            rows = dict.fromkeys(group, (str(error).splitlines()[0][:60], *[""] * (len(COLUMNS) - 3)))
+            rows = dict.fromkeys(makers, (str(error).splitlines()[0][:60],))
         gc.collect()
         torch.cuda.empty_cache()
         yield from rows.items()
@@ -210,8 +220,9 @@ def gpu_times(events) -> tuple[float, float, int]:
 
 
 @torch.inference_mode()
-def decode_static(model, make_cache, batch: int, context: int, tokens: int) -> tuple[str, ...]:
+def decode_static(model, makers: dict, batch: int, context: int, tokens: int) -> dict[str, tuple[str, ...]]:
     """A compiled step of `generate` after `context` tokens: wall time, GPU time, compilation, memory."""
+    (name, make_cache), *_ = makers.items()
     torch.compiler.reset()
     counters.clear()
     cache = make_cache(model.config, context + tokens + 16)
@@ -228,7 +239,7 @@ def decode_static(model, make_cache, batch: int, context: int, tokens: int) -> t
     torch.cuda.synchronize()
     profiler.stop()
     busy_ms, between_ms, kernels = (total / len(profiled_s) for total in gpu_times(profiler.events()))
-    return (
+    cells = (
         f"{statistics.median(times_s[len(times_s) // 4 :]) * 1e3:.1f}",
         f"{busy_ms:.1f}",
         f"{between_ms:.1f}",
@@ -238,33 +249,24 @@ def decode_static(model, make_cache, batch: int, context: int, tokens: int) -> t
         f"{peak / 1e9:.1f}",
         f"{cache_bytes(cache) / 1e9:.2f}",
     )
-
-
-def decode_static_all(model, makers: dict, batch: int, context: int, tokens: int):
-    """Name and cells of every cache."""
-    for name, make_cache in makers.items():
-        try:
-            cells = decode_static(model, make_cache, batch, context, tokens)
-        except torch.OutOfMemoryError as error:
-            cells = (str(error).splitlines()[0][:60], *[""] * (len(STATIC_COLUMNS) - 3))
-        gc.collect()
-        torch.cuda.empty_cache()
-        yield name, cells
+    return {name: cells}
 
 
 @torch.inference_mode()
-def prefill_ms(model, make_cache, context: int) -> float:
-    """Median time of a prefill of one sequence, the first run (which compiles) not counted."""
+def prefill(model, makers: dict, context: int) -> dict[str, tuple[str]]:
+    """Median time of a prefill of one sequence; caches take turns, and first prefills, which compile, do not count."""
     ids = torch.randint(0, model.config.vocab_size, (1, context), device="cuda")
-    times_ms = []
-    for _ in range(4):
-        cache = make_cache(model.config)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model(ids, past_key_values=cache, logits_to_keep=1)
-        torch.cuda.synchronize()
-        times_ms.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times_ms[1:])
+    times_ms = {name: [] for name in makers}
+    for _ in range(9):
+        for name, make_cache in makers.items():
+            cache = make_cache(model.config)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            model(ids, past_key_values=cache, logits_to_keep=1)
+            torch.cuda.synchronize()
+            times_ms[name].append((time.perf_counter() - start) * 1e3)
+            del cache
+    return {name: (f"{statistics.median(times[1:]):.1f}",) for name, times in times_ms.items()}
 
 
 def fits(model, make_cache, batch: int, context: int) -> bool:
@@ -305,6 +307,8 @@ def main():
     names = args.caches or [name for name in caches if "offloaded" not in name]
     if not set(names) <= set(caches):
         parser.error(f"--caches must be of {list(caches)}, got {names}")
+    if args.static and args.in_turns:
+        parser.error("--in-turns is for steps that are not compiled")
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: on a CPU these times say nothing")
 
@@ -322,6 +326,9 @@ def main():
         )
     )
     columns = STATIC_COLUMNS if args.static else COLUMNS
+    makers = {name: caches[name] for name in names}
+    groups = [makers] if args.in_turns else [{name: make} for name, make in makers.items()]
+    work = decode_static if args.static else decode
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     # without the math backend: a fall-back to it would be an unfair baseline. cuDNN is the fastest at prefills, and
     # makes a plan for every length, which takes it 40 ms of each step
@@ -329,22 +336,15 @@ def main():
     with sdpa_kernel([cudnn, flash, efficient] if args.static else [flash, efficient]):
         shapes = [(b, c) for b in args.batches for c in args.contexts if b * c <= args.max_tokens]
         for batch, context in track(shapes, description="decode steps", transient=True):
-            makers = {name: caches[name] for name in names}
-            if args.static:
-                rows = decode_static_all(model, makers, batch, context, args.static)
-            else:
-                rows = decode_all(model, makers, batch, context, args.steps, args.in_turns)
-            for name, cells in rows:
+            for name, cells in attempt(work, model, groups, batch, context, args.static or args.steps):
+                cells += ("",) * (len(columns) - 2 - len(cells))
                 print(f"| {batch} × {context:,} | {name} | {' | '.join(cells)} |", flush=True)
         if args.static:
             return
     with sdpa_kernel([cudnn, flash]):
         for context in args.prefill:
-            for name in names:
-                try:
-                    print(f"prefill of {context:,} tokens, {name}: {prefill_ms(model, CACHES[name], context):.0f} ms")
-                except (ImportError, ValueError, torch.OutOfMemoryError) as error:
-                    print(f"prefill of {context:,} tokens, {name}: {str(error).splitlines()[0][:60]}")
+            for name, (ms,) in attempt(prefill, model, groups, context):
+                print(f"prefill of {context:,} tokens, {name}: {ms} ms", flush=True)
     if args.largest_batch:
         with sdpa_kernel([flash]):
             for name in names:

@@ -68,6 +68,10 @@ class QuantizerConstants:
 
         return self._keep("query", dtype, make)
 
+    def decode_levels(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
+        """The codebook in multiples of its scale."""
+        return self._keep("levels", dtype, lambda: (quantizer.centroids / self.scale).to(dtype))
+
     def decode_operators(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
         """What turned vectors and signs are multiplied with, `[operators, heads, head_dim, head_dim]`."""
         return self._keep("decode", dtype, lambda: torch.stack([factor.mT.to(dtype) for factor in _factors(quantizer)]))

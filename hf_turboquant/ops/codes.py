@@ -57,13 +57,18 @@ def part_tokens(part: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         token = part * (128 // PARTS) + element
     else:
-        word = element // 4
-        byte = element % 4
-        if PARTS == 2:
-            token = byte // 2 * 64 + word * 4 + byte % 2 * 2 + part
-        else:
-            token = (byte // 2 + part % 2 * 2) * 32 + word * 4 + byte % 2 * 2 + part // 2
+        token = value_token(part, element, PARTS)
     return token
+
+
+@triton.jit
+def value_token(position, byte, COUNT: tl.constexpr):
+    """The token of the code at a position of a byte of values, of which every byte has `COUNT` (4 or 2 bits)."""
+    word = byte // 4
+    byte = byte % 4
+    if COUNT == 2:
+        return byte // 2 * 64 + word * 4 + byte % 2 * 2 + position
+    return (byte // 2 + position % 2 * 2) * 32 + word * 4 + byte % 2 * 2 + position // 2
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from ..packing import BLOCK
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
 from .attention_plan import Launcher, constants_of
+from .codes import value_token
 from .launch import DTYPES, INTERPRETED, stream_of
 
 _launchers: dict[tuple, Launcher] = {}
@@ -34,30 +35,31 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
     constants = constants_of(quantizer)
     # half the bytes of a matrix that every tile reads; it is rounded no more than the output is
     operator_dtype = torch.float32 if INTERPRETED or out.dtype == torch.float32 else torch.float16
-    key = (quantizer.role, quantizer.nbits, quantizer.estimator, head_dim, quantizer.mean is None, out.dtype)
+    keys = quantizer.role == "keys"
+    key = (keys, quantizer.nbits, quantizer.estimator, head_dim, quantizer.mean is None, out.dtype)
     key += (quantizer.scale is None, buffer["scales"].dtype, out.device)
     padded = triton.next_power_of_2(head_dim)
-    tile = BLOCK if padded <= 128 else BLOCK // 2
     if key not in _launchers:
+        # dimensions of one product; all of this is what was fastest on an H100
+        chunk = 32 if operator_dtype == torch.float32 else 64 if keys or padded > 128 else 128
         options = {
-            "KEYS": quantizer.role == "keys",
+            "KEYS": keys,
             "CODE_BITS": quantizer.code_bits,
             "QJL": quantizer.estimator == "qjl",
             "DIM": head_dim,
             "DIM_PAD": padded,
-            "CHUNK": min(padded, 32),
+            "CHUNK": min(padded, chunk),
             "SCALE": quantizer.scale is not None,
             "MEAN": quantizer.mean is not None,
-            "T": tile,
         }
-        _launchers[key] = Launcher(dequantize_kernel, options, num_warps=8)
+        _launchers[key] = Launcher(dequantize_kernel, options, num_warps=4 if padded <= 128 else 8, num_stages=2)
     planes = [tensor for name, tensor in buffer.tensors.items() if name.startswith("plane")]
     args = (
         planes[0],
         planes[-1],
         buffer["scales"],
         buffer.tensors.get("residual_norms", buffer["scales"]),
-        quantizer.centroids,
+        constants.decode_levels(quantizer, operator_dtype),
         constants.decode_operators(quantizer, operator_dtype),
         quantizer.centroids if quantizer.scale is None else quantizer.scale,
         quantizer.centroids if quantizer.mean is None else quantizer.mean,
@@ -71,96 +73,84 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
         1 if quantizer.mean is None else len(quantizer.mean),
         constants.scale,
     )
-    launcher, grid = _launchers[key], (-(-tokens // tile), batch * heads, 1)
+    launcher, grid = _launchers[key], (-(-tokens // BLOCK), batch * heads, 1)
     with torch.cuda.device_of(out):
         launcher(grid, stream_of(out.device), args, launcher.fix(())[0])
-
-
-@triton.jit
-def _field(plane, block, token, d, WIDTH: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, mask):
-    """The `WIDTH`-bit fields of tokens of a block at dimensions `d`: the bit pictures of `packing`."""
-    if KEYS:
-        if WIDTH > 1:
-            PER_BYTE: tl.constexpr = 8 // WIDTH
-            byte = token * (DIM // PER_BYTE) + d // PER_BYTE
-            shift = d % PER_BYTE * WIDTH
-        else:
-            byte = token % 64 * (DIM // 4) + d // 4
-            shift = d % 2 + d % 4 // 2 * 4 + tl.where(token < 64, 2, 0)
-    elif WIDTH == 4:
-        nibble = token // 64 * 4 + token % 4
-        byte = d * 64 + token % 64 // 4 * 4 + nibble // 2
-        shift = nibble % 2 * 4
-    else:
-        word = token % 32 // 4 * 4
-        position = token // 32 % 2 * 8 + token % 4 * 2 + token // 64
-        if WIDTH == 2:
-            byte = d * 32 + word + position // 4
-            shift = position % 4 * 2
-        else:
-            byte = d % (DIM // 2) * 32 + word + position // 4
-            shift = position // 2 % 2 * 4 + position % 2 + tl.where(d < DIM // 2, 2, 0)
-    # the 1-bit plane holds 8 vectors in the bytes of one
-    BYTES: tl.constexpr = 128 * DIM * WIDTH // 8
-    value = tl.load(plane + block * BYTES + byte, mask=mask, other=0).to(tl.int32)
-    return (value >> shift) & ((1 << WIDTH) - 1)
 
 
 # strides are multiples of 16, which `supports` sees to
 @triton.jit(do_not_specialize=["length", "heads", "blocks", "operator_heads", "scale_heads", "mean_heads"])
 def dequantize_kernel(
-    wide, one, scales, residual_norms, centroids, operators, scale, mean, out,
+    wide, one, scales, residual_norms, levels, operators, scale, mean, out,
     out_b, out_h, out_t, length, heads, blocks, operator_heads, scale_heads, mean_heads, level_scale,
     KEYS: tl.constexpr, CODE_BITS: tl.constexpr, QJL: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    CHUNK: tl.constexpr, SCALE: tl.constexpr, MEAN: tl.constexpr, T: tl.constexpr,
+    CHUNK: tl.constexpr, SCALE: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """
-    x̂ = (s c[codes] + |z| |r| (κS)ᵀ signs) A⁻ᵀ / t + μ for `T` tokens of a sequence. Grid (⌈length / T⌉, batch · heads).
+    x̂ = (s c[codes] + |z| |r| (κS)ᵀ signs) A⁻ᵀ / t + μ for a block of a sequence. Grid (⌈length / 128⌉, batch · heads).
 
-    Scales come after the products with `operators`: A⁻ᵀ and, with `QJL`, κS A⁻ᵀ.
+    Every byte is read once; its codes are put next to each other, so that of keys they lie in the order of dimensions,
+    and of values in an order of tokens. The operators are A⁻ᵀ and, with `QJL`, κS A⁻ᵀ.
     """
     sequence = tl.program_id(1).to(tl.int64)
     head = tl.program_id(1) % heads
-    first = tl.program_id(0) * T
-    block = sequence * blocks + first // 128
-    within = first % 128 + tl.arange(0, T)
+    block = sequence * blocks + tl.program_id(0)
     n = tl.arange(0, DIM_PAD)
     OPERAND: tl.constexpr = operators.dtype.element_ty
     NBITS: tl.constexpr = CODE_BITS + QJL
-    WIDE: tl.constexpr = 4 if NBITS == 4 else 2
-    product = tl.zeros([T, DIM_PAD], tl.float32)
-    sketch_product = tl.zeros([T, DIM_PAD], tl.float32)
+    # codes of a byte of the 4-bit or 2-bit plane
+    COUNT: tl.constexpr = 2 if NBITS == 4 else 4
+    within = tl.arange(0, 128)
+    if not KEYS:
+        within = value_token(within % COUNT, within // COUNT, COUNT)
+    token = tl.program_id(0) * 128 + within
+    exists = token < length
+    unit = tl.load(scales + block * 128 + within, mask=exists, other=0).to(tl.float32) * level_scale
+    if QJL:
+        # signs in units of the levels, so that one product has both; a zero vector has no residual either
+        sign = tl.load(residual_norms + block * 128 + within, mask=exists, other=0).to(tl.float32)
+        sign = (sign / tl.where(unit > 0, unit, 1)).to(OPERAND)[:, None]
+    product = tl.zeros([128, DIM_PAD], tl.float32)
     for start in range(0, DIM, CHUNK):
         k = start + tl.arange(0, CHUNK)
-        # with the index that runs along memory last
         if KEYS:
-            token = within[:, None]
-            d = k[None, :]
+            byte = start // COUNT + tl.arange(0, CHUNK // COUNT)[None, :]
+            row = within[:, None]
+            mask = byte < DIM // COUNT
+            at = wide + (block * 128 + row) * (DIM // COUNT) + byte
+            at_one = one + (block * 64 + row % 64) * (DIM // COUNT) + byte
+            upper = row >= 64
         else:
-            token = within[None, :]
-            d = k[:, None]
-        code = _field(wide, block, token, d, WIDE, KEYS, DIM, d < DIM)
+            byte = tl.arange(0, 128 // COUNT)[None, :]
+            row = k[:, None]
+            mask = row < DIM
+            at = wide + (block * DIM + row) * (128 // COUNT) + byte
+            at_one = one + (block * (DIM // 2) + row % (DIM // 2)) * (128 // COUNT) + byte
+            upper = row >= DIM // 2
+        fields = tl.load(at, mask=mask, other=0).to(tl.int32)
+        bits = fields
         if NBITS == 3:
-            code = code | _field(one, block, token, d, 1, KEYS, DIM, d < DIM) << 2
+            bits = tl.load(at_one, mask=mask, other=0).to(tl.int32) >> tl.where(upper, 0, 2)
+        if COUNT == 2:
+            code = tl.join(fields & 15, fields >> 4)
+        else:
+            code = tl.join(
+                tl.join(_code(fields, bits, 0, NBITS), _code(fields, bits, 2, NBITS)),
+                tl.join(_code(fields, bits, 1, NBITS), _code(fields, bits, 3, NBITS)),
+            )
+        code = tl.reshape(code, (128, CHUNK) if KEYS else (CHUNK, 128))
         # multiples of 1/2 up to 127.5: exact in 16 bits
-        x = (tl.load(centroids + (code & ((1 << CODE_BITS) - 1))) / level_scale).to(OPERAND)
+        x = tl.load(levels + (code & ((1 << CODE_BITS) - 1)))
         if not KEYS:
             x = tl.trans(x)
         m_mask = (k < DIM)[:, None] & (n < DIM)[None, :]
         at = operators + (head % operator_heads).to(tl.int64) * DIM * DIM + k[:, None] * DIM + n[None, :]
         product = tl.dot(x, tl.load(at, mask=m_mask, other=0), product, input_precision="ieee")
         if QJL:
-            signs = ((code >> CODE_BITS) * 2 - 1).to(OPERAND)
-            if not KEYS:
-                signs = tl.trans(signs)
             m = tl.load(at + operator_heads.to(tl.int64) * DIM * DIM, mask=m_mask, other=0)
-            sketch_product = tl.dot(signs, m, sketch_product, input_precision="ieee")
-    token = first + tl.arange(0, T)
-    exists = token < length
-    at = sequence * blocks * 128 + token
-    result = product * (tl.load(scales + at, mask=exists, other=0).to(tl.float32) * level_scale)[:, None]
-    if QJL:
-        result += sketch_product * tl.load(residual_norms + at, mask=exists, other=0).to(tl.float32)[:, None]
+            signs = tl.where(code < 1 << CODE_BITS, -sign, sign)
+            product = tl.dot(signs, m, product, input_precision="ieee")
+    result = product * unit[:, None]
     inner = n < DIM
     if SCALE:
         result /= tl.load(scale + head % scale_heads * DIM + n, mask=inner, other=1)[None, :]
@@ -168,3 +158,12 @@ def dequantize_kernel(
         result += tl.load(mean + head % mean_heads * DIM + n, mask=inner, other=0)[None, :]
     to = out + (sequence // heads) * out_b + (sequence % heads) * out_h + token.to(tl.int64) * out_t
     tl.store(to[:, None] + n[None, :], result.to(out.dtype.element_ty), mask=exists[:, None] & inner[None, :])
+
+
+@triton.jit
+def _code(fields, bits, i: tl.constexpr, NBITS: tl.constexpr):
+    """The code at position `i` of bytes of the 2-bit plane, at 3 bits with that of the 1-bit plane."""
+    code = (fields >> (2 * i)) & 3
+    if NBITS == 3:
+        code |= ((bits >> (i % 2 + i // 2 * 4)) & 1) << 2
+    return code

@@ -178,7 +178,6 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
     # two programs share a multiprocessor where registers and shared memory allow
     exact = operand != tl.float32
     small = padded <= 128 and (tile == 1 or (quantizer.sketch is None and exact))
-    # three stages of fp32 states and their matrices are more than the shared memory of a multiprocessor
-    options = {"num_warps": 4 if small else 8, "num_stages": 2 if small or dtype == torch.float32 else 3}
+    options = {"num_warps": 4 if small else 8, "num_stages": 1}
     # one object for equal specifications: its id is part of the key
     return _specifications.setdefault(specification, specification), options
