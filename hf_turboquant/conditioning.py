@@ -1,8 +1,9 @@
 """Conditioning: a mean and a scale for every channel of the keys, so that bits go where queries look."""
 
-import math
 from dataclasses import replace
+from functools import lru_cache
 
+import numpy as np
 import torch
 
 from .quantizer import Quantizer
@@ -78,8 +79,8 @@ def condition(
     mean = keys.sum((0, 2), keepdim=True, dtype=torch.float32) / count
     key_energy = _energy(keys - mean, valid) / count
     if frequencies and stop < HORIZON:
-        positions = torch.arange(first, stop, step, device=keys.device)
-        mean, lost = future_mean(keys, mean, count, positions, mean.new_tensor(frequencies))
+        turns = _turns(tuple(frequencies), first, stop, step, keys.device)
+        mean, lost = future_mean(keys, mean, count, *turns)
         key_energy = key_energy + lost[0, :, 0]
     centred = mean.isfinite().all()
     if valid is not None:
@@ -107,8 +108,19 @@ def outcome(found: str | torch.Tensor) -> str:
     return "attention" if scaled else "center" if centred else "none"
 
 
+# the layers of a model ask for the same
+@lru_cache(maxsize=4)
+def _turns(frequencies: tuple[float, ...], first: int, stop: int, step: int, device) -> tuple[torch.Tensor, ...]:
+    """Of every pair e^(-iωp) at the positions, `[positions, pairs]`, and (e^(iωH) - 1) / (iωH), `[pairs]`."""
+    angles = np.arange(first, stop, step)[:, None] * np.array(frequencies)
+    half = HORIZON * np.array(frequencies) / 2
+    # a sine over its angle, for ω = 0 too
+    turns = np.exp(-1j * angles), np.exp(1j * half) * np.sinc(half / np.pi)
+    return tuple(torch.from_numpy(turn.astype(np.complex64)).to(device) for turn in turns)
+
+
 def future_mean(
-    keys: torch.Tensor, mean: torch.Tensor, count, positions: torch.Tensor, frequencies: torch.Tensor
+    keys: torch.Tensor, mean: torch.Tensor, count, undo: torch.Tensor, turn: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The mean of keys over the first `HORIZON` positions, if what it is before the embedding stays as it is here.
@@ -122,36 +134,38 @@ def future_mean(
         keys (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`, zero where they don't count.
         mean (`torch.Tensor`): theirs, fp32 `[1, heads, 1, head_dim]`.
         count (`int` or `torch.Tensor`): how many it is of.
-        positions (`torch.Tensor`): of the tokens.
-        frequencies (`torch.Tensor`): ω, of shape `[pairs]`.
+        undo, turn (`torch.Tensor`): see [`_turns`].
 
     Returns:
         The mean, and the energy that leaves it for each channel; both of the shape of `mean`.
     """
-    pairs = len(frequencies)
-    angles = positions[:, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    end = HORIZON * frequencies
-    # real and imaginary part of (e^(iωH) - 1) / (iωH), for ω = 0 too
-    shrink, turn = torch.sinc(end / math.pi), torch.sinc(end / (2 * math.pi)) * (end / 2).sin()
-    best, lost, left = mean, torch.zeros_like(mean), mean[..., : 2 * pairs].square().sum()
-    halves, neighbours = (slice(pairs), slice(pairs, 2 * pairs)), (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
-    for x, y in (halves, neighbours):
-        real, imaginary = keys[..., x].float(), keys[..., y].float()
-        still = (
-            (real * cos + imaginary * sin).sum((0, 2), keepdim=True) / count,
-            (imaginary * cos - real * sin).sum((0, 2), keepdim=True) / count,
-        )
-        found, leaves = mean.clone(), torch.zeros_like(mean)
-        found[..., x] = still[0] * shrink - still[1] * turn
-        found[..., y] = still[0] * turn + still[1] * shrink
-        less = mean.square() - found.square()
-        leaves[..., x] = leaves[..., y] = (less[..., x] + less[..., y]).clamp_min(0) / 2
-        # decided on the device
-        remains = still[0].square().sum() + still[1].square().sum()
-        best, lost = torch.where(remains > left, found, best), torch.where(remains > left, leaves, lost)
-        left = torch.maximum(remains, left)
+    pairs = len(turn)
+    still = (_as_pairs(keys, pairs) * undo).sum((1, 3), keepdim=True) / count
+    found = still * turn
+    now = _as_pairs(mean, pairs)
+    leaves = (torch.view_as_real(now).square() - torch.view_as_real(found).square()).sum(-1).clamp_min(0) / 2
+    remains = torch.view_as_real(still).square().sum((1, 2, 3, 4, 5))
+    # decided on the device
+    best, lost, left = mean, torch.zeros_like(mean), torch.view_as_real(now[0]).square().sum()
+    candidates = _as_channels(torch.view_as_real(found), mean), _as_channels(torch.stack([leaves, leaves], -1), lost)
+    for layout in range(2):
+        better = remains[layout] > left
+        best, lost = (torch.where(better, new[layout], old) for new, old in zip(candidates, (best, lost), strict=True))
+        left = torch.maximum(remains[layout], left)
     return best, lost
+
+
+def _as_pairs(states: torch.Tensor, pairs: int) -> torch.Tensor:
+    """Channels as complex numbers, `[2, ..., pairs]`: paired with the one `pairs` further on, and with the next."""
+    turned = states[..., : 2 * pairs]
+    both = turned.unflatten(-1, (2, pairs)).mT, turned.unflatten(-1, (pairs, 2))
+    return torch.view_as_complex(torch.stack(both).float())
+
+
+def _as_channels(pairs: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
+    """From `[2, ..., pairs, 2]` back to the channels of either layout; those without a pair are as in `like`."""
+    rest = like[..., 2 * pairs.shape[-2] :]
+    return [torch.cat([both.flatten(-2), rest], -1) for both in (pairs[0].mT, pairs[1])]
 
 
 def valid_tokens(attention_mask: torch.Tensor | None, kv_len: int) -> torch.Tensor | None:

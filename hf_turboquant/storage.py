@@ -64,7 +64,8 @@ class TokenBuffer:
 
         def grow(tensor: torch.Tensor) -> torch.Tensor:
             grown = tensor.new_empty((*tensor.shape[:2], blocks, *tensor.shape[3:]))
-            grown[:, :, : tensor.shape[2]] = tensor
+            if tensor.shape[2]:
+                grown[:, :, : tensor.shape[2]] = tensor
             return grown
 
         self.map(grow)
