@@ -131,16 +131,16 @@ class Entry:
     def step(self, model, token: torch.Tensor) -> None:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        model(token, past_key_values=self.cache)
+        model(token, past_key_values=self.cache, logits_to_keep=1)
         launched = time.perf_counter()
         torch.cuda.synchronize()
         self.times_ms.append(((time.perf_counter() - start) * 1e3, (launched - start) * 1e3))
 
 
 @torch.inference_mode()
-def decode(model, makers: dict, batch: int, context: int, steps: int):
+def decode(model, makers: dict, batch: int, context: int, steps: int, query_length: int):
     """
-    Decode steps after `context` tokens, which the caches take in turns: the host of a GPU is faster at times.
+    Steps of `query_length` tokens after `context`, by the caches in turns: the host of a GPU is faster at times.
 
     Returns:
         By name of the cache: median time of a step (ms) and what the host needs of it, GPU time, peak memory without
@@ -148,7 +148,7 @@ def decode(model, makers: dict, batch: int, context: int, steps: int):
     """
     entries = {name: Entry(make) for name, make in makers.items()}
     weights = torch.cuda.memory_allocated()
-    token = torch.randint(0, model.config.vocab_size, (batch, 1), device="cuda")
+    token = torch.randint(0, model.config.vocab_size, (batch, query_length), device="cuda")
     for entry in entries.values():
         entry.measure(lambda entry=entry: entry.fill(model.config, batch, context))
         # only steps count
@@ -160,7 +160,7 @@ def decode(model, makers: dict, batch: int, context: int, steps: int):
     for name, entry in entries.items():
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             for _ in range(3):
-                model(token, past_key_values=entry.cache)
+                model(token, past_key_values=entry.cache, logits_to_keep=1)
             torch.cuda.synchronize()
         busy_ms = sum(event.self_device_time_total for event in profiler.key_averages()) / 3e3
         medians = [statistics.median(column) for column in zip(*entry.times_ms[2:], strict=True)]
@@ -271,7 +271,7 @@ def prefill(model, makers: dict, context: int) -> dict[str, tuple[str]]:
 
 def fits(model, make_cache, batch: int, context: int) -> bool:
     try:
-        decode(model, {"": make_cache}, batch, context, 3)
+        decode(model, {"": make_cache}, batch, context, 3, 1)
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -291,11 +291,12 @@ def largest_batch(model, make_cache, context: int, start: int) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Decode steps of an 8B-shaped model through each cache, on a GPU.")
+    parser = argparse.ArgumentParser(description="Steps of an 8B-shaped model through each cache, on a GPU.")
     parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--caches", nargs="+", choices={**CACHES, **STATIC_CACHES})
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--query-length", type=int, default=1, help="tokens of a step, as of another turn of a chat")
     parser.add_argument("--in-turns", action="store_true", help="caches, all in memory at once, step in turns")
     parser.add_argument("--max-tokens", type=int, default=2**18, help="skip larger batch × context")
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192], help="contexts whose prefill is timed")
@@ -307,8 +308,8 @@ def main():
     names = args.caches or [name for name in caches if "offloaded" not in name]
     if not set(names) <= set(caches):
         parser.error(f"--caches must be of {list(caches)}, got {names}")
-    if args.static and args.in_turns:
-        parser.error("--in-turns is for steps that are not compiled")
+    if args.static and (args.in_turns or args.query_length > 1):
+        parser.error("--in-turns and --query-length are for steps that are not compiled")
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: on a CPU these times say nothing")
 
@@ -322,13 +323,14 @@ def main():
         + (
             f"{args.static} tokens, compiled by generate\n"
             if args.static
-            else f"median of {args.steps - 2} steps, eager{', caches in turns' * args.in_turns}\n"
+            else f"median of {args.steps - 2} steps of {args.query_length} tokens, eager"
+            f"{', caches in turns' * args.in_turns}\n"
         )
     )
     columns = STATIC_COLUMNS if args.static else COLUMNS
     makers = {name: caches[name] for name in names}
     groups = [makers] if args.in_turns else [{name: make} for name, make in makers.items()]
-    work = decode_static if args.static else decode
+    work, sizes = (decode_static, (args.static,)) if args.static else (decode, (args.steps, args.query_length))
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     # without the math backend: a fall-back to it would be an unfair baseline. cuDNN is the fastest at prefills, and
     # makes a plan for every length, which takes it 40 ms of each step
@@ -336,7 +338,7 @@ def main():
     with sdpa_kernel([cudnn, flash, efficient] if args.static else [flash, efficient]):
         shapes = [(b, c) for b in args.batches for c in args.contexts if b * c <= args.max_tokens]
         for batch, context in track(shapes, description="decode steps", transient=True):
-            for name, cells in attempt(work, model, groups, batch, context, args.static or args.steps):
+            for name, cells in attempt(work, model, groups, batch, context, *sizes):
                 cells += ("",) * (len(columns) - 2 - len(cells))
                 print(f"| {batch} × {context:,} | {name} | {' | '.join(cells)} |", flush=True)
         if args.static:
