@@ -8,6 +8,8 @@ SKETCHES = ("orthogonal", "gaussian")
 ROTATIONS = ("hadamard", "haar")
 CONDITIONS = ("attention", "center", "none")
 BACKENDS = ("auto", "triton", "torch")
+# that the kernels read and write; the torch reference takes all
+KERNEL_BITS = (2, 3, 4)
 
 # the paper's own settings. 2.5 bits are its 32 outlier channels of 128 with 3 bits, the rest with 2, and their two
 # scales; for 3.5 bits it names no split: half of the channels have 4 bits here

@@ -66,6 +66,14 @@ class LayerStates:
         """The same states with their lengths on the host: waits for the device if they are not there yet."""
         if self.counters is None:
             return self
+        if self.counters.is_cuda and torch.cuda.is_current_stream_capturing():
+            got = " and ".join(
+                f"{role} of {q.nbits} bits, head_dim {q.head_dim}" for role, q in self.quantizers.items()
+            )
+            raise ValueError(
+                f"A step in a CUDA graph must be one that the kernels can do, got {got}, for the torch reference. Pass "
+                "`disable_compile=True` to `generate`."
+            )
         kv_len, quantized = self.counters[0, 0].tolist()
         if kv_len > self.kv_len:
             raise ValueError(

@@ -6,7 +6,7 @@ import torch
 
 from . import ops
 from .arena import describe, new_arena, open_arena
-from .config import TurboQuantConfig
+from .config import KERNEL_BITS, TurboQuantConfig
 from .layer import ROLES, TurboQuantLayer
 from .states import LayerStates, QuantizedStates
 from .storage import SlotBuffer
@@ -36,7 +36,6 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         layer_idx (`int`): index of the layer in the model; seeds its rotations.
     """
 
-    is_compileable = True
     # here too: a compiled step checks what it has read, and looking up an inherited one takes longer than all the rest
     is_sliding = False
     # the memory, and what is in it
@@ -52,6 +51,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.max_cache_len = config.max_cache_len
         # a longer chunk would be attended to after its own tokens have left the window
         self.step_tokens = max(1, min(STEP_TOKENS, config.residual_length))
+        # the torch reference asks the device for lengths, which no CUDA graph can
+        self.is_compileable = config.backend != "torch" and {config.key_bits, config.value_bits} <= set(KERNEL_BITS)
         super().__init__(config, layer_idx)
 
     def __repr__(self) -> str:

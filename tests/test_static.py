@@ -243,7 +243,7 @@ def model(request):
 
 
 def generate(model, cache, tokens=NEW, prompt=PROMPT, **options):
-    ids = torch.randint(3, 99, (2, prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 99, (2, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, **options}
@@ -390,6 +390,23 @@ def test_layers_come_from_the_config():
     assert isinstance(cache.layers[0], StaticSlidingWindowLayer) and cache.get_max_length() == 300
     assert "room for 300 tokens" in repr(cache)
     assert not TurboQuantCache(LlamaConfig(**SHAPE)).is_compileable
+    # what the torch reference has to do is not for CUDA graphs
+    for options in ({"nbits": 8}, {"value_bits": 5}, {"backend": "torch"}):
+        assert not TurboQuantCache(LlamaConfig(**SHAPE), max_cache_len=300, **options).is_compileable
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_what_no_graph_can_take_runs_uncompiled_or_says_so():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "head_dim": 32})).cuda()
+    cache = TurboQuantCache(model.config, nbits=8, max_cache_len=PROMPT + NEW)
+    expected = generate(model, TurboQuantCache(model.config, nbits=8))
+    assert torch.equal(generate(model, cache), expected)
+    # of the heads the cache learns only from the first prefill
+    narrow = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "head_dim": 24})).cuda()
+    with pytest.raises(ValueError, match="disable_compile=True"):
+        generate(narrow, TurboQuantCache(narrow.config, max_cache_len=PROMPT + NEW))
+    generate(narrow, TurboQuantCache(narrow.config, max_cache_len=PROMPT + NEW), disable_compile=True)
 
 
 def test_a_hybrid_layer_is_refused():

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..config import KERNEL_BITS
 from ..packing import BLOCK
 from ..quantizer import Quantizer
 from .attention_plan import (
@@ -27,18 +28,25 @@ LAUNCHES = "prepare", "attend", "combine"
 
 def supports(query: torch.Tensor, states, **_) -> str | None:
     """`None` if the kernels can serve this call, else the reason why not, in words. Reads no device memory."""
+    reason = _decline(states)
+    if reason is not None:
+        return reason
+    if query.dtype not in DTYPES:
+        return f"the query is {query.dtype}"
+    if query.device.type != "cuda" and not INTERPRETED:
+        return f"the tensors are on {query.device.type}"
+    return None
+
+
+def _decline(states) -> str | None:
     for role in ("keys", "values"):
         quantizer, exact = states.quantizers[role], states.exact[role]
-        if quantizer.nbits not in (2, 3, 4):
+        if quantizer.nbits not in KERNEL_BITS:
             return f"the kernels read 2, 3 and 4 bits, and the {role} have {quantizer.nbits}"
         if quantizer.head_dim % 16 or not 32 <= quantizer.head_dim <= 256:
             return f"the kernels take a head_dim of 32 to 256 in steps of 16, and the {role} have {quantizer.head_dim}"
         if exact.dtype not in DTYPES or not exact.is_contiguous() or exact.data_ptr() % 16:
             return f"the exact {role} are {exact.dtype} or not contiguous"
-    if query.dtype not in DTYPES:
-        return f"the query is {query.dtype}"
-    if query.device.type != "cuda" and not INTERPRETED:
-        return f"the tensors are on {query.device.type}"
     return None
 
 
@@ -77,6 +85,9 @@ def attention_again(
 
 def warm(states) -> None:
     """See `ops.warm`."""
+    if _decline(states) is not None:
+        # the reference has no constants of its own
+        return
     keys, values, dtype = states.quantizers["keys"], states.quantizers["values"], states.exact["keys"].dtype
     constants_of(keys).query_operators(keys, dtype)
     constants_of(values).dual_operator(values, torch.float16)
@@ -107,7 +118,9 @@ def _plan(query, states, mask_kind, is_causal, softcap, sinks, portable) -> "Att
     key = _key(query, states, mask_kind, is_causal, softcap, sinks, portable)
     plan = None if states.plans is None else states.plans.find(key, states)
     if plan is None:
-        plan = AttentionPlan(query, states, mask_kind, is_causal, softcap is not None, sinks is not None, portable)
+        # compiled kernels belong to a device
+        with torch.cuda.device_of(query):
+            plan = AttentionPlan(query, states, mask_kind, is_causal, softcap is not None, sinks is not None, portable)
         if states.plans is not None:
             states.plans.keep(key, plan, states)
     return plan
