@@ -23,7 +23,7 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 # all 8 bits in the codes, and a window so short that most of what attention reads is codes
 PRECISE = {"nbits": 8, "key_estimator": "rescaled", "residual_length": 16}
-NEW_TOKENS = 12
+PROMPT, NEW_TOKENS = 160, 12
 # in nats per token: 8 bits moved the scores of SmolLM2's beams by up to 0.0016
 EIGHT_BITS_SCORE = 0.0016
 TABLE = "| way of generating | model | same tokens at 8 bits |"
@@ -187,7 +187,9 @@ WAYS = {
     "left padding": left_padded,
     "chunked prefill": lambda run: run.generate(prefill_chunk_size=48),
     "chunked prefill, left padding": lambda run: run.generate(
-        run.two_rows(), torch.ones_like(run.two_rows()).index_fill(1, torch.arange(9), 0), prefill_chunk_size=10
+        run.two_rows(),
+        (torch.arange(PROMPT, device=run.prompt.device) >= 9).long().expand(2, -1),
+        prefill_chunk_size=10,
     ),
     "streaming": streaming,
     "chat": chat,
@@ -227,7 +229,7 @@ def tiny():
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    prompt = torch.randint(3, 99, (1, 160), generator=torch.Generator().manual_seed(0))
+    prompt = torch.randint(3, 99, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     return model, draft, None, prompt
 
 
@@ -312,6 +314,22 @@ def test_the_default_runs(tiny, way):
     out = way(run)
     assert out.shape[-1] >= NEW_TOKENS and int(out.max()) < model.config.vocab_size
     assert all(layer.condition == "attention" for cache in run.caches for layer in cache.layers)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU no kernel is compiled")
+@pytest.mark.parametrize("capacity", (None, PROMPT + 100))
+@pytest.mark.parametrize("way", WAYS)
+def test_kernels_give_the_tokens_of_the_reference(tiny, way, capacity):
+    """On a GPU; with static capacity steps are compiled, where transformers compiles them."""
+    model, draft = (copy.deepcopy(part).cuda() for part in tiny[:2])
+    options = {"nbits": 4, "residual_length": 16}
+    results = []
+    for changes in ({"backend": "torch"}, {"backend": "triton", "max_cache_len": capacity}):
+        new_cache = lambda changes=changes: TurboQuantCache(model.config, **options, **changes)  # noqa: E731
+        run = Run(model, None, new_cache, tiny[3].cuda(), draft)
+        results.append(WAYS[way](run))
+        assert all(layer.condition == "attention" for cache in run.caches for layer in cache.layers)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("way", REAL_WAYS)
