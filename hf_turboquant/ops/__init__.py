@@ -253,13 +253,13 @@ def _dequantized_attention(query, states, scaling, attention_mask, is_causal) ->
             attention_mask = attention_mask[..., : states.kv_len].masked_fill(~visible, -torch.inf)
     elif attention_mask is not None:
         attention_mask = attention_mask[..., : states.kv_len]
+    keys, values = states.dequantize("keys"), states.dequantize("values")
+    groups = query.shape[1] // keys.shape[1]
+    if groups > 1 and attention_mask is not None and query.is_cuda:
+        # with groups and a mask torch may have nothing but its slowest kernel, which holds all logits
+        keys, values, groups = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1), 1
     return torch.nn.functional.scaled_dot_product_attention(
-        query,
-        states.dequantize("keys"),
-        states.dequantize("values"),
-        attn_mask=attention_mask,
-        scale=scaling,
-        enable_gqa=query.shape[1] != states.exact["keys"].shape[1],
+        query, keys, values, attn_mask=attention_mask, scale=scaling, enable_gqa=groups > 1
     )
 
 
