@@ -303,6 +303,9 @@ def rows():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-check", action="store_true", help="time only")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], metavar="TEXT", help="rows of the table that have such a text"
+    )
     args = parser.parse_args()
     import triton
 
@@ -319,6 +322,8 @@ def main() -> None:
     )
     print("| what | µs | GB/s | host µs |\n| --- | --- | --- | --- |")
     for name, layers, function in rows():
+        if not any(text in name for text in args.only):
+            continue
         try:
             calls = [getattr(layer, function) for layer in layers]
             us = graph_us(calls) if function != "torch" else float("nan")

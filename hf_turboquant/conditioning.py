@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from . import ops
 from .quantizer import Quantizer
 
 # fewer tokens than this tell too little about the ones to come
@@ -18,27 +19,20 @@ HORIZON = 2_048
 MIN_ENERGY = 1e-4
 
 
-class QueryEnergy:
+def query_energy(query: torch.Tensor, valid: torch.Tensor | None, heads: int) -> torch.Tensor:
     """
-    Sum of squares of all queries seen, by KV head and channel.
+    Sum of squares of queries by KV head and channel, fp32 `[heads, head_dim]`.
 
     Args:
-        heads, head_dim (`int`), device: of the layer's keys.
+        query (`torch.Tensor`): of shape `[batch, num_attention_heads, query_length, head_dim]`.
+        valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, query_length]`; false for padding.
+        heads (`int`): KV heads: the query heads of one are neighbours.
     """
-
-    def __init__(self, heads: int, head_dim: int, device: torch.device):
-        self.total = torch.zeros(heads, head_dim, device=device)
-
-    def add(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """
-        Args:
-            query (`torch.Tensor`): of shape `[batch, num_attention_heads, query_length, head_dim]`.
-            valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, query_length]`; false for padding.
-        """
-        query, valid = _sample(query, valid)
-        heads, head_dim = self.total.shape
-        # query heads of one KV head are neighbours
-        self.total += _energy(query, valid).view(heads, -1, head_dim).sum(1)
+    query, valid = _sample(query, valid)
+    # filled, not multiplied: padding may hold anything
+    query = query if valid is None else query.masked_fill(~valid[:, None, :, None], 0)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return torch.linalg.vector_norm(query.unflatten(1, (heads, -1)), dim=(0, 2, 3), dtype=dtype).square().float()
 
 
 def condition(
@@ -48,6 +42,7 @@ def condition(
     valid: torch.Tensor | None,
     frequencies: list[float] | None = None,
     first: int = 0,
+    backend: str = "auto",
 ) -> tuple[Quantizer, str | torch.Tensor]:
     """
     The quantizer of keys with a mean μ and a scale t per KV head and channel: y = Π t (k - μ), queries Π q / t.
@@ -57,7 +52,7 @@ def condition(
     expectations come from the tokens at hand; padding does not count, nor do sinks, which stay exact.
 
     Rotary embeddings turn the mean of slow pairs of channels as positions go on. Where there are fewer than `HORIZON`
-    tokens, μ is the mean over so many positions, and what leaves it counts as energy: see [`future_mean`].
+    tokens, μ is the mean over so many positions, and what leaves it counts as energy: see `reference.future_mean`.
 
     Args:
         quantizer (`Quantizer`): without mean and scale.
@@ -66,6 +61,7 @@ def condition(
         valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, tokens]`; false for padding.
         frequencies (`list[float]`, *optional*): ω of each pair of channels: see [`rotary.rotary_frequencies`].
         first (`int`): position of the first of `keys`.
+        backend (`str`): who computes: see [`TurboQuantConfig`].
 
     Returns:
         The quantizer and what it does, for [`outcome`]: nothing waits for the device here.
@@ -74,27 +70,9 @@ def condition(
         return quantizer, "none"
     stop, step = first + keys.shape[2], _step(keys)
     keys, valid = _sample(keys, valid)
-    keys = _fill(keys, valid)
-    count = keys.shape[0] * keys.shape[2] if valid is None else valid.sum()
-    mean = keys.sum((0, 2), keepdim=True, dtype=torch.float32) / count
-    key_energy = _energy(keys - mean, valid) / count
-    if frequencies and stop < HORIZON:
-        turns = _turns(tuple(frequencies), first, stop, step, keys.device)
-        mean, lost = future_mean(keys, mean, count, *turns)
-        key_energy = key_energy + lost[0, :, 0]
-    centred = mean.isfinite().all()
-    if valid is not None:
-        centred &= count >= MIN_TOKENS
-    # a mean of zero and a scale of one change nothing
-    mean = torch.where(centred, mean, 0)
-    if query_energy is None:
-        return replace(quantizer, mean=mean[0]), torch.stack([centred, torch.zeros_like(centred)])
-    scale = (_floor(query_energy) / _floor(key_energy)).pow(0.25)
-    # the overall factor is free: keep norms where they were
-    scale = scale / scale.log().mean(-1, keepdim=True).exp()
-    scaled = centred & (scale.isfinite() & (scale > 0)).all()
-    scale = torch.where(scaled, scale, 1)
-    return replace(quantizer, mean=mean[0], scale=scale.unsqueeze(1)), torch.stack([centred, scaled])
+    turns = _turns(tuple(frequencies), first, stop, step, keys.device) if frequencies and stop < HORIZON else None
+    mean, scale, found = ops.channel_statistics(keys, query_energy, valid, turns, MIN_TOKENS, MIN_ENERGY, backend)
+    return replace(quantizer, mean=mean, scale=scale), found
 
 
 def outcome(found: str | torch.Tensor) -> str:
@@ -119,55 +97,6 @@ def _turns(frequencies: tuple[float, ...], first: int, stop: int, step: int, dev
     return tuple(torch.from_numpy(turn.astype(np.complex64)).to(device) for turn in turns)
 
 
-def future_mean(
-    keys: torch.Tensor, mean: torch.Tensor, count, undo: torch.Tensor, turn: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The mean of keys over the first `HORIZON` positions, if what it is before the embedding stays as it is here.
-
-    The embedding multiplies a pair of channels, as a complex number, by e^(iωp) at position p. Undone, pairs have a
-    mean m, which over H positions comes to m (e^(iωH) - 1) / (iωH): slow pairs turn for thousands of positions, and
-    their mean over a few hundred is not what it will be. Pairs are channels i and i + `pairs` or 2 i and 2 i + 1,
-    whichever leaves more of a mean; if both leave less than there is without, keys come some other way.
-
-    Args:
-        keys (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`, zero where they don't count.
-        mean (`torch.Tensor`): theirs, fp32 `[1, heads, 1, head_dim]`.
-        count (`int` or `torch.Tensor`): how many it is of.
-        undo, turn (`torch.Tensor`): see [`_turns`].
-
-    Returns:
-        The mean, and the energy that leaves it for each channel; both of the shape of `mean`.
-    """
-    pairs = len(turn)
-    still = (_as_pairs(keys, pairs) * undo).sum((1, 3), keepdim=True) / count
-    found = still * turn
-    now = _as_pairs(mean, pairs)
-    leaves = (torch.view_as_real(now).square() - torch.view_as_real(found).square()).sum(-1).clamp_min(0) / 2
-    remains = torch.view_as_real(still).square().sum((1, 2, 3, 4, 5))
-    # decided on the device
-    best, lost, left = mean, torch.zeros_like(mean), torch.view_as_real(now[0]).square().sum()
-    candidates = _as_channels(torch.view_as_real(found), mean), _as_channels(torch.stack([leaves, leaves], -1), lost)
-    for layout in range(2):
-        better = remains[layout] > left
-        best, lost = (torch.where(better, new[layout], old) for new, old in zip(candidates, (best, lost), strict=True))
-        left = torch.maximum(remains[layout], left)
-    return best, lost
-
-
-def _as_pairs(states: torch.Tensor, pairs: int) -> torch.Tensor:
-    """Channels as complex numbers, `[2, ..., pairs]`: paired with the one `pairs` further on, and with the next."""
-    turned = states[..., : 2 * pairs]
-    both = turned.unflatten(-1, (2, pairs)).mT, turned.unflatten(-1, (pairs, 2))
-    return torch.view_as_complex(torch.stack(both).float())
-
-
-def _as_channels(pairs: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
-    """From `[2, ..., pairs, 2]` back to the channels of either layout; those without a pair are as in `like`."""
-    rest = like[..., 2 * pairs.shape[-2] :]
-    return [torch.cat([both.flatten(-2), rest], -1) for both in (pairs[0].mT, pairs[1])]
-
-
 def valid_tokens(attention_mask: torch.Tensor | None, kv_len: int) -> torch.Tensor | None:
     """Boolean of shape `[batch, kv_len]`: the tokens that the last query may attend to; `None` where all count."""
     if attention_mask is None or attention_mask.dim() != 4 or attention_mask.shape[-1] < kv_len:
@@ -185,18 +114,3 @@ def _sample(states: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Ten
 
 def _step(states: torch.Tensor) -> int:
     return max(-(-states.shape[0] * states.shape[2] // MAX_TOKENS), 1)
-
-
-def _fill(states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    # filled, not multiplied: padding may hold anything
-    return states if valid is None else states.masked_fill(~valid[:, None, :, None], 0)
-
-
-def _energy(states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Sum of squares over batch and tokens, fp32 `[heads, head_dim]`, in one pass over the states."""
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    return torch.linalg.vector_norm(_fill(states, valid), dim=(0, 2), dtype=dtype).square().float()
-
-
-def _floor(energy: torch.Tensor) -> torch.Tensor:
-    return energy.clamp_min(MIN_ENERGY * energy.mean(-1, keepdim=True))

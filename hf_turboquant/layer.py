@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from . import ops
-from .conditioning import QueryEnergy, condition, outcome, valid_tokens
+from .conditioning import condition, outcome, query_energy, valid_tokens
 from .config import TurboQuantConfig
 from .packing import BLOCK
 from .plans import Plans
@@ -56,7 +56,7 @@ class TurboQuantLayer(DynamicLayer):
         self.pending: dict[str, torch.Tensor] | None = None
         # what conditioning came to, perhaps on the device only; None until the first token is quantised
         self.found: str | torch.Tensor | None = None
-        self.query_energy: QueryEnergy | None = None
+        self.query_energy: torch.Tensor | None = None
         # whether tokens wait on the CPU between updates
         self.is_offloaded = False
         # what the last step returned: its token may be nowhere else
@@ -193,12 +193,10 @@ class TurboQuantLayer(DynamicLayer):
         valid = valid_tokens(attention_mask, kv_len)
         before = self.query_energy
         if query is not None:
-            energy = QueryEnergy(self.pending["keys"].shape[1], query.shape[3], query.device)
             # in the first prefill queries are padded as keys are; later ones are tokens
-            energy.add(query, valid if query.shape[2] == kv_len else None)
-            if before is not None:
-                energy.total += before.total
-            self.query_energy = energy
+            known = valid if query.shape[2] == kv_len else None
+            energy = query_energy(query, known, self.pending["keys"].shape[1])
+            self.query_energy = energy if before is None else energy + before
         try:
             self._store(self.pending, valid)
         except BaseException:
@@ -290,9 +288,9 @@ class TurboQuantLayer(DynamicLayer):
         # ordinary tensors, like all constants, whatever mode the first prefill runs in
         with torch.inference_mode(False), torch.no_grad():
             if found != "none":
-                energy = None if self.query_energy is None else self.query_energy.total
                 plain = replace(quantizers["keys"], mean=None, scale=None)
-                quantizers["keys"], found = condition(plain, tokens("keys"), energy, valid, self.frequencies, sinks)
+                seen = tokens("keys"), self.query_energy, valid
+                quantizers["keys"], found = condition(plain, *seen, self.frequencies, sinks, self.config.backend)
             for role in ROLES:
                 if isinstance(quantizers[role], SplitQuantizer):
                     quantizers[role] = quantizers[role].choose(tokens(role), valid)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 
-from .conditioning import QueryEnergy
 from .layer import ROLES
 from .split import SplitQuantizer
 
@@ -46,7 +45,7 @@ def _tokens(layer) -> dict:
         "mean": keys.mean if condition in ("center", "attention") else None,
         "scale": keys.scale if condition == "attention" else None,
         "channels": {role: getattr(quantizer, "channels", None) for role, quantizer in layer.quantizers.items()},
-        "query_energy": None if layer.query_energy is None else layer.query_energy.total,
+        "query_energy": layer.query_energy,
         "constants": {role: _probe(quantizer) for role, quantizer in layer.quantizers.items()},
     }
 
@@ -113,8 +112,7 @@ def _restore_tokens(
         layer.exact.write(role, sinks + quantized, exact[role][:, :, sinks:])
     if query_energy is not None:
         _must(query_energy.shape == (heads, head_dim), "query_energy", list(query_energy.shape))
-        layer.query_energy = QueryEnergy(heads, head_dim, layer.device)
-        layer.query_energy.total = query_energy
+        layer.query_energy = query_energy
     layer.length, layer.found = length, condition
 
 

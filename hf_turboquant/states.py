@@ -232,12 +232,12 @@ class QuantizedStates(torch.Tensor):
             handle = args[0]._repeat_step(func, args[1:])
             if handle is not None:
                 return handle
-        return func(*_plain(args, func), **_plain(kwargs, func))
+        return _call_plain(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         # reached where torch's C++ side skips the function override
-        return func(*_plain(args, func), **_plain(kwargs or {}, func))
+        return _call_plain(func, args, kwargs or {})
 
     def _repeat_step(self, func, args) -> "QuantizedStates | None":
         """One step of `repeat_kv`: x[:, :, None, :, :] -> expand -> reshape; `None` for anything else."""
@@ -312,8 +312,8 @@ def _log_dequantize(operation: str) -> None:
     )
 
 
-def _plain(tree, func):
-    """Plain tensors in place of the handles, for `func`: whoever waits for a query learns that none was seen."""
+def _call_plain(func, args, kwargs):
+    """`func` with plain tensors in place of the handles: whoever waits for a query learns that none was seen."""
 
     def plain(handle: QuantizedStates) -> torch.Tensor:
         if isinstance(handle.states, ExactStates):
@@ -322,4 +322,10 @@ def _plain(tree, func):
             _log_dequantize(getattr(func, "__name__", str(func)))
         return handle.dequantize()
 
-    return tree_map_only(QuantizedStates, plain, tree)
+    def replaced(item):
+        # most arguments are no trees, and looking for handles in trees takes longer than the rest
+        if isinstance(item, (tuple, list, dict)):
+            return tree_map_only(QuantizedStates, plain, item)
+        return plain(item) if isinstance(item, QuantizedStates) else item
+
+    return func(*map(replaced, args), **{name: replaced(item) for name, item in kwargs.items()})

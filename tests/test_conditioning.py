@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
-from hf_turboquant.conditioning import HORIZON, QueryEnergy, condition, outcome, valid_tokens
+from hf_turboquant.conditioning import HORIZON, condition, outcome, query_energy, valid_tokens
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.quantizer import Quantizer
 from hf_turboquant.rotary import rotary_frequencies
@@ -37,9 +37,7 @@ def plain_quantizer(**options):
 
 
 def energy_of(query, heads=2, valid=None):
-    energy = QueryEnergy(heads, 64, query.device)
-    energy.add(query, valid)
-    return energy.total
+    return query_energy(query, valid, heads)
 
 
 def test_the_scale_is_optimal():
@@ -49,13 +47,13 @@ def test_the_scale_is_optimal():
     torch.testing.assert_close(quantizer.mean, keys.mean((0, 2)).unsqueeze(1))
     # the optimality condition: t⁴ E k² = E q² in every channel, up to one factor
     key_energy = (keys - keys.mean(2, keepdim=True)).square().mean((0, 2))
-    query_energy = query.square().mean((0, 2)).view(2, 2, 64).mean(1)
-    balance = quantizer.scale.squeeze(1) ** 4 * key_energy / query_energy
+    of_queries = query.square().mean((0, 2)).view(2, 2, 64).mean(1)
+    balance = quantizer.scale.squeeze(1) ** 4 * key_energy / of_queries
     assert (balance / balance.mean(-1, keepdim=True) - 1).abs().max() < 1e-3
 
     # and no other scale does better
     def cost(scale):
-        return (query_energy / scale**2).sum() * (scale**2 * key_energy).sum()
+        return (of_queries / scale**2).sum() * (scale**2 * key_energy).sum()
 
     best = quantizer.scale.squeeze(1)
     for seed in range(20):

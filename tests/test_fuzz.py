@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import hf_turboquant.conditioning
 import hf_turboquant.layer
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
-from hf_turboquant.conditioning import QueryEnergy, condition
+from hf_turboquant.conditioning import condition, query_energy
 from hf_turboquant.layer import ROLES, TurboQuantLayer
 from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
@@ -106,8 +106,8 @@ class SlowLayer:
         if not self.is_waiting:
             return
         if query is not None:
-            self.energy = self.energy or QueryEnergy(HEADS, HEAD_DIM, query.device)
-            self.energy.add(query, None)
+            energy = query_energy(query, None, HEADS)
+            self.energy = energy if self.energy is None else energy + self.energy
         self.is_waiting = False
         self.store()
 
@@ -118,9 +118,10 @@ class SlowLayer:
             if self.kind is None:
                 self.kind = self.config.condition
                 if self.kind != "none":
-                    energy = self.energy and self.energy.total
                     keys = self.exact("keys")[:, :, sinks:]
-                    self.quantizers["keys"], self.kind = coarse_condition(self.quantizers["keys"], keys, energy, None)
+                    self.quantizers["keys"], self.kind = coarse_condition(
+                        self.quantizers["keys"], keys, self.energy, None
+                    )
             for role in ROLES:
                 if token not in self.coded[role]:
                     vector = self.tokens[role][token]
@@ -372,7 +373,7 @@ def fingerprint(layer):
         if layer.pending is not None:
             tensors[f"{role} pending"] = layer.pending[role]
     if layer.query_energy is not None:
-        tensors["energy"] = layer.query_energy.total
+        tensors["energy"] = layer.query_energy
     scalars = (layer.is_initialized, layer.length, layer.condition, layer.get_seq_length())
     quantizers = [id(layer.quantizers.get(role)) for role in ROLES]
     return scalars, quantizers, {name: tensor.clone() for name, tensor in tensors.items()}

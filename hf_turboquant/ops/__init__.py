@@ -14,10 +14,11 @@ try:
     from . import attention as attention_kernels
     from . import dequantize as dequantize_kernels
     from . import quantize as quantize_kernels
+    from . import statistics as statistics_kernels
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "triton":
         raise
-    attention_kernels = dequantize_kernels = quantize_kernels = None
+    attention_kernels = dequantize_kernels = quantize_kernels = statistics_kernels = None
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,37 @@ def _pick_quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuff
             f"got {states.dtype} of shape {list(states.shape)}."
         )
     return _pick(backend, states.device, quantize_kernels, "quantize", states, quantizer)
+
+
+def channel_statistics(
+    keys: torch.Tensor,
+    query_energy: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    turns: tuple[torch.Tensor, torch.Tensor] | None,
+    least_tokens: int,
+    least_energy: float,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """
+    The mean and the scale of key channels, as [`conditioning.condition`] has them, without a look at the device.
+
+    Args:
+        keys (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`.
+        query_energy (`torch.Tensor`, *optional*): E q² up to a factor, fp32 `[heads, head_dim]`.
+        valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, tokens]`; false for what does not count.
+        turns (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+            Of every pair of channels that rotary embeddings turn, complex64: what undoes it, `[tokens, pairs]`, and the
+            factor of its mean over all positions to come, `[pairs]`. See `reference.future_mean`.
+        least_tokens (`int`): where `valid` leaves fewer, nothing is known.
+        least_energy (`float`): a channel counts as if it had at least this part of the average energy.
+        backend (`str`): see [`TurboQuantConfig`].
+
+    Returns:
+        Mean and scale, fp32 `[heads, 1, head_dim]` (the latter `None` without `query_energy`), and two flags on the
+        device: whether the mean is one, and the scale. Those that are not are zero and one.
+    """
+    args = keys, query_energy, valid, turns, least_tokens, least_energy
+    return _pick(backend, keys.device, statistics_kernels, "channel_statistics", *args)(*args)
 
 
 def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor, backend: str = "auto") -> None:

@@ -17,8 +17,9 @@ import torch
 from hf_turboquant import TurboQuantConfig, ops
 from hf_turboquant.layer import TurboQuantLayer
 
-attention, quantize, plan, launch = (
-    sys.modules[f"hf_turboquant.ops.{name}"] for name in ("attention", "quantize", "attention_plan", "launch")
+attention, quantize, statistics, plan, launch = (
+    sys.modules[f"hf_turboquant.ops.{name}"]
+    for name in ("attention", "quantize", "statistics", "attention_plan", "launch")
 )
 assert not launch.INTERPRETED
 seen = set()
@@ -53,7 +54,7 @@ def compile(self, *args):
 
 
 quantize._compiled, plan.Launcher.compile, plan.Kernels.wave = Everything(), compile, property(lambda self: 264)
-attention.supports = quantize.supports = lambda *args: None
+attention.supports = quantize.supports = statistics.supports = lambda *args: None
 layer = TurboQuantLayer(TurboQuantConfig(backend="triton", condition="none", key_estimator=sys.argv[1]), 0)
 tokens, query = torch.randn(2, 2, 300, 64).half(), torch.randn(2, 8, 1, 64).half()
 layer.update(tokens, tokens)
@@ -63,6 +64,10 @@ for _ in range(3):
     ops.attention(query, states, scaling=1.0, attention_mask=torch.ones(1, 1, 1, 400, dtype=torch.bool))
     ops.scores(query, states, scaling=1.0)
 layer.update(tokens[:, :, :1], tokens[:, :, :1])[0].states.settle()
+for conditioned in (TurboQuantConfig(backend="triton"), TurboQuantConfig(backend="triton", condition="center")):
+    layer = TurboQuantLayer(conditioned, 0)
+    layer.update(tokens, tokens)
+    layer.settle(tokens.repeat(1, 2, 1, 1))
 print(json.dumps(sorted(seen)))
 """
 
@@ -84,6 +89,8 @@ def test_launches_have_all_arguments(estimator):
         "scores_kernel",
         "quantize_kernel",
         "step_kernel",
+        "sum_kernel",
+        "finish_kernel",
     }
     # with a token to append and without, the first time with tensors, later with addresses
     for appends in (True, False):

@@ -1,0 +1,214 @@
+"""What conditioning knows of keys, by Triton: two launches in place of the eighty of the torch reference."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import DTYPES, INTERPRETED, on_other_device
+from .quantize import _run
+
+# programs of one head, each of which sums a part of the tokens
+PARTS = 8
+# what they leave: sums of channels, squares around their mean, two times two sums of turned pairs, a count
+ROWS = tl.constexpr(7)
+
+
+def supports(keys: torch.Tensor, *_) -> str | None:
+    """`None` if the kernels can read these keys, else the reason why not, in words."""
+    if keys.dtype not in DTYPES or keys.stride(3) != 1:
+        return f"the keys are {keys.dtype} of strides {keys.stride()}"
+    if keys.device.type != "cuda" and not INTERPRETED:
+        return f"the tensors are on {keys.device.type}"
+    return None
+
+
+def channel_statistics(
+    keys: torch.Tensor,
+    query_energy: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    turns: tuple[torch.Tensor, torch.Tensor] | None,
+    least_tokens: int,
+    least_energy: float,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """[`ops.channel_statistics`]."""
+    if on_other_device(keys.device):
+        with torch.cuda.device(keys.device):
+            return channel_statistics(keys, query_energy, valid, turns, least_tokens, least_energy)
+    batch, heads, tokens, head_dim = keys.shape
+    mean, scale = keys.new_empty((2, heads, 1, head_dim), dtype=torch.float32)
+    flags = keys.new_empty(2, dtype=torch.int32)
+    sums = keys.new_empty((PARTS, heads, ROWS.value, head_dim), dtype=torch.float32)
+    undo, turn = (sums, sums) if turns is None else map(torch.view_as_real, turns)
+    pairs = 0 if turns is None else len(turn)
+    padded = triton.next_power_of_2(head_dim)
+    seen = sums if valid is None else valid.view(torch.uint8)
+    strides = (0, 0) if valid is None else valid.stride()
+    shape = head_dim, padded, pairs
+    constants = *shape, max(16, triton.next_power_of_2(pairs)), valid is not None, 32 if padded <= 128 else 16
+    args = keys, seen, undo, sums, *keys.stride()[:3], *strides, tokens, batch * tokens, *constants
+    # a compiled kernel may count on aligned addresses
+    key = sum_kernel, keys.device.index, keys.dtype, keys.data_ptr() % 16, seen.data_ptr() % 16, *constants
+    _run(sum_kernel, key, (heads, PARTS, 1), keys.device, args, {})
+    energy = sums if query_energy is None else query_energy.contiguous()
+    all_heads = triton.next_power_of_2(heads)
+    constants = *shape, all_heads, PARTS, query_energy is not None
+    least_tokens = least_tokens if valid is not None else 0
+    args = sums, energy, turn, mean, scale, flags, heads, least_tokens, least_energy, *constants
+    key = finish_kernel, keys.device.index, energy.data_ptr() % 16, *constants
+    _run(finish_kernel, key, (1, 1, 1), keys.device, args, {"num_warps": max(4, min(16, all_heads * padded // 512))})
+    return mean, None if query_energy is None else scale, flags
+
+
+@triton.jit(do_not_specialize="key_b key_h key_t valid_b valid_t tokens rows".split())
+def sum_kernel(
+    keys, valid, undo, sums, key_b, key_h, key_t, valid_b, valid_t, tokens, rows,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAIRS: tl.constexpr, PAIRS_PAD: tl.constexpr, MASK: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """
+    Of a part of all tokens, those that count: sums by channel, squares around their own mean, sums of pairs of channels
+    turned by `undo` (halves, then neighbours; real parts, then imaginary ones), and how many. Grid (heads, parts).
+    """
+    head = tl.program_id(0)
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    first = (part * rows) // parts
+    last = ((part + 1) * rows) // parts
+    d = tl.arange(0, DIM_PAD)
+    i = tl.arange(0, PAIRS_PAD)
+    count = 0.0
+    total = tl.zeros([DIM_PAD], tl.float32)
+    spread = tl.zeros([DIM_PAD], tl.float32)
+    halves_real = tl.zeros([PAIRS_PAD], tl.float32)
+    halves_imaginary = tl.zeros([PAIRS_PAD], tl.float32)
+    next_real = tl.zeros([PAIRS_PAD], tl.float32)
+    next_imaginary = tl.zeros([PAIRS_PAD], tl.float32)
+    for start in range(first, last, TILE):
+        row = start + tl.arange(0, TILE)
+        sequence = (row // tokens).to(tl.int64)
+        token = (row % tokens).to(tl.int64)
+        counts = row < last
+        if MASK:
+            counts = counts & (tl.load(valid + sequence * valid_b + token * valid_t, mask=counts, other=0) != 0)
+        at = (keys + sequence * key_b + head.to(tl.int64) * key_h + token * key_t)[:, None]
+        x = tl.load(at + d[None, :], mask=counts[:, None] & (d < DIM)[None, :], other=0).to(tl.float32)
+        here = tl.sum(counts.to(tl.float32), axis=0)
+        tile_total = tl.sum(x, axis=0)
+        # rounded as elsewhere, so that equal keys have no spread
+        tile_mean = tl.div_rn(tile_total, tl.maximum(here, 1.0))
+        away = tl.where(counts[:, None], x - tile_mean[None, :], 0.0)
+        # of both together: the squares of each and of the distance of their means
+        distance = tile_mean - tl.div_rn(total, tl.maximum(count, 1.0))
+        spread += tl.sum(away * away, axis=0) + distance * distance * (count * here / tl.maximum(count + here, 1.0))
+        total += tile_total
+        count += here
+        if PAIRS > 0:
+            mask = counts[:, None] & (i < PAIRS)[None, :]
+            real = tl.load(undo + (token[:, None] * PAIRS + i[None, :]) * 2, mask=mask, other=0)
+            imaginary = tl.load(undo + (token[:, None] * PAIRS + i[None, :]) * 2 + 1, mask=mask, other=0)
+            x = tl.load(at + i[None, :], mask=mask, other=0).to(tl.float32)
+            y = tl.load(at + PAIRS + i[None, :], mask=mask, other=0).to(tl.float32)
+            halves_real += tl.sum(x * real - y * imaginary, axis=0)
+            halves_imaginary += tl.sum(x * imaginary + y * real, axis=0)
+            x = tl.load(at + 2 * i[None, :], mask=mask, other=0).to(tl.float32)
+            y = tl.load(at + 2 * i[None, :] + 1, mask=mask, other=0).to(tl.float32)
+            next_real += tl.sum(x * real - y * imaginary, axis=0)
+            next_imaginary += tl.sum(x * imaginary + y * real, axis=0)
+    to = sums + (part * tl.num_programs(0) + head) * ROWS * DIM
+    tl.store(to + d, total, mask=d < DIM)
+    tl.store(to + DIM + d, spread, mask=d < DIM)
+    if PAIRS > 0:
+        tl.store(to + 2 * DIM + i, halves_real, mask=i < PAIRS)
+        tl.store(to + 3 * DIM + i, halves_imaginary, mask=i < PAIRS)
+        tl.store(to + 4 * DIM + i, next_real, mask=i < PAIRS)
+        tl.store(to + 5 * DIM + i, next_imaginary, mask=i < PAIRS)
+    tl.store(to + 6 * DIM, count)
+
+
+@triton.jit
+def _sum_parts(at, stride, mask, PARTS: tl.constexpr):
+    out = tl.load(at, mask=mask, other=0)
+    for part in tl.static_range(1, PARTS):
+        out += tl.load(at + part * stride, mask=mask, other=0)
+    return out
+
+
+@triton.jit(do_not_specialize=["heads", "least_tokens"])
+def finish_kernel(
+    sums, query_energy, turn, mean_out, scale_out, flags, heads, least_tokens, least_energy,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
+    SCALE: tl.constexpr,
+):  # fmt: skip
+    """What the reference makes of the sums, in one program: whether pairs are halves or neighbours all heads decide."""
+    h = tl.arange(0, HEADS)[:, None]
+    d = tl.arange(0, DIM_PAD)[None, :]
+    inside = (h < heads) & (d < DIM)
+    stride = heads * ROWS * DIM
+    of_head = sums + h * ROWS * DIM
+    count = 0.0
+    for part in tl.static_range(PARTS):
+        count += tl.load(sums + part * stride + 6 * DIM)
+    tokens = tl.maximum(count, 1.0)
+    mean = tl.div_rn(_sum_parts(of_head + d, stride, inside, PARTS), tokens)
+    energy = _sum_parts(of_head + DIM + d, stride, inside, PARTS)
+    for part in tl.static_range(PARTS):
+        here = tl.load(sums + part * stride + 6 * DIM)
+        total = tl.load(of_head + part * stride + d, mask=inside, other=0)
+        away = tl.div_rn(total, tl.maximum(here, 1.0)) - mean
+        energy += here * away * away
+    energy /= tokens
+    best = mean
+    if PAIRS > 0:
+        paired = inside & (d < 2 * PAIRS)
+        lost = tl.zeros([HEADS, DIM_PAD], tl.float32)
+        left = tl.sum(tl.sum(tl.where(paired, mean * mean, 0.0), axis=1), axis=0)
+        for layout in tl.static_range(2):
+            if layout == 0:
+                pair = d % PAIRS
+                second = d >= PAIRS
+                other = (d + PAIRS) % (2 * PAIRS)
+            else:
+                pair = d // 2
+                second = d % 2 == 1
+                other = d ^ 1
+            row = of_head + (2 + 2 * layout) * DIM + pair
+            real = _sum_parts(row, stride, paired, PARTS) / tokens
+            imaginary = _sum_parts(row + DIM, stride, paired, PARTS) / tokens
+            other_mean = _sum_parts(of_head + other, stride, paired, PARTS) / tokens
+            turn_real = tl.load(turn + pair * 2, mask=d < 2 * PAIRS, other=0)
+            turn_imaginary = tl.load(turn + pair * 2 + 1, mask=d < 2 * PAIRS, other=0)
+            found_real = real * turn_real - imaginary * turn_imaginary
+            found_imaginary = real * turn_imaginary + imaginary * turn_real
+            found = tl.where(paired, tl.where(second, found_imaginary, found_real), mean)
+            less = mean * mean + other_mean * other_mean - found_real * found_real - found_imaginary * found_imaginary
+            # every pair is here twice
+            remains = tl.where(paired, (real * real + imaginary * imaginary) * 0.5, 0.0)
+            remains = tl.sum(tl.sum(remains, axis=1), axis=0)
+            better = remains > left
+            best = tl.where(better, found, best)
+            lost = tl.where(better, tl.where(paired, tl.maximum(less, 0.0) * 0.5, 0.0), lost)
+            left = tl.maximum(remains, left)
+        energy += lost
+    centred = _all(inside, tl.abs(best) < float("inf")) & (count >= least_tokens)
+    tl.store(mean_out + h * DIM + d, tl.where(centred, best, 0.0), mask=inside)
+    tl.store(flags, centred.to(tl.int32))
+    scaled = centred & False
+    if SCALE:
+        of_queries = _floor(tl.load(query_energy + h * DIM + d, mask=inside, other=0), least_energy, DIM)
+        scale = tl.sqrt_rn(tl.sqrt_rn(of_queries / _floor(energy, least_energy, DIM)))
+        # the overall factor is free: norms stay where they were
+        log = tl.where(inside, tl.log(scale), 0.0)
+        scale = scale / tl.exp(tl.sum(log, axis=1) / DIM)[:, None]
+        scaled = centred & _all(inside, (scale > 0) & (scale < float("inf")))
+        tl.store(scale_out + h * DIM + d, tl.where(scaled, scale, 1.0), mask=inside)
+    tl.store(flags + 1, scaled.to(tl.int32))
+
+
+@triton.jit
+def _all(inside, condition):
+    return tl.min(tl.min(tl.where(inside, condition.to(tl.int32), 1), axis=1), axis=0) == 1
+
+
+@triton.jit
+def _floor(energy, least, DIM: tl.constexpr):
+    return tl.maximum(energy, least * (tl.sum(energy, axis=1) / DIM)[:, None])

@@ -1,0 +1,116 @@
+"""The kernels that condition keys against the torch reference: in Triton's interpreter without a GPU, else on it."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from hf_turboquant import TurboQuantConfig, ops
+from hf_turboquant.conditioning import MIN_ENERGY, MIN_TOKENS, _turns
+from hf_turboquant.layer import TurboQuantLayer
+from hf_turboquant.ops import reference
+
+kernels = sys.modules["hf_turboquant.ops.statistics"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_keys(batch, heads, tokens, dim, dtype=torch.float32, layout=None, pairs=0, seed=0):
+    """Keys of uneven channels with means, which a rotary embedding of that layout has turned; and their turns."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.rand(heads, 1, dim, generator=generator) + 0.1
+    keys = torch.randn(batch, heads, tokens, dim, generator=generator) * spread
+    keys += 2 * torch.randn(heads, 1, dim, generator=generator)
+    frequencies = tuple(10_000 ** (-i / max(pairs, 1)) for i in range(pairs))
+    if layout is not None:
+        x, y = (
+            (slice(pairs), slice(pairs, 2 * pairs))
+            if layout == "halves"
+            else (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
+        )
+        turned = torch.complex(keys[..., x], keys[..., y]) * _turns(frequencies, 4, 4 + tokens, 1, "cpu")[0].conj()
+        keys[..., x], keys[..., y] = turned.real, turned.imag
+    turns = _turns(frequencies, 4, 4 + tokens, 1, torch.device(DEVICE)) if pairs else None
+    energy = torch.rand(heads, dim, generator=generator) ** 4
+    # as models have them: heads next to each other
+    keys = keys.to(DEVICE, dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return keys, energy.to(DEVICE), turns
+
+
+def assert_same(keys, energy, valid, turns, tolerance=2e-4):
+    args = keys, energy, valid, turns, MIN_TOKENS, MIN_ENERGY
+    assert kernels.supports(*args) is None
+    mean, scale, flags = reference.channel_statistics(*args)
+    got_mean, got_scale, got_flags = kernels.channel_statistics(*args)
+    assert got_mean.shape == mean.shape and got_flags.bool().tolist() == flags.tolist()
+    size = mean.abs().max() + 1e-6
+    torch.testing.assert_close(got_mean / size, mean / size, rtol=0, atol=1e-5)
+    if energy is None:
+        assert scale is None and got_scale is None
+    else:
+        torch.testing.assert_close(got_scale, scale, rtol=tolerance, atol=0)
+    return flags.tolist()
+
+
+@pytest.mark.parametrize("layout", (None, "halves", "neighbours"))
+@pytest.mark.parametrize("heads, dim, pairs", ((1, 64, 32), (3, 80, 40), (8, 128, 64), (2, 96, 16), (2, 256, 128)))
+def test_layouts_and_shapes(heads, dim, pairs, layout):
+    keys, energy, turns = random_keys(2, heads, 130, dim, layout=layout, pairs=pairs)
+    assert assert_same(keys, energy, None, turns) == [True, True]
+
+
+# the interpreter does not round to bf16, but it reads it
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("tokens", (64, 67, 500))
+def test_dtypes_and_lengths(tokens, dtype):
+    keys, energy, turns = random_keys(1, 2, tokens, 64, dtype, "halves", 32)
+    # as sampled keys come: every third token, but for the sinks
+    assert_same(keys[:, :, 4::3], energy, None, None)
+    assert_same(keys, energy, None, turns)
+    assert_same(keys, None, None, turns)
+
+
+@pytest.mark.parametrize("turned", (False, True))
+def test_padding_does_not_count(turned):
+    keys, energy, turns = random_keys(3, 2, 90, 64, layout="halves", pairs=32)
+    valid = torch.ones(3, 90, dtype=torch.bool, device=DEVICE)
+    valid[0, :40], valid[2, 50:] = False, False
+    keys.transpose(1, 2)[~valid] = torch.nan
+    assert assert_same(keys, energy, valid, turns if turned else None) == [True, True]
+    # every second token, of a mask that has other strides
+    assert_same(keys[:, :, ::2], energy, valid[:, ::2], None)
+    valid[1:] = False
+    assert assert_same(keys, energy, valid, None) == [False, False]
+
+
+def test_degenerate_keys_change_nothing():
+    keys, energy, turns = random_keys(1, 2, 80, 64, layout="halves", pairs=32)
+    assert assert_same(torch.full_like(keys, 3.0), energy, None, None) == [True, False]
+    assert assert_same(keys, torch.zeros_like(energy), None, turns) == [True, False]
+    keys[0, 1, 70, 5] = torch.inf
+    assert assert_same(keys, energy, None, turns) == [False, False]
+
+
+def test_a_mean_far_above_the_spread():
+    """Squares are summed around the mean: a difference of large sums would leave nothing."""
+    keys, energy, _ = random_keys(1, 2, 400, 64)
+    assert assert_same(keys + 1000, energy, None, None, tolerance=2e-3) == [True, True]
+
+
+def test_the_layer_takes_the_backend_it_was_told(monkeypatch):
+    keys, _, _ = random_keys(1, 2, 200, 64)
+    calls = []
+    for backend in ("triton", "torch"):
+        module = kernels if backend == "triton" else reference
+        original = module.channel_statistics
+        monkeypatch.setattr(module, "channel_statistics", lambda *a, b=backend, f=original: (calls.append(b), f(*a))[1])
+        layer = TurboQuantLayer(TurboQuantConfig(backend=backend), 0)
+        layer.update(keys, keys)
+        layer.settle(torch.cat([keys, keys], dim=1))
+        assert layer.condition == "attention"
+    assert calls == ["triton", "torch"]
+    with pytest.raises(ValueError, match="float64"):
+        ops.channel_statistics(keys.double(), None, None, None, MIN_TOKENS, MIN_ENERGY, "triton")
