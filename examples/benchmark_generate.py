@@ -266,7 +266,7 @@ def prefill(model, makers: dict, context: int) -> dict[str, tuple[str]]:
             torch.cuda.synchronize()
             times_ms[name].append((time.perf_counter() - start) * 1e3)
             del cache
-    return {name: (f"{statistics.median(times[1:]):.1f}",) for name, times in times_ms.items()}
+    return {name: (f"{statistics.median(times[1:]):.1f} ms",) for name, times in times_ms.items()}
 
 
 def fits(model, make_cache, batch: int, context: int) -> bool:
@@ -297,7 +297,9 @@ def main():
     parser.add_argument("--caches", nargs="+", choices={**CACHES, **STATIC_CACHES})
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--query-length", type=int, default=1, help="tokens of a step, as of another turn of a chat")
-    parser.add_argument("--in-turns", action="store_true", help="caches, all in memory at once, step in turns")
+    parser.add_argument(
+        "--in-turns", action="store_true", help="caches, all in memory at once, step and prefill in turns"
+    )
     parser.add_argument("--max-tokens", type=int, default=2**18, help="skip larger batch × context")
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192], help="contexts whose prefill is timed")
     parser.add_argument("--static", type=int, nargs="?", const=64, default=0, help="compiled steps, so many tokens")
@@ -345,8 +347,8 @@ def main():
             return
     with sdpa_kernel([cudnn, flash]):
         for context in args.prefill:
-            for name, (ms,) in attempt(prefill, model, groups, context):
-                print(f"prefill of {context:,} tokens, {name}: {ms} ms", flush=True)
+            for name, (cell,) in attempt(prefill, model, groups, context):
+                print(f"prefill of {context:,} tokens, {name}: {cell}", flush=True)
     if args.largest_batch:
         with sdpa_kernel([flash]):
             for name in names:

@@ -19,7 +19,7 @@ HORIZON = 2_048
 MIN_ENERGY = 1e-4
 
 
-def query_energy(query: torch.Tensor, valid: torch.Tensor | None, heads: int) -> torch.Tensor:
+def energy_of_queries(query: torch.Tensor, valid: torch.Tensor | None, heads: int) -> torch.Tensor:
     """
     Sum of squares of queries by KV head and channel, fp32 `[heads, head_dim]`.
 
@@ -64,13 +64,17 @@ def condition(
         backend (`str`): who computes: see [`TurboQuantConfig`].
 
     Returns:
-        The quantizer and what it does, for [`outcome`]: nothing waits for the device here.
+        The quantizer and what it does, for [`outcome`]. Nothing waits for the device here, but for the first layer's
+        copy of what positions come to.
     """
     if keys.shape[0] * keys.shape[2] < MIN_TOKENS:
         return quantizer, "none"
     stop, step = first + keys.shape[2], _step(keys)
-    keys, valid = _sample(keys, valid)
-    turns = _turns(tuple(frequencies), first, stop, step, keys.device) if frequencies and stop < HORIZON else None
+    # one mask may serve all sequences
+    keys, valid = _sample(keys, None if valid is None else valid.expand(keys.shape[0], -1))
+    # an embedding of more channels than these is that of something else
+    turned = frequencies and stop < HORIZON and 2 * len(frequencies) <= keys.shape[3]
+    turns = _turns(tuple(frequencies), first, stop, step, keys.device) if turned else None
     mean, scale, found = ops.channel_statistics(keys, query_energy, valid, turns, MIN_TOKENS, MIN_ENERGY, backend)
     return replace(quantizer, mean=mean, scale=scale), found
 
@@ -86,8 +90,8 @@ def outcome(found: str | torch.Tensor) -> str:
     return "attention" if scaled else "center" if centred else "none"
 
 
-# the layers of a model ask for the same
-@lru_cache(maxsize=4)
+# the layers of a model ask for the same, on each of its devices
+@lru_cache(maxsize=32)
 def _turns(frequencies: tuple[float, ...], first: int, stop: int, step: int, device) -> tuple[torch.Tensor, ...]:
     """Of every pair e^(-iωp) at the positions, `[positions, pairs]`, and (e^(iωH) - 1) / (iωH), `[pairs]`."""
     angles = np.arange(first, stop, step)[:, None] * np.array(frequencies)

@@ -64,8 +64,8 @@ class TurboQuantConfig:
         skip_layers (`tuple[int, ...]`, defaults to `()`):
             Layers kept in full precision; negative indices count from the last layer.
         max_cache_len (`int`, *optional*):
-            Room for so many tokens is taken at once, and `generate` compiles decode steps, on GPUs with CUDA graphs.
-            Without it the cache grows with its tokens, and steps are not compiled.
+            Room for so many tokens is taken at once, and `generate` compiles decode steps, on GPUs with CUDA graphs,
+            but for the torch reference. Without it the cache grows with its tokens, and steps are not compiled.
         seed (`int`, defaults to 0):
             Seed of rotations and sketches.
         backend (`str`, defaults to `"auto"`):

@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from . import ops
-from .conditioning import condition, outcome, query_energy, valid_tokens
+from .conditioning import condition, energy_of_queries, outcome, valid_tokens
 from .config import TurboQuantConfig
 from .packing import BLOCK
 from .plans import Plans
@@ -195,7 +195,7 @@ class TurboQuantLayer(DynamicLayer):
         if query is not None:
             # in the first prefill queries are padded as keys are; later ones are tokens
             known = valid if query.shape[2] == kv_len else None
-            energy = query_energy(query, known, self.pending["keys"].shape[1])
+            energy = energy_of_queries(query, known, self.pending["keys"].shape[1])
             self.query_energy = energy if before is None else energy + before
         try:
             self._store(self.pending, valid)

@@ -71,8 +71,8 @@ class LayerStates:
                 f"{role} of {q.nbits} bits, head_dim {q.head_dim}" for role, q in self.quantizers.items()
             )
             raise ValueError(
-                f"A step in a CUDA graph must be one that the kernels can do, got {got}, for the torch reference. Pass "
-                "`disable_compile=True` to `generate`."
+                "A CUDA graph must not hold what asks the device for lengths, as the torch reference, more than 16 "
+                f"queries and uncompiled steps do. Got {got}. Pass `disable_compile=True` to `generate`."
             )
         kv_len, quantized = self.counters[0, 0].tolist()
         if kv_len > self.kv_len:

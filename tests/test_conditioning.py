@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
-from hf_turboquant.conditioning import HORIZON, condition, outcome, query_energy, valid_tokens
+from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, outcome, valid_tokens
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.quantizer import Quantizer
 from hf_turboquant.rotary import rotary_frequencies
@@ -37,7 +37,7 @@ def plain_quantizer(**options):
 
 
 def energy_of(query, heads=2, valid=None):
-    return query_energy(query, valid, heads)
+    return energy_of_queries(query, valid, heads)
 
 
 def test_the_scale_is_optimal():
@@ -278,6 +278,13 @@ def test_the_mean_is_that_of_positions_to_come(layout, padded):
     # and so is the energy, near enough (both channels of a pair get the same): scales are those of the whole text
     known, _ = condition(plain_quantizer(), whole, energy, None)
     assert (told.scale / known.scale).log().std() < 0.5 * (early.scale / known.scale).log().std()
+
+
+def test_an_embedding_of_more_channels_than_there_are_is_passed_over():
+    _, keys, _ = skewed_states(100)
+    plain, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None)
+    told, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None, FREQUENCIES + FREQUENCIES, 4)
+    assert torch.equal(told.mean, plain.mean)
 
 
 def test_keys_without_the_embedding_keep_their_mean():

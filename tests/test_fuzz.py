@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import hf_turboquant.conditioning
 import hf_turboquant.layer
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
-from hf_turboquant.conditioning import condition, query_energy
+from hf_turboquant.conditioning import condition, energy_of_queries
 from hf_turboquant.layer import ROLES, TurboQuantLayer
 from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
@@ -106,7 +106,7 @@ class SlowLayer:
         if not self.is_waiting:
             return
         if query is not None:
-            energy = query_energy(query, None, HEADS)
+            energy = energy_of_queries(query, None, HEADS)
             self.energy = energy if self.energy is None else energy + self.energy
         self.is_waiting = False
         self.store()

@@ -154,6 +154,16 @@ def channel_statistics(
         Mean and scale, fp32 `[heads, 1, head_dim]` (the latter `None` without `query_energy`), and two flags on the
         device: whether the mean is one, and the scale. Those that are not are zero and one.
     """
+    batch, heads, tokens, head_dim = keys.shape
+    shapes = [(query_energy, (heads, head_dim)), (valid, (batch, tokens))]
+    if turns is not None:
+        pairs = min(len(turns[1]), head_dim // 2)
+        shapes += [(turns[0], (tokens, pairs)), (turns[1], (pairs,))]
+    for given, shape in shapes:
+        if given is not None and given.shape != shape:
+            raise ValueError(
+                f"Statistics of keys of shape {list(keys.shape)} need {list(shape)}, got {list(given.shape)}."
+            )
     args = keys, query_energy, valid, turns, least_tokens, least_energy
     return _pick(backend, keys.device, statistics_kernels, "channel_statistics", *args)(*args)
 

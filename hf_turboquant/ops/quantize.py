@@ -10,14 +10,12 @@ from ..config import KERNEL_BITS
 from ..packing import BLOCK, plane_shapes
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
-from .launch import DTYPES, INTERPRETED, launch, on_other_device, stream_of
+from .launch import DTYPES, INTERPRETED, on_other_device, run
 from .quantize_kernels import quantize_kernel
 from .step_kernel import step_kernel
 
 # what the launcher needs of a quantizer, by the dtype of the states and the tile
 _prepared: WeakKeyDictionary[Quantizer, dict] = WeakKeyDictionary()
-# compiled kernels by everything that Triton would look at: looking it up here takes a third of the time
-_compiled: dict[tuple, object] = {}
 _specifications: dict[tuple, tuple] = {}
 
 
@@ -74,7 +72,7 @@ def append(states, new: dict[str, torch.Tensor]) -> None:
         args = *token, *sides, *exact, states.counters, *lengths, *sizes, heads, *specs, states.ring > 0
         # a compiled kernel may count on aligned addresses
         aligned = tuple(x.data_ptr() % 16 for x in token)
-        _run(step_kernel, (*key, aligned), (1, batch * heads, len(token)), device, args, options)
+        run(step_kernel, (*key, aligned), (1, batch * heads, len(token)), device, args, options)
 
 
 def token_sides(states, new: dict[str, torch.Tensor]):
@@ -110,7 +108,7 @@ def _launch(states, quantizers, buffers) -> None:
         key += *parts, x.data_ptr() % 16
     grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(states))
     args = (*sides, length, tokens, buffers[0].capacity // BLOCK, heads, *specs, tile)
-    _run(quantize_kernel, (quantize_kernel, *key), grid, device, args, options)
+    run(quantize_kernel, (quantize_kernel, *key), grid, device, args, options)
     for buffer in buffers:
         buffer.length += tokens
 
@@ -121,15 +119,6 @@ def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int)
     buffers = tuple(buffer[name] for name in planes), buffer["scales"], buffer.tensors.get("residual_norms")
     key = (id(spec), x.dtype, quantizer.mean is None, quantizer.scale is None, x.stride())
     return buffers, constants, spec, options, key
-
-
-def _run(kernel, key: tuple, grid: tuple[int, int, int], device: torch.device, args: tuple, options: dict) -> None:
-    if key in _compiled:
-        launch(_compiled[key], grid, stream_of(device), args)
-    else:
-        compiled = kernel[grid](*args, **options)
-        if not INTERPRETED:
-            _compiled[key] = compiled
 
 
 def _prepare(quantizer: Quantizer, dtype: torch.dtype, tile: int):

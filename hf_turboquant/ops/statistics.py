@@ -4,8 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import DTYPES, INTERPRETED, on_other_device
-from .quantize import _run
+from .launch import DTYPES, INTERPRETED, on_other_device, run
 
 # programs of one head, each of which sums a part of the tokens
 PARTS = 8
@@ -15,8 +14,8 @@ ROWS = tl.constexpr(7)
 
 def supports(keys: torch.Tensor, *_) -> str | None:
     """`None` if the kernels can read these keys, else the reason why not, in words."""
-    if keys.dtype not in DTYPES or keys.stride(3) != 1:
-        return f"the keys are {keys.dtype} of strides {keys.stride()}"
+    if keys.dtype not in DTYPES:
+        return f"the keys are {keys.dtype}"
     if keys.device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on {keys.device.type}"
     return None
@@ -34,6 +33,7 @@ def channel_statistics(
     if on_other_device(keys.device):
         with torch.cuda.device(keys.device):
             return channel_statistics(keys, query_energy, valid, turns, least_tokens, least_energy)
+    keys = keys if keys.stride(3) == 1 else keys.contiguous()
     batch, heads, tokens, head_dim = keys.shape
     mean, scale = keys.new_empty((2, heads, 1, head_dim), dtype=torch.float32)
     flags = keys.new_empty(2, dtype=torch.int32)
@@ -46,16 +46,17 @@ def channel_statistics(
     shape = head_dim, padded, pairs
     constants = *shape, max(16, triton.next_power_of_2(pairs)), valid is not None, 32 if padded <= 128 else 16
     args = keys, seen, undo, sums, *keys.stride()[:3], *strides, tokens, batch * tokens, *constants
-    # a compiled kernel may count on aligned addresses
-    key = sum_kernel, keys.device.index, keys.dtype, keys.data_ptr() % 16, seen.data_ptr() % 16, *constants
-    _run(sum_kernel, key, (heads, PARTS, 1), keys.device, args, {})
+    # a compiled kernel may count on aligned addresses, and on strides of 32 bits
+    key = sum_kernel, keys.device.index, keys.dtype, keys.data_ptr() % 16, seen.data_ptr() % 16
+    key = *key, max(keys.stride()) >= 2**31, *constants
+    run(sum_kernel, key, (heads, PARTS, 1), keys.device, args, {})
     energy = sums if query_energy is None else query_energy.contiguous()
     all_heads = triton.next_power_of_2(heads)
     constants = *shape, all_heads, PARTS, query_energy is not None
     least_tokens = least_tokens if valid is not None else 0
     args = sums, energy, turn, mean, scale, flags, heads, least_tokens, least_energy, *constants
     key = finish_kernel, keys.device.index, energy.data_ptr() % 16, *constants
-    _run(finish_kernel, key, (1, 1, 1), keys.device, args, {"num_warps": max(4, min(16, all_heads * padded // 512))})
+    run(finish_kernel, key, (1, 1, 1), keys.device, args, {"num_warps": max(4, min(16, all_heads * padded // 512))})
     return mean, None if query_energy is None else scale, flags
 
 

@@ -10,9 +10,10 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from hf_turboquant import TurboQuantConfig, ops
-from hf_turboquant.conditioning import MIN_ENERGY, MIN_TOKENS, _turns
+from hf_turboquant.conditioning import MIN_ENERGY, MIN_TOKENS, _turns, condition, outcome
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
+from hf_turboquant.quantizer import Quantizer
 
 kernels = sys.modules["hf_turboquant.ops.statistics"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,10 +81,23 @@ def test_padding_does_not_count(turned):
     valid[0, :40], valid[2, 50:] = False, False
     keys.transpose(1, 2)[~valid] = torch.nan
     assert assert_same(keys, energy, valid, turns if turned else None) == [True, True]
-    # every second token, of a mask that has other strides
+    # every second token, of a mask that has other strides; keys channel by channel
     assert_same(keys[:, :, ::2], energy, valid[:, ::2], None)
+    assert_same(keys.transpose(2, 3).contiguous().transpose(2, 3), energy, valid, None)
     valid[1:] = False
     assert assert_same(keys, energy, valid, None) == [False, False]
+
+
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_one_mask_may_serve_all_sequences(backend):
+    keys, energy, _ = random_keys(3, 2, 150, 64)
+    valid = torch.ones(1, 150, dtype=torch.bool, device=DEVICE)
+    valid[:, :40] = False
+    plain = Quantizer.create(TurboQuantConfig(), "keys", 0, 64, DEVICE)
+    told, found = condition(plain, keys, energy, valid, backend=backend)
+    expected, _ = condition(plain, keys[:, :, 40:], energy, None, backend="torch")
+    assert outcome(found) == "attention"
+    torch.testing.assert_close((told.mean, told.scale), (expected.mean, expected.scale), rtol=1e-4, atol=1e-5)
 
 
 def test_degenerate_keys_change_nothing():
@@ -112,5 +126,9 @@ def test_the_layer_takes_the_backend_it_was_told(monkeypatch):
         layer.settle(torch.cat([keys, keys], dim=1))
         assert layer.condition == "attention"
     assert calls == ["triton", "torch"]
+    with pytest.raises(ValueError, match=r"need \[1, 200\], got \[1, 199\]"):
+        ops.channel_statistics(
+            keys, None, torch.ones(1, 199, dtype=torch.bool, device=DEVICE), None, MIN_TOKENS, MIN_ENERGY
+        )
     with pytest.raises(ValueError, match="float64"):
         ops.channel_statistics(keys.double(), None, None, None, MIN_TOKENS, MIN_ENERGY, "triton")
