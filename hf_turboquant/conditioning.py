@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from . import ops
+from .ops import reference
 from .quantizer import Quantizer
 
 # fewer tokens than this tell too little about the ones to come
@@ -29,10 +30,7 @@ def energy_of_queries(query: torch.Tensor, valid: torch.Tensor | None, heads: in
         heads (`int`): KV heads: the query heads of one are neighbours.
     """
     query, valid = _sample(query, valid)
-    # filled, not multiplied: padding may hold anything
-    query = query if valid is None else query.masked_fill(~valid[:, None, :, None], 0)
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return torch.linalg.vector_norm(query.unflatten(1, (heads, -1)), dim=(0, 2, 3), dtype=dtype).square().float()
+    return reference.energy(reference.fill(query, valid).unflatten(1, (heads, -1)))
 
 
 def condition(

@@ -72,6 +72,16 @@ def value_token(position, byte, COUNT: tl.constexpr):
 
 
 @triton.jit
+def code_at(byte, bits, i: tl.constexpr, BITS: tl.constexpr):
+    """Code `i` of bytes of the 4-bit or 2-bit plane, at 3 bits with that of the 1-bit plane; all int32."""
+    WIDTH: tl.constexpr = 4 if BITS == 4 else 2
+    code = (byte >> (i * WIDTH)) & ((1 << WIDTH) - 1)
+    if BITS == 3:
+        code = code | ((bits >> (i % 2 + i // 2 * 4)) & 1) << 2
+    return code
+
+
+@triton.jit
 def load_operands(operands, row, exists, stride, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """`COUNT` query operands `[WIDTH, rows]`, one after the other in memory; zero where no row `exists`."""
     out = ()
@@ -155,15 +165,14 @@ def key_dots(
         for p in tl.static_range(PARTS):
             token = part_tokens(p, PARTS, ASM)[:, None]
             byte = tl.load(wide + (block * 128 + token) * ROW + e, mask=mask, other=0).to(tl.int32)
+            bits = byte
             if BITS == 3:
                 bits = tl.load(one + (block * 64 + token % 64) * ROW + e, mask=mask, other=0).to(tl.int32)
                 bits = bits >> tl.where(token < 64, 2, 0)
             part_levels = ()
             part_signs = ()
             for i in tl.static_range(COUNT):
-                code = (byte >> (i * (8 // COUNT))) & (15 if BITS == 4 else 3)
-                if BITS == 3:
-                    code = code | ((bits >> (i % 2 + i // 2 * 4)) & 1) << 2
+                code = code_at(byte, bits, i, BITS)
                 part_levels = part_levels + (tl.load(tables + code),)
                 if QJL:
                     part_signs = part_signs + (tl.load(tables + 16 + code),)
@@ -223,14 +232,14 @@ def value_levels(
             )
     else:
         out = ()
-        for p in tl.static_range(PARTS):
-            code = (a.to(tl.int32) >> (p * (8 // PARTS))) & (15 if BITS == 4 else 3)
-            if BITS == 3:
-                code = code | ((c.to(tl.int32) >> (p // 2 * 4 + p % 2 + 2)) & 1) << 2
-            out = out + (tl.load(table + code).to(DOT),)
+        byte = a.to(tl.int32)
+        bits = byte
         if BITS == 3:
+            bits = c.to(tl.int32)
+        for p in tl.static_range(PARTS):
+            out = out + (tl.load(table + code_at(byte, bits >> 2, p, BITS)).to(DOT),)
+        if BITS == 3:
+            byte = b.to(tl.int32)
             for p in tl.static_range(PARTS):
-                code = (b.to(tl.int32) >> (p * (8 // PARTS))) & 3
-                code = code | ((c.to(tl.int32) >> (p // 2 * 4 + p % 2)) & 1) << 2
-                out = out + (tl.load(table + code).to(DOT),)
+                out = out + (tl.load(table + code_at(byte, bits, p, BITS)).to(DOT),)
     return out

@@ -9,7 +9,7 @@ from ..packing import BLOCK
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
 from .attention_plan import Launcher, constants_of
-from .codes import value_token
+from .codes import code_at, value_token
 from .launch import DTYPES, INTERPRETED, stream_of
 
 _launchers: dict[tuple, Launcher] = {}
@@ -133,11 +133,11 @@ def dequantize_kernel(
         if NBITS == 3:
             bits = tl.load(at_one, mask=mask, other=0).to(tl.int32) >> tl.where(upper, 0, 2)
         if COUNT == 2:
-            code = tl.join(fields & 15, fields >> 4)
+            code = tl.join(code_at(fields, bits, 0, NBITS), code_at(fields, bits, 1, NBITS))
         else:
             code = tl.join(
-                tl.join(_code(fields, bits, 0, NBITS), _code(fields, bits, 2, NBITS)),
-                tl.join(_code(fields, bits, 1, NBITS), _code(fields, bits, 3, NBITS)),
+                tl.join(code_at(fields, bits, 0, NBITS), code_at(fields, bits, 2, NBITS)),
+                tl.join(code_at(fields, bits, 1, NBITS), code_at(fields, bits, 3, NBITS)),
             )
         code = tl.reshape(code, (128, CHUNK) if KEYS else (CHUNK, 128))
         # multiples of 1/2 up to 127.5: exact in 16 bits
@@ -159,12 +159,3 @@ def dequantize_kernel(
         result += tl.load(mean + head % mean_heads * DIM + n, mask=inner, other=0)[None, :]
     to = out + (sequence // heads) * out_b + (sequence % heads) * out_h + token.to(tl.int64) * out_t
     tl.store(to[:, None] + n[None, :], result.to(out.dtype.element_ty), mask=exists[:, None] & inner[None, :])
-
-
-@triton.jit
-def _code(fields, bits, i: tl.constexpr, NBITS: tl.constexpr):
-    """The code at position `i` of bytes of the 2-bit plane, at 3 bits with that of the 1-bit plane."""
-    code = (fields >> (2 * i)) & 3
-    if NBITS == 3:
-        code |= ((bits >> (i % 2 + i // 2 * 4)) & 1) << 2
-    return code

@@ -298,9 +298,9 @@ def channel_statistics(keys, query_energy, valid, turns, least_tokens, least_ene
     """[`ops.channel_statistics`]."""
     count = keys.shape[0] * keys.shape[2]
     if valid is not None:
-        keys, count = _fill(keys, valid), valid.sum()
+        keys, count = fill(keys, valid), valid.sum()
     mean = keys.sum((0, 2), keepdim=True, dtype=torch.float32) / count
-    key_energy = _energy(_fill(keys - mean, valid)) / count
+    key_energy = energy(fill(keys - mean, valid)) / count
     if turns is not None:
         mean, lost = future_mean(keys, mean, count, *turns)
         key_energy = key_energy + lost[0, :, 0]
@@ -319,15 +319,17 @@ def channel_statistics(keys, query_energy, valid, turns, least_tokens, least_ene
     return mean, torch.where(scaled, scale, 1).unsqueeze(1), torch.stack([centred, scaled])
 
 
-def _fill(states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    # filled, not multiplied: padding may hold anything
+def fill(states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """States `[batch, heads, tokens, head_dim]`, zero where `valid`, boolean `[batch, tokens]`, is false."""
+    # not multiplied: padding may hold anything
     return states if valid is None else states.masked_fill(~valid[:, None, :, None], 0)
 
 
-def _energy(states: torch.Tensor) -> torch.Tensor:
-    """Sum of squares over batch and tokens, fp32 `[heads, head_dim]`."""
+def energy(states: torch.Tensor) -> torch.Tensor:
+    """Sum of squares of states `[batch, heads, ..., head_dim]`, fp32 `[heads, head_dim]`, in one pass over them."""
     dtype = torch.promote_types(states.dtype, torch.float32)
-    return torch.linalg.vector_norm(states, dim=(0, 2), dtype=dtype).square().float()
+    others = 0, *range(2, states.dim() - 1)
+    return torch.linalg.vector_norm(states, dim=others, dtype=dtype).square().float()
 
 
 def future_mean(
