@@ -7,7 +7,7 @@ Work goes tile by tile, so that scratch memory does not grow with the sequence.
 import torch
 
 from ..packing import BLOCK, field_widths, pack, unpack
-from ..quantizer import Quantizer
+from ..quantizer import ROUNDS, Quantizer
 from ..storage import TokenBuffer
 
 TILE = 32 * BLOCK
@@ -44,25 +44,70 @@ def encode(states: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, di
 def _encode(z: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     norms = torch.linalg.vector_norm(z, dim=-1)
     # a zero vector has no direction: any will do, its scale is zero
-    y = z / norms.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    size = y.abs().nan_to_num_()
-    rank = _rank(size * _stretch(size, quantizer), quantizer)
+    y = (z / norms.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).nan_to_num_()
+    if quantizer.joint:
+        return _encode_jointly(y, norms, quantizer)
+    codes, nearest = _nearest(y, quantizer, _stretch(y.abs(), quantizer))
+    if quantizer.estimator == "mse":
+        return codes, {"scales": norms}
+    if quantizer.estimator == "rescaled":
+        product = torch.linalg.vecdot(y, nearest)
+        return codes, {"scales": torch.where(norms == 0, norms, norms / product)}
+    residual = y - nearest
+    codes = _with_signs(codes, residual @ quantizer.sketch.mT, quantizer)
+    return codes, {"scales": norms, "residual_norms": norms * torch.linalg.vector_norm(residual, dim=-1)}
+
+
+def _encode_jointly(
+    y: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Codes and signs chosen together, and the two scales that bring their sum closest: see [`Quantizer`]."""
+    annealing, S = quantizer.annealing, quantizer.sketch * quantizer.head_dim**0.5
+    grid, amplitude = annealing.grid, annealing.amplitude * quantizer.head_dim**-0.5
+    boundaries = (quantizer.boundaries * grid).tolist()
+    values = (quantizer.centroids.sort().values * grid).tolist()
+    gaps = [(high - low) / 2 for low, high in zip(values, values[1:], strict=False)]
+    sketch = torch.zeros_like(y)
+    for round_ in range(ROUNDS):
+        widths = annealing.widths(round_ / (ROUNDS - 1))
+        target = y - sketch
+        # boundaries lie symmetrically around zero: the ramps between levels are a sum of clamps
+        soft = torch.zeros_like(y)
+        for boundary, gap in zip(boundaries, gaps, strict=True):
+            soft += target.clamp(boundary - widths[0] * gap, boundary + widths[0] * gap)
+        over = annealing.overshoots[0]
+        soft *= (1 + over) / widths[0]
+        soft.sub_(target, alpha=over)
+        product = (y - soft) @ S.mT
+        over, reach = annealing.overshoots[1], amplitude * widths[1]
+        signs = product.clamp(-reach, reach).mul_((1 + over) / widths[1]).sub_(product, alpha=over)
+        sketch = signs @ S
+    for _ in range(2):
+        codes, nearest = _nearest(y - sketch, quantizer, 1 / grid)
+        product = (y - grid * nearest) @ S.mT
+        sketch = torch.where(product >= 0, amplitude, -amplitude) @ S
+    sketch /= amplitude * quantizer.head_dim**0.5
+    cc, cs, yc, ys = (torch.linalg.vecdot(*pair) for pair in ((nearest, nearest), (nearest, sketch), (y, nearest), (y, sketch)))
+    code_scale, sign_scale = yc - cs * ys, cc * ys - cs * yc
+    found = norms / (code_scale * yc + sign_scale * ys)
+    scales = {"scales": code_scale * found, "residual_norms": sign_scale * found}
+    scales = {name: torch.where(norms == 0, norms, scale) for name, scale in scales.items()}
+    return _with_signs(codes, product, quantizer), scales
+
+
+def _with_signs(codes: torch.Tensor, product: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    return codes | ((product >= 0).to(torch.uint8) << quantizer.code_bits)
+
+
+def _nearest(y: torch.Tensor, quantizer: Quantizer, stretch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and values of the centroids nearest to `stretch` · y."""
+    rank = _rank(y.abs() * stretch, quantizer)
     if len(quantizer.boundaries):
         # a codebook is symmetric
         positive = len(quantizer.boundaries) // 2
         rank = torch.where(y > 0, rank + positive + 1, positive - rank)
     codes = quantizer.ranks_to_codes[rank]
-    nearest = quantizer.centroids[codes.int()]
-    if quantizer.estimator == "mse":
-        return codes, {"scales": norms}
-    product = torch.linalg.vecdot(y, nearest)
-    if quantizer.estimator == "rescaled":
-        return codes, {"scales": torch.where(norms == 0, norms, norms / product)}
-    factor = product / nearest.square().sum(-1) if quantizer.stretches else torch.ones_like(product)
-    residual = y - factor.unsqueeze(-1) * nearest
-    signs = residual @ quantizer.sketch.mT >= 0
-    codes = codes | (signs.to(torch.uint8) << quantizer.code_bits)
-    return codes, {"scales": norms * factor, "residual_norms": norms * torch.linalg.vector_norm(residual, dim=-1)}
+    return codes, quantizer.centroids[codes.int()]
 
 
 def _rank(size: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
