@@ -53,7 +53,6 @@ class Quantizer:
         mean (`torch.Tensor` of shape `[1 or num_key_value_heads, 1, head_dim]`, fp32, *optional*): μ; `None` is zero.
         scale (`torch.Tensor`, same shape, fp32, *optional*): a factor of every channel, before A: see `conditioning`.
         search (`bool`): whether codes are searched, see above.
-        prefix (`str`): of the names of its planes and scales, where a buffer holds those of two quantizers.
     """
 
     role: str
@@ -69,16 +68,12 @@ class Quantizer:
     mean: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     search: bool = False
-    prefix: str = ""
 
     @classmethod
-    def create(
-        cls, config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device=None, part: int | None = None
-    ) -> "Quantizer":
+    def create(cls, config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device=None) -> "Quantizer":
         """
-        The quantizer of one layer: the same for equal (`config.seed`, `layer_idx`, `role`, `head_dim`, `part`),
-        whatever the device and process. Caches share it. Its bits are whole numbers: see [`SplitQuantizer`] for others,
-        whose outliers are `part` 0 and whose rest is `part` 1.
+        The quantizer of one layer: the same for equal (`config.seed`, `layer_idx`, `role`, `head_dim`), whatever the
+        device and process. Caches share it.
 
         Raises:
             `ValueError`: `head_dim` is under 16 or not a multiple of 8.
@@ -87,17 +82,11 @@ class Quantizer:
             (config.key_bits, config.key_estimator) if role == "keys" else (config.value_bits, config.value_estimator)
         )
         device = torch.device("cpu" if device is None else device)
-        seeds = config.seed, layer_idx, ("keys", "values").index(role), head_dim, *(() if part is None else (part,))
-        prefix = "outlier_" if part == 0 else ""
-        return _create(nbits, estimator, config.sketch, config.rotation, seeds, role, head_dim, device, prefix)
+        seeds = config.seed, layer_idx, ("keys", "values").index(role), head_dim
+        return _create(nbits, estimator, config.sketch, config.rotation, seeds, role, head_dim, device)
 
     def __deepcopy__(self, memo) -> "Quantizer":
         return self
-
-    @property
-    def parts(self) -> tuple["Quantizer", ...]:
-        """What the coordinates of z are split into: here nothing else."""
-        return (self,)
 
     @property
     def head_dim(self) -> int:
@@ -128,7 +117,7 @@ class Quantizer:
         shapes["scales"] = (scale_dtype, (BLOCK,))
         if self.estimator == "qjl":
             shapes["residual_norms"] = (scale_dtype, (BLOCK,))
-        return {self.prefix + name: shape for name, shape in shapes.items()}
+        return shapes
 
     def new_buffer(self, batch: int, heads: int) -> TokenBuffer:
         """An empty buffer for the codes and scales of `batch * heads` sequences."""
@@ -137,7 +126,7 @@ class Quantizer:
 
 # a prefill of another sequence finds what the last one made: drawing matrices takes longer than quantising with them
 @lru_cache(maxsize=1024)
-def _create(nbits, estimator, sketch, rotation, seeds, role, head_dim, device, prefix) -> Quantizer:
+def _create(nbits, estimator, sketch, rotation, seeds, role, head_dim, device) -> Quantizer:
     codebook = lloyd_max(nbits - 1 if estimator == "qjl" else nbits, head_dim)
     plane_shapes(nbits, role, head_dim)
     # numpy draws the same stream on every machine; torch's generators differ between devices
@@ -158,7 +147,6 @@ def _create(nbits, estimator, sketch, rotation, seeds, role, head_dim, device, p
             dual=matrix,
             sketch=_tensor(sketch_matrix(sketch, head_dim, generator), device) if estimator == "qjl" else None,
             search=estimator == "rescaled" or (estimator == "qjl" and sketch != "gaussian"),
-            prefix=prefix,
         )
 
 

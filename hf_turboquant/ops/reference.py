@@ -6,7 +6,7 @@ Work goes tile by tile, so that scratch memory does not grow with the sequence.
 
 import torch
 
-from ..packing import BLOCK, field_widths, pack, unpack
+from ..packing import BLOCK, pack, unpack
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
 
@@ -32,13 +32,7 @@ def encode(states: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, di
         x = x - quantizer.mean
     if quantizer.scale is not None:
         x = x * quantizer.scale
-    z = x @ quantizer.transform.mT
-    codes, scales = [], {}
-    for part, piece in zip(quantizer.parts, _split(z, quantizer), strict=True):
-        part_codes, part_scales = _encode(piece, part)
-        codes.append(part_codes)
-        scales |= {part.prefix + name: scale for name, scale in part_scales.items()}
-    return torch.cat(codes, dim=-1) if len(codes) > 1 else codes[0], scales
+    return _encode(x @ quantizer.transform.mT, quantizer)
 
 
 def _encode(z: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -91,21 +85,15 @@ def _stretch(size: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     return best
 
 
-def decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer) -> torch.Tensor:
+def decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer: Quantizer) -> torch.Tensor:
     """The inverse of [`encode`] up to quantisation, still transformed and centred: ẑ, fp32, of the shape of `codes`."""
-    parts = zip(quantizer.parts, _split(codes, quantizer), strict=True)
-    decoded = [_decode(piece, scales, part) for part, piece in parts]
-    return torch.cat(decoded, dim=-1) if len(decoded) > 1 else decoded[0]
-
-
-def _decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer: Quantizer) -> torch.Tensor:
-    norms = scales[quantizer.prefix + "scales"].float().unsqueeze(-1)
+    norms = scales["scales"].float().unsqueeze(-1)
     if quantizer.estimator != "qjl":
         return quantizer.centroids[codes.int()] * norms
     signs = (codes >> quantizer.code_bits).float() * 2 - 1
     nearest = quantizer.centroids[(codes & (2**quantizer.code_bits - 1)).int()]
     nearest *= norms
-    return nearest + (signs @ quantizer.sketch) * scales[quantizer.prefix + "residual_norms"].float().unsqueeze(-1)
+    return nearest + (signs @ quantizer.sketch) * scales["residual_norms"].float().unsqueeze(-1)
 
 
 def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) -> None:
@@ -117,12 +105,11 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) ->
         if offset:
             # the block that is partly filled is read, completed and written again: exact, codes are integers
             started = {name: plane[:, :, first : first + 1] for name, plane in _planes(buffer).items()}
-            started = _unpack(started, quantizer)
+            started = unpack(started, quantizer.nbits, quantizer.role, quantizer.head_dim)
             codes = torch.cat([started[:, :, :offset], codes], dim=2)
         codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[2] % BLOCK))
-        for part, piece in zip(quantizer.parts, _split(codes, quantizer), strict=True):
-            for name, plane in pack(piece, part.nbits, part.role).items():
-                buffer[part.prefix + name][:, :, first : first + plane.shape[2]] = plane
+        for name, plane in pack(codes, quantizer.nbits, quantizer.role).items():
+            buffer[name][:, :, first : first + plane.shape[2]] = plane
         for name, scale in scales.items():
             # a view, not `flatten`: a copy would swallow the write
             by_token = buffer[name].view(*buffer[name].shape[:2], -1)
@@ -169,7 +156,7 @@ def codes_of(buffer: TokenBuffer, quantizer: Quantizer, start: int, stop: int):
     """Codes and scales of tokens `start` to `stop`, as [`encode`] returns them (scales in their stored dtype)."""
     blocks = slice(start // BLOCK, -(-stop // BLOCK))
     planes = {name: plane[:, :, blocks] for name, plane in _planes(buffer).items()}
-    codes = _unpack(planes, quantizer)
+    codes = unpack(planes, quantizer.nbits, quantizer.role, quantizer.head_dim)
     offset = blocks.start * BLOCK
     scales = {
         name: tensor.flatten(2)[:, :, start:stop] for name, tensor in buffer.tensors.items() if "plane" not in name
@@ -255,10 +242,7 @@ def _pieces(query, states, scaling, softcap):
         values = states.exact["values"][:, :, run].float()
         yield position, finish(rows @ states.exact["keys"][:, :, run].float().mT), values, False
     turned = (rows if quantizer.scale is None else rows / quantizer.scale) @ quantizer.dual.mT
-    turned = [
-        (piece, None if part.sketch is None else piece @ part.sketch.mT)
-        for part, piece in zip(quantizer.parts, _split(turned, quantizer), strict=True)
-    ]
+    sketched = None if quantizer.sketch is None else turned @ quantizer.sketch.mT
     offset = 0.0 if quantizer.mean is None else (rows * quantizer.mean).sum(-1, keepdim=True)
     length = states.quantized
     for start in range(0, length, TILE):
@@ -266,20 +250,18 @@ def _pieces(query, states, scaling, softcap):
         key_codes, value_codes = (
             codes_of(states.codes[role], states.quantizers[role], start, stop) for role in ("keys", "values")
         )
-        codes, scales = key_codes
-        parts = zip(turned, _split(codes, quantizer), quantizer.parts, strict=True)
-        logits = sum(_score(*pair, piece, scales, part) for pair, piece, part in parts) + offset
+        logits = _score(turned, sketched, *key_codes, quantizer) + offset
         yield states.sink_length + start, finish(logits), decode(*value_codes, states.quantizers["values"]), True
 
 
 def _score(turned, sketched, codes, scales, quantizer) -> torch.Tensor:
     """⟨q', ẑ⟩ = s ⟨q', c⟩ + |z| |r| ⟨κS q', signs⟩ with q' = A⁻ᵀ q: the query is turned and sketched once."""
     nearest = quantizer.centroids[(codes & (2**quantizer.code_bits - 1)).int()]
-    logits = (turned @ nearest.mT) * scales[quantizer.prefix + "scales"].float().unsqueeze(-2)
+    logits = (turned @ nearest.mT) * scales["scales"].float().unsqueeze(-2)
     if sketched is None:
         return logits
     signs = (codes >> quantizer.code_bits).float() * 2 - 1
-    return logits + (sketched @ signs.mT) * scales[quantizer.prefix + "residual_norms"].float().unsqueeze(-2)
+    return logits + (sketched @ signs.mT) * scales["residual_norms"].float().unsqueeze(-2)
 
 
 def _mask(logits, attention_mask, is_causal, start, kv_len) -> torch.Tensor:
@@ -383,16 +365,3 @@ def _as_channels(pairs: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
 
 def _planes(buffer: TokenBuffer) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in buffer.tensors.items() if "plane" in name}
-
-
-def _unpack(planes: dict[str, torch.Tensor], quantizer) -> torch.Tensor:
-    codes = []
-    for part in quantizer.parts:
-        own = {f"plane{width}": planes[f"{part.prefix}plane{width}"] for width in field_widths(part.nbits)}
-        codes.append(unpack(own, part.nbits, part.role, part.head_dim))
-    return torch.cat(codes, dim=-1) if len(codes) > 1 else codes[0]
-
-
-def _split(coordinates: torch.Tensor, quantizer) -> tuple[torch.Tensor, ...]:
-    """The coordinates, codes or turned queries of each part of the quantizer."""
-    return coordinates.split([part.head_dim for part in quantizer.parts], dim=-1)
