@@ -26,8 +26,8 @@ from hf_turboquant.evaluation.caches import held_bits, new_cache
 from hf_turboquant.evaluation.quality import Quality, measure, split_windows
 
 BITS = {
-    "5 for keys, 4 for values": {"nbits": 4, "key_bits": 5},
-    **{f"{nbits}": {"nbits": nbits} for nbits in (4.5, 4, 3.5, 3, 2.5, 2)},
+    **{f"{nbits}": {"nbits": nbits} for nbits in (4, 3.5, 3, 2.5, 2)},
+    "8 for keys, 4 for values": {"key_bits": 8, "value_bits": 4},
 }
 # what is exact weighs most in a short context: ours keep a window full, the integers empty theirs when it is. A block
 # of 64 is longer than the short windows: as with the integers, it sees itself exactly and the rest in codes
@@ -48,7 +48,8 @@ def candidates() -> dict[str, dict]:
     for nbits in (4, 3, 2):
         options = {"nbits": nbits, "key_estimator": "rescaled", "condition": "none"}
         found[f"rescaled {nbits}, not conditioned"] = {**options, "residual_length": 128}
-    return found | {name: options for name, options in PRESETS.items() if name.startswith("paper")}
+        found[f"paper {nbits}"] = {**PRESETS["paper"], "nbits": nbits}
+    return found
 
 
 def integers(config) -> dict[str, dict]:

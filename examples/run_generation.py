@@ -39,8 +39,8 @@ def parse_args():
     # no defaults here: those of the cache stand in the package
     cache = parser.add_argument_group("turboquant", argument_default=argparse.SUPPRESS)
     cache.add_argument("--nbits", type=float, help="bits per coordinate of keys and values")
-    cache.add_argument("--key_bits", type=float, help="for keys, in place of --nbits")
-    cache.add_argument("--value_bits", type=float, help="for values, in place of --nbits")
+    cache.add_argument("--key_bits", type=int, help="for keys, in place of --nbits")
+    cache.add_argument("--value_bits", type=int, help="for values, in place of --nbits")
     cache.add_argument("--key_estimator", choices=("qjl", "rescaled", "mse"))
     cache.add_argument("--residual_length", type=int, help="tokens in the exact recent window")
     args = parser.parse_args()
@@ -49,8 +49,6 @@ def parse_args():
     args.options = {name: value for name, value in vars(args).items() if name in CACHE_OPTIONS}
     if args.options and args.cache == "dynamic":
         parser.error(f"--{next(iter(args.options))} belongs to --cache turboquant")
-    # bits may lie between two whole numbers, and are integers where they don't
-    args.options = {n: int(v) if isinstance(v, float) and v == int(v) else v for n, v in args.options.items()}
     return args
 
 

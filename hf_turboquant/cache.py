@@ -176,7 +176,7 @@ class TurboQuantCache(DynamicCache):
             device (`torch.device` or `str`, defaults to the CPU): of the model.
 
         Raises:
-            `ValueError`: `folder` is no saved cache, was changed or cut off, comes from a newer format, or from
+            `ValueError`: `folder` is no saved cache, was changed or cut off, has another format, or comes from
                 another model than `config`'s.
         """
         _check_config(config)

@@ -48,14 +48,12 @@ def lloyd_max(nbits: int, head_dim: int) -> Codebook:
     (under .5 % of the distortion).
 
     Raises:
-        `ValueError`: `nbits` is not 0 to 8 or `head_dim` is under 16. Zero bits is the one-value codebook `{0}`.
+        `ValueError`: `nbits` is not 1 to 8 or `head_dim` is under 16.
     """
-    if not 0 <= nbits <= 8:
-        raise ValueError(f"`nbits` must be 0 to 8, got {nbits}.")
+    if not 1 <= nbits <= 8:
+        raise ValueError(f"`nbits` must be 1 to 8, got {nbits}.")
     if head_dim < 16:
         raise ValueError(f"`head_dim` must be at least 16, got {head_dim}. Keep such layers in full precision.")
-    if nbits == 0:
-        return Codebook(np.zeros(1), np.zeros(0), np.zeros(1, dtype=np.uint8), 1.0)
     half = _lloyd_max_half(2 ** (nbits - 1), head_dim)
     if nbits > MAX_GRID_BITS:
         return _build(half, head_dim)

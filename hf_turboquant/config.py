@@ -1,5 +1,6 @@
 """All options of the cache in one place, checked once."""
 
+import math
 from dataclasses import dataclass
 
 KEY_ESTIMATORS = ("qjl", "rescaled", "mse")
@@ -8,26 +9,28 @@ SKETCHES = ("orthogonal", "gaussian")
 ROTATIONS = ("hadamard", "haar")
 CONDITIONS = ("attention", "center", "none")
 BACKENDS = ("auto", "triton", "torch")
+# of keys and of values
+BITS = (2, 3, 4, 8)
+# of both: half a bit is a bit more for the keys
+NBITS = (2, 2.5, 3, 3.5, 4, 8)
 # that the kernels read and write; the torch reference takes all
 KERNEL_BITS = (2, 3, 4)
 
-# the paper's own settings. 2.5 bits are its 32 outlier channels of 128 with 3 bits, the rest with 2, and their two
-# scales; for 3.5 bits it names no split: half of the channels have 4 bits here
-_PAPER = {
-    "key_estimator": "qjl",
-    "value_estimator": "mse",
-    "sketch": "gaussian",
-    "rotation": "haar",
-    "condition": "none",
-    "residual_length": 0,
-    "sink_length": 0,
-}
 PRESETS = {
     "quality": {"nbits": 4, "key_estimator": "rescaled"},
     "balanced": {"nbits": 3, "key_estimator": "rescaled"},
     "small": {"nbits": 2, "key_estimator": "rescaled"},
-    "paper-2.5": {"nbits": 2.25, **_PAPER},
-    "paper-3.5": {"nbits": 3.5, **_PAPER},
+    "cautious": {"key_bits": 8, "value_bits": 4, "key_estimator": "rescaled"},
+    # Algorithms 1 and 2 as printed
+    "paper": {
+        "key_estimator": "qjl",
+        "value_estimator": "mse",
+        "sketch": "gaussian",
+        "rotation": "haar",
+        "condition": "none",
+        "residual_length": 0,
+        "sink_length": 0,
+    },
 }
 
 
@@ -39,10 +42,10 @@ class TurboQuantConfig:
     Args:
         nbits (`int` or `float`, defaults to 4):
             Bits per coordinate of keys and values, sketch included; one or two two-byte scales per vector come on top.
-            2.5 gives half of the channels of every head, those with most energy, 3 bits and the others 2, each half
-            with scales of its own; 2.25 a quarter of them (see [`SplitQuantizer`]; not in the Triton kernels).
-        key_bits, value_bits (`int` or `float`, *optional*):
-            Bits of the keys or the values alone; `nbits` where not given. 1 to 8 (keys with `"qjl"`: 2 to 8).
+            2, 3, 4 or 8; 2.5 gives the keys 3 bits and the values 2, 3.5 gives them 4 and 3. 8 bits run on the torch
+            reference only.
+        key_bits, value_bits (`int`, *optional*):
+            Bits of the keys or the values alone, whatever `nbits` says: 2, 3, 4 or 8.
         key_estimator (`str`, defaults to `"qjl"`):
             `"qjl"` is Algorithm 2 of TurboQuant (arXiv 2504.19874): `key_bits - 1` bits of codes and the 1-bit QJL
             sketch of the residual, unbiased scores. `"rescaled"` spends all bits on the codes and scales them so that
@@ -77,8 +80,8 @@ class TurboQuantConfig:
     """
 
     nbits: int | float = 4
-    key_bits: int | float | None = None
-    value_bits: int | float | None = None
+    key_bits: int | None = None
+    value_bits: int | None = None
     key_estimator: str = "qjl"
     value_estimator: str = "rescaled"
     sketch: str = "orthogonal"
@@ -97,8 +100,9 @@ class TurboQuantConfig:
         The options of a preset, with `options` over them. The README has what each costs and saves.
 
         Args:
-            preset (`str`): `"quality"`, `"balanced"` or `"small"`; `"paper-2.5"` or `"paper-3.5"` for the literal
-                settings of the TurboQuant paper (no conditioning, no exact tokens), which are worse.
+            preset (`str`): `"quality"`, `"balanced"` or `"small"`, of 4, 3 and 2 bits; `"cautious"`, of 8 bits for
+                keys and 4 for values; `"paper"` for the literal settings of the TurboQuant paper (no conditioning, no
+                exact tokens), which are worse, with the `nbits` given beside it.
 
         Raises:
             `ValueError`: there is no such preset, or an option is out of range.
@@ -108,11 +112,10 @@ class TurboQuantConfig:
         return cls(**{**PRESETS[preset], **options})
 
     def __post_init__(self):
-        for name in ("key_bits", "value_bits"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, self.nbits)
-        for name in ("nbits", "key_bits", "value_bits"):
-            object.__setattr__(self, name, _check_bits(name, getattr(self, name)))
+        object.__setattr__(self, "nbits", _check_bits("nbits", self.nbits, NBITS))
+        for name, whole in (("key_bits", math.ceil), ("value_bits", math.floor)):
+            given = getattr(self, name)
+            object.__setattr__(self, name, whole(self.nbits) if given is None else _check_bits(name, given, BITS))
         for name, choices in (
             ("key_estimator", KEY_ESTIMATORS),
             ("value_estimator", VALUE_ESTIMATORS),
@@ -123,20 +126,10 @@ class TurboQuantConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        if self.key_estimator == "qjl" and self.key_bits < 2:
-            raise ValueError(
-                "`key_bits` must be at least 2 with `key_estimator='qjl'` (one bit is the sketch), "
-                f"got {self.key_bits}. Use `key_estimator='rescaled'` for 1-bit keys."
-            )
         for name in ("residual_length", "sink_length", "seed"):
             _check_integer(name, getattr(self, name), 0, 2**31 - 1, "Use 0 for none.")
         if self.max_cache_len is not None:
             _check_integer("max_cache_len", self.max_cache_len, 1, 2**30 - 1, "Leave it out to let the cache grow.")
-            if self.key_bits % 1 or self.value_bits % 1:
-                raise ValueError(
-                    f"`key_bits` and `value_bits` must be whole numbers with `max_cache_len`, got {self.key_bits} and "
-                    f"{self.value_bits}. Leave `max_cache_len` out, or take other bits."
-                )
         try:
             skip_layers = tuple(self.skip_layers)
         except TypeError:
@@ -146,13 +139,12 @@ class TurboQuantConfig:
         object.__setattr__(self, "skip_layers", skip_layers)
 
 
-def _check_bits(name: str, value) -> int | float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # quarters of a head_dim are parts that can be packed
-    if not number or not 1 <= value <= 8 or 4 * value != int(4 * value):
+def _check_bits(name: str, value, choices: tuple) -> int | float:
+    if not isinstance(value, (int, float)) or value not in choices:
+        *others, last = choices
         raise ValueError(
-            f"`{name}` must be a number from 1 to 8 in steps of a quarter, got {value!r}. Use `DynamicCache` for full "
-            "precision."
+            f"`{name}` must be {', '.join(map(str, others))} or {last}, got {value!r}. Take the nearest of them, or "
+            "`DynamicCache` for full precision."
         )
     return int(value) if value == int(value) else value
 

@@ -10,7 +10,6 @@ from transformers import AutoModel, DynamicCache, PreTrainedConfig
 from .cache import TurboQuantCache
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
-from .split import SplitQuantizer
 
 # nobody waits for an answer beyond this
 MAX_CONTEXT = 2**40
@@ -185,11 +184,6 @@ def _filled(layer: TurboQuantLayer, cost: LayerCost, context: int, batch: int, d
     """The report of a layer that has read `context` tokens at once."""
     states = [torch.empty(batch, heads, 0, dim, dtype=dtype, device="meta") for heads, dim in cost.shapes]
     layer.lazy_initialization(*states)
-    for role, (heads, dim) in zip(layer.codes, cost.shapes, strict=True):
-        if isinstance(layer.quantizers[role], SplitQuantizer):
-            # which channels are the outliers does not change their bytes
-            tokens = torch.empty(1, heads, 1, dim, device="meta")
-            layer.quantizers[role] = layer.quantizers[role].choose(tokens, None)
     exact = layer.config.sink_length + layer.config.residual_length
     for buffer in layer.codes.values():
         buffer.reserve(max(context - exact, 0))

@@ -12,7 +12,6 @@ from .config import TurboQuantConfig
 from .packing import BLOCK
 from .plans import Plans
 from .quantizer import Quantizer
-from .split import SplitQuantizer, create_quantizer
 from .states import ExactStates, LayerStates, QuantizedStates
 from .storage import SlotBuffer, TokenBuffer
 
@@ -49,7 +48,7 @@ class TurboQuantLayer(DynamicLayer):
         """Forgets all tokens and frees their memory."""
         self.is_initialized = False
         self.length = 0
-        self.quantizers: dict[str, Quantizer | SplitQuantizer] = {}
+        self.quantizers: dict[str, Quantizer] = {}
         self.codes: dict[str, TokenBuffer] = {}
         self.exact: SlotBuffer | None = None
         # the tokens of the last update, while they wait for their query
@@ -103,7 +102,7 @@ class TurboQuantLayer(DynamicLayer):
         batch, heads = key_states.shape[:2]
         device = key_states.device
         quantizers = {
-            role: create_quantizer(self.config, role, self.layer_idx, states[role].shape[-1], device) for role in ROLES
+            role: Quantizer.create(self.config, role, self.layer_idx, states[role].shape[-1], device) for role in ROLES
         }
         self.codes = {role: quantizers[role].new_buffer(batch, heads) for role in ROLES}
         shapes = {role: (states[role].dtype, (states[role].shape[-1],)) for role in ROLES}
@@ -278,23 +277,17 @@ class TurboQuantLayer(DynamicLayer):
         """
         if self.found is not None:
             return self.quantizers, self.found
-        quantizers, found = dict(self.quantizers), self.config.condition
-        sinks = self.config.sink_length
+        if self.config.condition == "none":
+            return self.quantizers, "none"
+        sinks, keys = self.config.sink_length, new["keys"]
         valid = None if valid is None else valid[:, sinks:]
-
-        def tokens(role: str) -> torch.Tensor:
-            return (torch.cat([self._exact(role), new[role]], dim=2) if self.length else new[role])[:, :, sinks:]
-
         # ordinary tensors, like all constants, whatever mode the first prefill runs in
         with torch.inference_mode(False), torch.no_grad():
-            if found != "none":
-                plain = replace(quantizers["keys"], mean=None, scale=None)
-                seen = tokens("keys"), self.query_energy, valid
-                quantizers["keys"], found = condition(plain, *seen, self.frequencies, sinks, self.config.backend)
-            for role in ROLES:
-                if isinstance(quantizers[role], SplitQuantizer):
-                    quantizers[role] = quantizers[role].choose(tokens(role), valid)
-        return quantizers, found
+            tokens = (torch.cat([self._exact("keys"), keys], dim=2) if self.length else keys)[:, :, sinks:]
+            plain = replace(self.quantizers["keys"], mean=None, scale=None)
+            seen = tokens, self.query_energy, valid
+            conditioned, found = condition(plain, *seen, self.frequencies, sinks, self.config.backend)
+        return {**self.quantizers, "keys": conditioned}, found
 
     def _freeze(self, quantizers: dict, found: str | torch.Tensor) -> None:
         self.quantizers, self.found, self.query_energy = quantizers, found, None

@@ -1,8 +1,8 @@
 """
 Codes <-> bytes, exactly and with no wasted bit.
 
-A code of b bits is cut into fields of 8, 4, 2 and 1 bits, widest first (3 = 2 + 1, 5 = 4 + 1, 7 = 4 + 2 + 1), the
-lowest bits of the code in the widest field. Fields of one width form a plane. Tokens come in blocks of 128; within a
+A code of b bits is cut into fields of 8, 4, 2 and 1 bits, widest first (3 = 2 + 1), the lowest bits of the code in the
+widest field. Fields of one width form a plane. Tokens come in blocks of 128; within a
 block keys lie token by token (scores read a key's row), values lie dimension by dimension along the tokens (the
 weighted sum reads a dimension's row). Shapes of one block, D = head_dim:
 

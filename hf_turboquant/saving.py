@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from .snapshot import layer_state
 
-FORMAT, FORMAT_VERSION = "hf_turboquant cache", 1
+FORMAT, FORMAT_VERSION = "hf_turboquant cache", 2
 HEADER, TENSORS = "cache.json", "cache.safetensors"
 
 
@@ -71,10 +71,15 @@ def read(folder: str | Path, device: torch.device) -> tuple[dict, Iterator[dict]
     What the json says of the cache, and the states of its layers for `restore_layer`: they come to `device` singly.
 
     Raises:
-        `ValueError`: `folder` is no saved cache, one of a newer format, or not as it was written.
+        `ValueError`: `folder` is no saved cache, one of another format, or not as it was written.
     """
     folder = Path(folder)
     header = _read_header(folder)
+    if header["format_version"] < FORMAT_VERSION:
+        raise ValueError(
+            f"The format of {folder} must be {FORMAT_VERSION}, got {header['format_version']}, as hf_turboquant "
+            f"{header.get('hf_turboquant')} wrote it. Prefill the text again and save that, or install that release."
+        )
     with refusing(folder):
         found = _file_sha256(folder / TENSORS)
         if found != header["tensors_sha256"]:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 
 from .layer import ROLES
-from .split import SplitQuantizer
 
 # what a compressed layer makes anew, or saves token by token
 _NOT_FIELDS = {"config", "layer_idx", "quantizers", "codes", "exact", "pending", "query_energy", "found", "length"}
@@ -44,7 +43,6 @@ def _tokens(layer) -> dict:
         # where statistics were degenerate, what is there changes nothing
         "mean": keys.mean if condition in ("center", "attention") else None,
         "scale": keys.scale if condition == "attention" else None,
-        "channels": {role: getattr(quantizer, "channels", None) for role, quantizer in layer.quantizers.items()},
         "query_energy": layer.query_energy,
         "constants": {role: _probe(quantizer) for role, quantizer in layer.quantizers.items()},
     }
@@ -66,9 +64,7 @@ def restore_layer(layer, state: dict) -> None:
         _restore_tokens(layer, **state["tokens"])
 
 
-def _restore_tokens(
-    layer, length, quantized, condition, exact, codes, mean, scale, channels, query_energy, constants
-) -> None:
+def _restore_tokens(layer, length, quantized, condition, exact, codes, mean, scale, query_energy, constants) -> None:
     sinks, window = layer.config.sink_length, layer.config.residual_length
     layer.lazy_initialization(*(exact[role][:, :, :0] for role in ROLES))
     batch, heads, _, head_dim = exact["keys"].shape
@@ -98,14 +94,6 @@ def _restore_tokens(
         shape = (heads, 1, head_dim) if condition in wanted else None
         _must(shape == (None if given is None else tuple(given.shape)), name, f"condition {condition!r}")
     layer.quantizers = {**layer.quantizers, "keys": replace(layer.quantizers["keys"], **per_channel)}
-    for role, quantizer in layer.quantizers.items():
-        split, order = isinstance(quantizer, SplitQuantizer), channels[role]
-        _must((order is not None) == (split and condition is not None), f"channels of {role}", order)
-        if order is not None:
-            everything = torch.arange(quantizer.head_dim, device=order.device).expand(heads, -1)
-            fits = order.shape == everything.shape and torch.equal(order.sort(dim=-1).values, everything)
-            _must(fits, f"channels of {role}", "no permutation")
-            layer.quantizers[role] = quantizer.with_channels(order)
     layer.exact.reserve(min(length, sinks + window), limit=sinks + window)
     for role in ROLES:
         layer.exact.write(role, 0, exact[role][:, :, :sinks])
@@ -118,13 +106,10 @@ def _restore_tokens(
 
 def _probe(quantizer) -> list[float]:
     """A few sums that change with any number of the rotation, the sketch or the codebook: a rough checksum."""
-    sums = []
-    for part in quantizer.parts:
-        x = torch.arange(1, part.head_dim + 1, dtype=torch.float64).cos()
-        matrices = [m.double().cpu() for m in (part.transform[0], part.sketch) if m is not None]
-        centroids = part.centroids.double().cpu()
-        sums += [*(float(x.sin() @ matrix @ x) for matrix in matrices), float(centroids.abs() @ centroids.exp())]
-    return sums
+    x = torch.arange(1, quantizer.head_dim + 1, dtype=torch.float64).cos()
+    matrices = [m.double().cpu() for m in (quantizer.transform[0], quantizer.sketch) if m is not None]
+    centroids = quantizer.centroids.double().cpu()
+    return [*(float(x.sin() @ matrix @ x) for matrix in matrices), float(centroids.abs() @ centroids.exp())]
 
 
 def _must(holds: bool, what: str, got) -> None:

@@ -291,7 +291,7 @@ def test_layers_are_made_lazily_without_a_config():
         ({"config": CONFIG, "skip_layers": (2,)}, "`skip_layers` must be from -2 to 1 for this model"),
         ({"skip_layers": (-1,)}, "Negative `skip_layers` need the model's `config`"),
         ({"config": "llama"}, "`config` must be the model's config, got str"),
-        ({"config": CONFIG, "nbits": 9}, "`nbits` must be a number"),
+        ({"config": CONFIG, "nbits": 9}, "`nbits` must be 2, 2.5, 3, 3.5, 4 or 8, got 9"),
     ],
 )
 def test_wrong_arguments(arguments, message):

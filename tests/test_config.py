@@ -1,23 +1,65 @@
+import re
+
 import pytest
 
 from hf_turboquant import TurboQuantConfig
+from hf_turboquant.config import PRESETS
 
 
 def test_bits_default_to_nbits():
     assert (TurboQuantConfig().key_bits, TurboQuantConfig().value_bits) == (4, 4)
     config = TurboQuantConfig(nbits=3, value_bits=2)
     assert (config.key_bits, config.value_bits) == (3, 2)
+    config = TurboQuantConfig(nbits=3.0, key_bits=8.0)
+    assert [(bits, type(bits)) for bits in (config.nbits, config.key_bits, config.value_bits)] == [
+        (3, int),
+        (8, int),
+        (3, int),
+    ]
+
+
+def test_half_bits_are_one_more_for_the_keys():
+    for nbits, of_both in ((2.5, (3, 2)), (3.5, (4, 3))):
+        config = TurboQuantConfig(nbits=nbits)
+        assert (config.nbits, config.key_bits, config.value_bits) == (nbits, *of_both)
+        assert isinstance(config.key_bits, int) and isinstance(config.value_bits, int)
+    assert TurboQuantConfig(nbits=2.5, key_bits=8).value_bits == 2
+    assert TurboQuantConfig(nbits=3.5, value_bits=2).key_bits == 4
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_keys_and_values_have_widths_of_their_own(bits):
+    for name, other in (("key_bits", "value_bits"), ("value_bits", "key_bits")):
+        config = TurboQuantConfig(**{name: bits})
+        assert (getattr(config, name), getattr(config, other)) == (bits, 4)
+    assert (TurboQuantConfig(nbits=bits).key_bits, TurboQuantConfig(nbits=bits).value_bits) == (bits, bits)
+
+
+@pytest.mark.parametrize("bits", (0, 1, 5, 6, 7, 9, 16, -2, 1.5, 2.25, 4.5, 7.5, True, "4", None, [4], float("nan")))
+def test_other_widths_say_which_there_are(bits):
+    advice = "Take the nearest of them, or `DynamicCache` for full precision."
+    messages = {
+        "nbits": f"`nbits` must be 2, 2.5, 3, 3.5, 4 or 8, got {bits!r}. {advice}",
+        "key_bits": f"`key_bits` must be 2, 3, 4 or 8, got {bits!r}. {advice}",
+        "value_bits": f"`value_bits` must be 2, 3, 4 or 8, got {bits!r}. {advice}",
+    }
+    for name, message in messages.items():
+        # without a width of its own a role has that of both
+        if bits is None and name != "nbits":
+            continue
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            TurboQuantConfig(**{name: bits})
+
+
+@pytest.mark.parametrize("name", ("key_bits", "value_bits"))
+def test_keys_or_values_alone_have_whole_bits(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be 2, 3, 4 or 8, got 2.5"):
+        TurboQuantConfig(**{name: 2.5})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nbits": 16}, "`nbits` must be a number from 1 to 8 in steps of a quarter, got 16. Use `DynamicCache`"),
-        ({"key_bits": 0}, "`key_bits` must be a number from 1 to 8 in steps of a quarter, got 0"),
-        ({"nbits": 2.6}, "`nbits` must be a number from 1 to 8 in steps of a quarter, got 2.6"),
-        ({"nbits": True}, "`nbits` must be a number"),
-        ({"key_bits": 1.5}, "at least 2 with `key_estimator='qjl'`"),
-        ({"key_bits": 1}, "at least 2 with `key_estimator='qjl'`"),
         ({"key_estimator": "prod"}, r"`key_estimator` must be one of \('qjl', 'rescaled', 'mse'\), got 'prod'"),
         ({"value_estimator": "qjl"}, "`value_estimator` must be one of"),
         ({"sketch": "sparse"}, "`sketch` must be one of"),
@@ -34,15 +76,14 @@ def test_wrong_options_say_what_must_hold(options, message):
         TurboQuantConfig(**options)
 
 
-def test_one_bit_keys_without_a_sketch():
-    assert TurboQuantConfig(key_bits=1, key_estimator="rescaled").key_bits == 1
-
-
 def test_presets():
     assert TurboQuantConfig.from_preset("small") == TurboQuantConfig(nbits=2, key_estimator="rescaled")
     assert TurboQuantConfig.from_preset("small", value_bits=3, residual_length=64).value_bits == 3
-    paper = TurboQuantConfig.from_preset("paper-2.5")
+    bits = {name: (c.key_bits, c.value_bits) for name in PRESETS for c in [TurboQuantConfig.from_preset(name)]}
+    assert bits == {"quality": (4, 4), "balanced": (3, 3), "small": (2, 2), "cautious": (8, 4), "paper": (4, 4)}
+    paper = TurboQuantConfig.from_preset("paper", nbits=2)
     assert (paper.condition, paper.residual_length, paper.sink_length) == ("none", 0, 0)
-    assert (paper.key_bits, paper.sketch, paper.rotation) == (2.25, "gaussian", "haar")
-    with pytest.raises(ValueError, match=r"`preset` must be one of \('quality', .*'paper-3.5'\), got 'fast'"):
+    assert (paper.key_estimator, paper.value_estimator) == ("qjl", "mse")
+    assert (paper.key_bits, paper.value_bits, paper.sketch, paper.rotation) == (2, 2, "gaussian", "haar")
+    with pytest.raises(ValueError, match=r"`preset` must be one of \('quality', .*'paper'\), got 'fast'"):
         TurboQuantConfig.from_preset("fast")

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant.config import PRESETS
 from hf_turboquant.evaluation.caches import new_cache
 from hf_turboquant.evaluation.quality import Quality
 
@@ -129,7 +130,13 @@ def test_compare_quality(run, monkeypatch, tmp_path):
     import compare_quality
 
     presets = [name for name in compare_quality.candidates() if ":" in name]
-    assert presets == ["quality: rescaled 4", "balanced: rescaled 3", "small: rescaled 2"]
+    assert presets == [
+        "quality: rescaled 4",
+        "balanced: rescaled 3",
+        "small: rescaled 2",
+        "cautious: rescaled 8 for keys, 4 for values",
+    ]
+    assert compare_quality.candidates()["paper 2"] == {**PRESETS["paper"], "nbits": 2}
     some = {name: options for name, options in compare_quality.candidates().items() if name in (*presets[:1], "qjl 2")}
     monkeypatch.setattr(compare_quality, "candidates", lambda: some)
 

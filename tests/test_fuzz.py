@@ -325,8 +325,8 @@ SETTINGS = [
     {"sink_length": 3, "residual_length": 40, "key_estimator": "rescaled", "nbits": 8},
     {"sink_length": 0, "residual_length": 16, "key_estimator": "mse", "value_estimator": "mse", "condition": "center"},
     {"sink_length": 5, "residual_length": 1, "nbits": 3, "condition": "none"},
-    {"sink_length": 2, "residual_length": 0, "nbits": 8, "value_bits": 1, "condition": "center"},
-    {"sink_length": 200, "residual_length": 7, "key_estimator": "rescaled", "nbits": 1},
+    {"sink_length": 2, "residual_length": 0, "nbits": 8, "value_bits": 2, "condition": "center"},
+    {"sink_length": 200, "residual_length": 7, "key_estimator": "rescaled", "nbits": 2.5},
 ]
 
 

@@ -8,7 +8,7 @@ from hf_turboquant.packing import BLOCK, pack, plane_shapes, unpack
 
 @settings(max_examples=60, deadline=None)
 @given(
-    nbits=st.integers(1, 8),
+    nbits=st.sampled_from([2, 3, 4, 8]),
     layout=st.sampled_from(["keys", "values"]),
     head_dim=st.sampled_from([16, 24, 64, 80, 112, 576]),
     blocks=st.integers(1, 3),

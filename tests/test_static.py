@@ -390,8 +390,9 @@ def test_layers_come_from_the_config():
     assert isinstance(cache.layers[0], StaticSlidingWindowLayer) and cache.get_max_length() == 300
     assert "room for 300 tokens" in repr(cache)
     assert not TurboQuantCache(LlamaConfig(**SHAPE)).is_compileable
+    assert TurboQuantCache(LlamaConfig(**SHAPE), max_cache_len=300, nbits=2.5).is_compileable
     # what the torch reference has to do is not for CUDA graphs
-    for options in ({"nbits": 8}, {"value_bits": 5}, {"backend": "torch"}):
+    for options in ({"nbits": 8}, {"value_bits": 8}, {"backend": "torch"}):
         assert not TurboQuantCache(LlamaConfig(**SHAPE), max_cache_len=300, **options).is_compileable
 
 

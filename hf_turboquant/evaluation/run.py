@@ -182,7 +182,7 @@ def _fidelity_units(model, tokenizer, text, settings):
 
 def _claims_units(model, tokenizer, text, settings):
     width = head_dim(model.config.get_text_config(decoder=True))
-    for nbits in (4, 3, 2, 1):
+    for nbits in (4, 3, 2):
         yield f"distortion, {nbits} bits", 50, _silent(claims.distortion, nbits, width)
     for nbits in (4, 3, 2):
         for estimator, sketch in ESTIMATORS:
@@ -258,7 +258,7 @@ def _add_caches(table: Table, caches: list[dict], cells: Callable[[str], list[li
 
 def _claims_table(results: Results, settings: Settings) -> Group:
     table = _table("Distortion of random unit vectors (Algorithm 1)", "bits", "measured", "codebook", "upper bound")
-    for nbits in (4, 3, 2, 1):
+    for nbits in (4, 3, 2):
         unit = results.units[f"claims: distortion, {nbits} bits"]
         table.add_row(str(nbits), *(f"{unit[name]:.5f}" for name in ("measured", "codebook", "upper_bound")))
     products = _table("Inner products of random unit vectors", "estimator", "bits", "slope", "d × variance")

@@ -17,7 +17,7 @@ _launchers: dict[tuple, Launcher] = {}
 
 def supports(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> str | None:
     """`None` if the kernel can write to `out`, else the reason why not, in words."""
-    if quantizer.nbits not in KERNEL_BITS or not quantizer.code_bits:
+    if quantizer.nbits not in KERNEL_BITS:
         return f"the kernel reads 2, 3 and 4 bits, and the {quantizer.role} have {quantizer.nbits}"
     if quantizer.head_dim % 16 or quantizer.head_dim > 256:
         return f"the kernel takes a head_dim of 16 to 256 in steps of 16, and the {quantizer.role} have {out.shape[-1]}"

@@ -6,8 +6,8 @@ Work goes tile by tile, so that scratch memory does not grow with the sequence.
 
 import torch
 
-from ..packing import BLOCK, field_widths, pack, unpack
-from ..quantizer import ROUNDS, Quantizer
+from ..packing import BLOCK, pack, unpack
+from ..quantizer import Quantizer
 from ..storage import TokenBuffer
 
 TILE = 32 * BLOCK
@@ -32,80 +32,81 @@ def encode(states: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, di
         x = x - quantizer.mean
     if quantizer.scale is not None:
         x = x * quantizer.scale
-    z = x @ quantizer.transform.mT
-    codes, scales = [], {}
-    for part, piece in zip(quantizer.parts, _split(z, quantizer), strict=True):
-        part_codes, part_scales = _encode(piece, part)
-        codes.append(part_codes)
-        scales |= {part.prefix + name: scale for name, scale in part_scales.items()}
-    return torch.cat(codes, dim=-1) if len(codes) > 1 else codes[0], scales
+    return _encode(x @ quantizer.transform.mT, quantizer)
 
 
 def _encode(z: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     norms = torch.linalg.vector_norm(z, dim=-1)
     # a zero vector has no direction: any will do, its scale is zero
     y = (z / norms.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).nan_to_num_()
-    if quantizer.joint:
+    if quantizer.annealing is not None:
         return _encode_jointly(y, norms, quantizer)
-    codes, nearest = _nearest(y, quantizer, _stretch(y.abs(), quantizer))
+    codes, nearest = _nearest(y * _stretch(y.abs(), quantizer), quantizer)
     if quantizer.estimator == "mse":
         return codes, {"scales": norms}
     if quantizer.estimator == "rescaled":
         product = torch.linalg.vecdot(y, nearest)
         return codes, {"scales": torch.where(norms == 0, norms, norms / product)}
     residual = y - nearest
-    codes = _with_signs(codes, residual @ quantizer.sketch.mT, quantizer)
+    codes = _add_signs(codes, residual @ quantizer.sketch.mT, quantizer)
     return codes, {"scales": norms, "residual_norms": norms * torch.linalg.vector_norm(residual, dim=-1)}
 
 
-def _encode_jointly(
-    y: torch.Tensor, norms: torch.Tensor, quantizer: Quantizer
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Codes and signs chosen together, and the two scales that bring their sum closest: see [`Quantizer`]."""
-    annealing, S = quantizer.annealing, quantizer.sketch * quantizer.head_dim**0.5
-    grid, amplitude = annealing.grid, annealing.amplitude * quantizer.head_dim**-0.5
-    boundaries = (quantizer.boundaries * grid).tolist()
-    values = (quantizer.centroids.sort().values * grid).tolist()
-    gaps = [(high - low) / 2 for low, high in zip(values, values[1:], strict=False)]
-    sketch = torch.zeros_like(y)
-    for round_ in range(ROUNDS):
-        widths = annealing.widths(round_ / (ROUNDS - 1))
-        target = y - sketch
-        # boundaries lie symmetrically around zero: the ramps between levels are a sum of clamps
-        soft = torch.zeros_like(y)
-        for boundary, gap in zip(boundaries, gaps, strict=True):
-            soft += target.clamp(boundary - widths[0] * gap, boundary + widths[0] * gap)
-        over = annealing.overshoots[0]
-        soft *= (1 + over) / widths[0]
-        soft.sub_(target, alpha=over)
-        product = (y - soft) @ S.mT
-        over, reach = annealing.overshoots[1], amplitude * widths[1]
-        signs = product.clamp(-reach, reach).mul_((1 + over) / widths[1]).sub_(product, alpha=over)
-        sketch = signs @ S
+def _encode_jointly(y, norms, quantizer: Quantizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Codes and signs that are chosen together, and the scales that bring their sum closest: see [`Quantizer`]."""
+    codes, nearest, sketched, signs = _choose_jointly(y, quantizer)
+    # of norm one, as y is
+    part = signs @ quantizer.sketch
+    pairs = (nearest, nearest), (nearest, part), (y, nearest), (y, part)
+    cc, cs, yc, ys = (torch.linalg.vecdot(*pair) for pair in pairs)
+    scale, sign_scale = yc - cs * ys, cc * ys - cs * yc
+    # ⟨ẑ, z⟩ = |z|²
+    factor = norms / (scale * yc + sign_scale * ys)
+    scales = {"scales": scale * factor, "residual_norms": sign_scale * factor}
+    scales = {name: torch.where(norms == 0, norms, value) for name, value in scales.items()}
+    return _add_signs(codes, sketched, quantizer), scales
+
+
+def _choose_jointly(y: torch.Tensor, quantizer: Quantizer):
+    """Codes, their values, S (y - c) and its signs, by the rounds of `quantizer.annealing`."""
+    annealing, size = quantizer.annealing, quantizer.head_dim**-0.5
+    S = quantizer.sketch / size
+    amplitude = annealing.amplitude * size
+    values = (quantizer.centroids.sort().values * annealing.grid).tolist()
+    ramps = [((low + high) / 2, (high - low) / 2) for low, high in zip(values, values[1:], strict=False)]
+    code_overshoot, sign_overshoot = annealing.overshoots
+    part = torch.zeros_like(y)
+    for index in range(annealing.rounds):
+        progress = index / (annealing.rounds - 1)
+        code_width, sign_width = (a + (b - a) * progress for a, b in zip(annealing.first, annealing.last, strict=True))
+        target = y - part
+        # a step between two levels as a ramp is a clamp; all of them lie symmetrically around zero, so offsets cancel
+        codes = torch.zeros_like(y)
+        for middle, half in ramps:
+            codes += target.clamp(middle - code_width * half, middle + code_width * half)
+        codes = codes.mul_((1 + code_overshoot) / code_width).sub_(target, alpha=code_overshoot)
+        sketched = (y - codes) @ S.mT
+        reach = amplitude * sign_width
+        signs = sketched.clamp(-reach, reach).mul_((1 + sign_overshoot) / sign_width)
+        part = signs.sub_(sketched, alpha=sign_overshoot) @ S
     for _ in range(2):
-        codes, nearest = _nearest(y - sketch, quantizer, 1 / grid)
-        product = (y - grid * nearest) @ S.mT
-        sketch = torch.where(product >= 0, amplitude, -amplitude) @ S
-    sketch /= amplitude * quantizer.head_dim**0.5
-    cc, cs, yc, ys = (torch.linalg.vecdot(*pair) for pair in ((nearest, nearest), (nearest, sketch), (y, nearest), (y, sketch)))
-    code_scale, sign_scale = yc - cs * ys, cc * ys - cs * yc
-    found = norms / (code_scale * yc + sign_scale * ys)
-    scales = {"scales": code_scale * found, "residual_norms": sign_scale * found}
-    scales = {name: torch.where(norms == 0, norms, scale) for name, scale in scales.items()}
-    return _with_signs(codes, product, quantizer), scales
+        codes, nearest = _nearest((y - part) / annealing.grid, quantizer)
+        sketched = (y - annealing.grid * nearest) @ S.mT
+        signs = torch.where(sketched >= 0, 1.0, -1.0)
+        part = amplitude * signs @ S
+    return codes, nearest, sketched, signs
 
 
-def _with_signs(codes: torch.Tensor, product: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    return codes | ((product >= 0).to(torch.uint8) << quantizer.code_bits)
+def _add_signs(codes: torch.Tensor, sketched: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    return codes | ((sketched >= 0).to(torch.uint8) << quantizer.code_bits)
 
 
-def _nearest(y: torch.Tensor, quantizer: Quantizer, stretch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and values of the centroids nearest to `stretch` · y."""
-    rank = _rank(y.abs() * stretch, quantizer)
-    if len(quantizer.boundaries):
-        # a codebook is symmetric
-        positive = len(quantizer.boundaries) // 2
-        rank = torch.where(y > 0, rank + positive + 1, positive - rank)
+def _nearest(y: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and values of the nearest centroids."""
+    rank = _rank(y.abs(), quantizer)
+    # a codebook is symmetric
+    positive = len(quantizer.boundaries) // 2
+    rank = torch.where(y > 0, rank + positive + 1, positive - rank)
     codes = quantizer.ranks_to_codes[rank]
     return codes, quantizer.centroids[codes.int()]
 
@@ -136,21 +137,15 @@ def _stretch(size: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     return best
 
 
-def decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer) -> torch.Tensor:
+def decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer: Quantizer) -> torch.Tensor:
     """The inverse of [`encode`] up to quantisation, still transformed and centred: ẑ, fp32, of the shape of `codes`."""
-    parts = zip(quantizer.parts, _split(codes, quantizer), strict=True)
-    decoded = [_decode(piece, scales, part) for part, piece in parts]
-    return torch.cat(decoded, dim=-1) if len(decoded) > 1 else decoded[0]
-
-
-def _decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer: Quantizer) -> torch.Tensor:
-    norms = scales[quantizer.prefix + "scales"].float().unsqueeze(-1)
+    norms = scales["scales"].float().unsqueeze(-1)
     if quantizer.estimator != "qjl":
         return quantizer.centroids[codes.int()] * norms
     signs = (codes >> quantizer.code_bits).float() * 2 - 1
     nearest = quantizer.centroids[(codes & (2**quantizer.code_bits - 1)).int()]
     nearest *= norms
-    return nearest + (signs @ quantizer.sketch) * scales[quantizer.prefix + "residual_norms"].float().unsqueeze(-1)
+    return nearest + (signs @ quantizer.sketch) * scales["residual_norms"].float().unsqueeze(-1)
 
 
 def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) -> None:
@@ -162,12 +157,11 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) ->
         if offset:
             # the block that is partly filled is read, completed and written again: exact, codes are integers
             started = {name: plane[:, :, first : first + 1] for name, plane in _planes(buffer).items()}
-            started = _unpack(started, quantizer)
+            started = unpack(started, quantizer.nbits, quantizer.role, quantizer.head_dim)
             codes = torch.cat([started[:, :, :offset], codes], dim=2)
         codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[2] % BLOCK))
-        for part, piece in zip(quantizer.parts, _split(codes, quantizer), strict=True):
-            for name, plane in pack(piece, part.nbits, part.role).items():
-                buffer[part.prefix + name][:, :, first : first + plane.shape[2]] = plane
+        for name, plane in pack(codes, quantizer.nbits, quantizer.role).items():
+            buffer[name][:, :, first : first + plane.shape[2]] = plane
         for name, scale in scales.items():
             # a view, not `flatten`: a copy would swallow the write
             by_token = buffer[name].view(*buffer[name].shape[:2], -1)
@@ -214,7 +208,7 @@ def codes_of(buffer: TokenBuffer, quantizer: Quantizer, start: int, stop: int):
     """Codes and scales of tokens `start` to `stop`, as [`encode`] returns them (scales in their stored dtype)."""
     blocks = slice(start // BLOCK, -(-stop // BLOCK))
     planes = {name: plane[:, :, blocks] for name, plane in _planes(buffer).items()}
-    codes = _unpack(planes, quantizer)
+    codes = unpack(planes, quantizer.nbits, quantizer.role, quantizer.head_dim)
     offset = blocks.start * BLOCK
     scales = {
         name: tensor.flatten(2)[:, :, start:stop] for name, tensor in buffer.tensors.items() if "plane" not in name
@@ -300,10 +294,7 @@ def _pieces(query, states, scaling, softcap):
         values = states.exact["values"][:, :, run].float()
         yield position, finish(rows @ states.exact["keys"][:, :, run].float().mT), values, False
     turned = (rows if quantizer.scale is None else rows / quantizer.scale) @ quantizer.dual.mT
-    turned = [
-        (piece, None if part.sketch is None else piece @ part.sketch.mT)
-        for part, piece in zip(quantizer.parts, _split(turned, quantizer), strict=True)
-    ]
+    sketched = None if quantizer.sketch is None else turned @ quantizer.sketch.mT
     offset = 0.0 if quantizer.mean is None else (rows * quantizer.mean).sum(-1, keepdim=True)
     length = states.quantized
     for start in range(0, length, TILE):
@@ -311,20 +302,18 @@ def _pieces(query, states, scaling, softcap):
         key_codes, value_codes = (
             codes_of(states.codes[role], states.quantizers[role], start, stop) for role in ("keys", "values")
         )
-        codes, scales = key_codes
-        parts = zip(turned, _split(codes, quantizer), quantizer.parts, strict=True)
-        logits = sum(_score(*pair, piece, scales, part) for pair, piece, part in parts) + offset
+        logits = _score(turned, sketched, *key_codes, quantizer) + offset
         yield states.sink_length + start, finish(logits), decode(*value_codes, states.quantizers["values"]), True
 
 
 def _score(turned, sketched, codes, scales, quantizer) -> torch.Tensor:
     """⟨q', ẑ⟩ = s ⟨q', c⟩ + |z| |r| ⟨κS q', signs⟩ with q' = A⁻ᵀ q: the query is turned and sketched once."""
     nearest = quantizer.centroids[(codes & (2**quantizer.code_bits - 1)).int()]
-    logits = (turned @ nearest.mT) * scales[quantizer.prefix + "scales"].float().unsqueeze(-2)
+    logits = (turned @ nearest.mT) * scales["scales"].float().unsqueeze(-2)
     if sketched is None:
         return logits
     signs = (codes >> quantizer.code_bits).float() * 2 - 1
-    return logits + (sketched @ signs.mT) * scales[quantizer.prefix + "residual_norms"].float().unsqueeze(-2)
+    return logits + (sketched @ signs.mT) * scales["residual_norms"].float().unsqueeze(-2)
 
 
 def _mask(logits, attention_mask, is_causal, start, kv_len) -> torch.Tensor:
@@ -428,16 +417,3 @@ def _as_channels(pairs: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
 
 def _planes(buffer: TokenBuffer) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in buffer.tensors.items() if "plane" in name}
-
-
-def _unpack(planes: dict[str, torch.Tensor], quantizer) -> torch.Tensor:
-    codes = []
-    for part in quantizer.parts:
-        own = {f"plane{width}": planes[f"{part.prefix}plane{width}"] for width in field_widths(part.nbits)}
-        codes.append(unpack(own, part.nbits, part.role, part.head_dim))
-    return torch.cat(codes, dim=-1) if len(codes) > 1 else codes[0]
-
-
-def _split(coordinates: torch.Tensor, quantizer) -> tuple[torch.Tensor, ...]:
-    """The coordinates, codes or turned queries of each part of the quantizer."""
-    return coordinates.split([part.head_dim for part in quantizer.parts], dim=-1)
