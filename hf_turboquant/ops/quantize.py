@@ -9,6 +9,7 @@ import triton.language as tl
 from ..config import KERNEL_BITS
 from ..packing import BLOCK, plane_shapes
 from ..quantizer import Quantizer
+from ..search import Annealing
 from ..storage import TokenBuffer
 from .launch import DTYPES, INTERPRETED, on_other_device, run
 from .quantize_kernels import quantize_kernel
@@ -130,7 +131,10 @@ def _prepare(quantizer: Quantizer, dtype: torch.dtype, tile: int):
         for x in (quantizer.transform, quantizer.mean, quantizer.scale):
             # those that all heads share have a stride of zero
             by_head += (None, 0) if x is None else (x.contiguous(), x[0].numel() if len(x) > 1 else 0)
-        sketch = None if quantizer.sketch is None else quantizer.sketch.contiguous()
+        sketch = quantizer.sketch
+        if quantizer.annealing is not None:
+            # entries of size one, for 16 bits
+            sketch = (sketch * quantizer.head_dim).to(torch.float32 if INTERPRETED else torch.float16)
         constants = (*by_head, sketch, quantizer.boundaries, quantizer.centroids)
         prepared[dtype, tile] = planes, constants, *_specify(quantizer, dtype, tile)
     return prepared[dtype, tile]
@@ -139,11 +143,13 @@ def _prepare(quantizer: Quantizer, dtype: torch.dtype, tile: int):
 def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple, dict]:
     head_dim = quantizer.head_dim
     padded = triton.next_power_of_2(head_dim)
-    operand = sketch_operand = tl.float32
+    operand = tl.float32
+    # the search needs no more, and only the sign of a sketch counts
+    sketch_operand = tl.float32 if INTERPRETED or (tile == 1 and quantizer.annealing is None) else tl.float16
     precision = "ieee"
     if not INTERPRETED and tile > 1:
         # three products in tf32 are as good as fp32
-        precision, sketch_operand = "tf32x3", tl.float16
+        precision = "tf32x3"
         if quantizer.scale is None or dtype != torch.float16:
             # states are exact in their own dtype, and the matrix nearly so as the sum of two; a scale may take it out
             # of fp16's range
@@ -164,6 +170,7 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
         precision,
         len(quantizer.stretches),
         *(quantizer.stretches[:2] or (1.0, 1.0)),
+        _flat(quantizer.annealing),
     )
     # two programs share a multiprocessor where registers and shared memory allow
     exact = operand != tl.float32
@@ -171,3 +178,10 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
     options = {"num_warps": 4 if small else 8, "num_stages": 1}
     # one object for equal specifications: its id is part of the key
     return _specifications.setdefault(specification, specification), options
+
+
+def _flat(annealing: Annealing | None) -> tuple | None:
+    if annealing is None:
+        return None
+    fields = annealing.first, annealing.last, annealing.overshoots
+    return annealing.grid, annealing.amplitude, *(x for pair in fields for x in pair), annealing.rounds

@@ -144,6 +144,98 @@ def _stretch(
 
 
 @triton.jit
+def _soft_codes(target, centroids, unit, width, CODE_BITS: tl.constexpr):
+    """Sum over all boundaries of clamps around them, a ramp of `width` half distances each, in units of 1 / `unit`."""
+    HALF: tl.constexpr = 1 << (CODE_BITS - 1)
+    SMALLEST: tl.constexpr = 0 if CODE_BITS == 4 else HALF
+    lowest = tl.load(centroids + SMALLEST) * unit
+    out = tl.clamp(target, -width * lowest, width * lowest)
+    if HALF > 1:
+        # boundaries lie symmetrically around zero, so |target| meets half of them
+        size = tl.abs(target)
+        total = tl.zeros(target.shape, tl.float32)
+        offset = 0.0
+        for i in tl.static_range(1, HALF):
+            low = tl.load(centroids + SMALLEST + i - 1) * unit
+            high = tl.load(centroids + SMALLEST + i) * unit
+            start = (low + high - width * (high - low)) / 2
+            total += tl.clamp(size, start, start + width * (high - low))
+            offset += start
+        total -= offset
+        out += tl.where(target < 0, -total, total)
+    return out
+
+
+@triton.jit
+def _sketch_rows(x, matrix, T: tl.constexpr):
+    """x Sᵀ: of rows `[T, DP]` as rows, of one row as a column, so that the matrix serves both ways as it lies."""
+    if T == 1:
+        return tl.sum(matrix.to(tl.float32) * x, axis=1)[:, None]
+    return tl.dot(x.to(matrix.dtype), tl.trans(matrix), input_precision="ieee")
+
+
+@triton.jit
+def _unsketch(signs, matrix, T: tl.constexpr):
+    """signs S, the way back of `_sketch_rows`."""
+    if T == 1:
+        return tl.sum(matrix.to(tl.float32) * signs, axis=0)[None, :]
+    return tl.dot(signs.to(matrix.dtype), matrix, input_precision="ieee")
+
+
+@triton.jit
+def _chosen_jointly(
+    y, valid, sketch, boundaries, centroids, CODE_BITS: tl.constexpr, ANNEALING: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """
+    Codes (int32, with the sign of the sketch) and the two scales of unit vectors y `[T, DP]`: see
+    `reference._choose_jointly`. Here y has norm √d, so that 16 bits hold everything that is searched well enough.
+    """
+    GRID: tl.constexpr = ANNEALING[0]
+    AMPLITUDE: tl.constexpr = ANNEALING[1]
+    ROUNDS: tl.constexpr = ANNEALING[8]
+    size: tl.constexpr = D**0.5
+    dims, _ = _dims(tl.arange(0, DP), D, DP)
+    mask = valid[:, None] & valid[None, :]
+    # S √d: entries of size one
+    matrix = tl.load(sketch + dims[:, None] * D + dims[None, :], mask=mask, other=0.0).to(OPERAND)
+    y = (y * size).to(OPERAND)
+    part = tl.zeros((T, DP), tl.float32)
+    for index in range(ROUNDS):
+        progress = index * (1.0 / (ROUNDS - 1))
+        code_width = ANNEALING[2] + (ANNEALING[4] - ANNEALING[2]) * progress
+        sign_width = ANNEALING[3] + (ANNEALING[5] - ANNEALING[3]) * progress
+        target = y.to(tl.float32) - part
+        soft = _soft_codes(target, centroids, size * GRID, code_width, CODE_BITS)
+        soft = soft * ((1 + ANNEALING[6]) / code_width) - target * ANNEALING[6]
+        # √d times what it is in an orthonormal basis
+        sketched = _sketch_rows(y.to(tl.float32) - soft, matrix, T)
+        reach = AMPLITUDE * sign_width * size
+        signs = tl.clamp(sketched, -reach, reach) * ((1 + ANNEALING[7]) / sign_width) - sketched * ANNEALING[7]
+        part = _unsketch(signs * (1 / size), matrix, T) * (1 / size)
+    for _ in tl.static_range(2):
+        codes, nearest = _nearest((y.to(tl.float32) - part) * (1 / (size * GRID)), boundaries, centroids, CODE_BITS)
+        sketched = _sketch_rows(y.to(tl.float32) - nearest * (size * GRID), matrix, T)
+        signs = tl.where(sketched >= 0, 1.0, -1.0)
+        part = _unsketch(signs, matrix, T) * (AMPLITUDE / size)
+    y = y.to(tl.float32) * (1 / size)
+    # both of norm one
+    part = tl.where(valid[None, :], part * (1 / (AMPLITUDE * size)), 0.0)
+    nearest = tl.where(valid[None, :], nearest, 0.0)
+    cc = tl.sum(nearest * nearest, axis=1)
+    cs = tl.sum(nearest * part, axis=1)
+    yc = tl.sum(y * nearest, axis=1)
+    ys = tl.sum(y * part, axis=1)
+    scale = yc - cs * ys
+    sign_scale = cc * ys - cs * yc
+    norm = scale * yc + sign_scale * ys
+    if T == 1:
+        sketched = tl.trans(sketched)
+    codes = tl.where(sketched >= 0, codes | (1 << CODE_BITS), codes)
+    return codes, scale / norm, sign_scale / norm
+
+
+@triton.jit
 def _merge(pointers, packed, mask, shared):
     # bits 0-7 of `packed` are new, bits 8-15 say which of them count; the others belong to earlier tokens
     old = tl.load(pointers, mask=mask & (tl.zeros((1, 1), tl.int32) < shared), other=0).to(tl.int32)
@@ -232,6 +324,7 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
     SKETCH_OPERAND: tl.constexpr = SPEC[7]
     PRECISION: tl.constexpr = SPEC[8]
     STRETCHES: tl.constexpr = SPEC[9]
+    ANNEALING: tl.constexpr = SPEC[12]
     CODE_BITS: tl.constexpr = NBITS if sketch is None else NBITS - 1
 
     batch, head = sequence // heads, sequence % heads
@@ -257,38 +350,41 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
     # a zero vector has no direction: any will do, its scale is zero
     y = z * (1 / tl.maximum(norm, 1.1754943508222875e-38))[:, None]
     _, valid = _dims(tl.arange(0, DP), D, DP)
-    if STRETCHES > 0:
-        # from here on the norm of y is `stretch`
-        stretch = _stretch(y, valid, boundaries, centroids, CODE_BITS, STRETCHES, SPEC[10], SPEC[11])
-        y *= stretch[:, None]
-    codes, nearest = _nearest(y, boundaries, centroids, CODE_BITS)
-    scale = norm
-    if ESTIMATOR == "rescaled":
-        product = tl.sum(y * nearest, axis=1)
-        if STRETCHES > 0:
-            product /= stretch
-        scale = norm / tl.where(norm == 0, 1.0, product)
-    elif STRETCHES > 0:
-        norm /= stretch
-        nearest = tl.where(valid[None, :], nearest, 0.0)
-        factor = tl.sum(y * nearest, axis=1) / tl.sum(nearest * nearest, axis=1)
-        scale = norm * factor
-        nearest *= factor[:, None]
     scale_offset = block * 128 + base + tl.arange(0, T)
+    if ANNEALING is not None:
+        codes, scale, second_scale = _chosen_jointly(
+            y, valid, sketch, boundaries, centroids, CODE_BITS, ANNEALING, T, D, DP, SKETCH_OPERAND
+        )
+        # ⟨ẑ, z⟩ = |z|²; what a vector without a direction has found may be anything
+        scale = tl.where(norm == 0, 0.0, scale * norm)
+        second_scale = tl.where(norm == 0, 0.0, second_scale * norm)
+    else:
+        if STRETCHES > 0:
+            # from here on the norm of y is `stretch`
+            stretch = _stretch(y, valid, boundaries, centroids, CODE_BITS, STRETCHES, SPEC[10], SPEC[11])
+            y *= stretch[:, None]
+        codes, nearest = _nearest(y, boundaries, centroids, CODE_BITS)
+        scale = norm
+        if ESTIMATOR == "rescaled":
+            product = tl.sum(y * nearest, axis=1)
+            if STRETCHES > 0:
+                product /= stretch
+            scale = norm / tl.where(norm == 0, 1.0, product)
+        if sketch is not None:
+            r = tl.where(valid[None, :], y - nearest, 0.0)
+            # the y of a vector whose squares vanish may be huge
+            second_scale = tl.where(norm == 0, 0.0, norm * tl.sqrt_rn(tl.sum(r * r, axis=1)))
+            if DP == 256:
+                left, right = _halves(r, T, DP)
+                product = _sketched(left, sketch, 0, 128, T, D, DP, SKETCH_OPERAND, PRECISION)
+                product += _sketched(right, sketch, 128, 128, T, D, DP, SKETCH_OPERAND, PRECISION)
+            else:
+                product = _sketched(r, sketch, 0, DP, T, D, DP, SKETCH_OPERAND, PRECISION)
+            codes = tl.where(product >= 0, codes | (1 << CODE_BITS), codes)
     tl.store(scales + scale_offset, scale.to(scales.dtype.element_ty, fp_downcast_rounding="rtne"), mask=has_token)
     if sketch is not None:
-        r = tl.where(valid[None, :], y - nearest, 0.0)
-        # the y of a vector whose squares vanish may be huge
-        residual_norm = tl.where(norm == 0, 0.0, norm * tl.sqrt_rn(tl.sum(r * r, axis=1)))
-        residual_norm = residual_norm.to(residual_norms.dtype.element_ty, fp_downcast_rounding="rtne")
-        tl.store(residual_norms + scale_offset, residual_norm, mask=has_token)
-        if DP == 256:
-            left, right = _halves(r, T, DP)
-            product = _sketched(left, sketch, 0, 128, T, D, DP, SKETCH_OPERAND, PRECISION)
-            product += _sketched(right, sketch, 128, 128, T, D, DP, SKETCH_OPERAND, PRECISION)
-        else:
-            product = _sketched(r, sketch, 0, DP, T, D, DP, SKETCH_OPERAND, PRECISION)
-        codes = tl.where(product >= 0, codes | (1 << CODE_BITS), codes)
+        second_scale = second_scale.to(residual_norms.dtype.element_ty, fp_downcast_rounding="rtne")
+        tl.store(residual_norms + scale_offset, second_scale, mask=has_token)
 
     # positive if bytes of this tile hold earlier tokens too
     if T == 128:
