@@ -170,16 +170,20 @@ def _soft_codes(target, centroids, unit, width, CODE_BITS: tl.constexpr):
 def _sketch_rows(x, matrix, T: tl.constexpr):
     """x Sᵀ: of rows `[T, DP]` as rows, of one row as a column, so that the matrix serves both ways as it lies."""
     if T == 1:
-        return tl.sum(matrix.to(tl.float32) * x, axis=1)[:, None]
-    return tl.dot(x.to(matrix.dtype), tl.trans(matrix), input_precision="ieee")
+        out = tl.sum(matrix.to(tl.float32) * x, axis=1)[:, None]
+    else:
+        out = tl.dot(x.to(matrix.dtype), tl.trans(matrix), input_precision="ieee")
+    return out
 
 
 @triton.jit
 def _unsketch(signs, matrix, T: tl.constexpr):
     """signs S, the way back of `_sketch_rows`."""
     if T == 1:
-        return tl.sum(matrix.to(tl.float32) * signs, axis=0)[None, :]
-    return tl.dot(signs.to(matrix.dtype), matrix, input_precision="ieee")
+        out = tl.sum(matrix.to(tl.float32) * signs, axis=0)[None, :]
+    else:
+        out = tl.dot(signs.to(matrix.dtype), matrix, input_precision="ieee")
+    return out
 
 
 @triton.jit
