@@ -17,8 +17,8 @@ from .config import PRESETS, TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
-from .pretrained import load_cache, model_fields, save_cache
 from .rotary import rotary_frequencies
+from .saving import load_cache, model_fields, save_cache
 from .static import TurboQuantStaticLayer
 
 

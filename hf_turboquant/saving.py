@@ -6,30 +6,42 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, PreTrainedConfig, cache_utils
 
-from .snapshot import layer_state
+from .conditioning import outcome
+from .config import TurboQuantConfig
+from .hybrid import TurboQuantHybridLayer
+from .layer import ROLES, TurboQuantLayer
+from .static import TurboQuantStaticLayer
 
-FORMAT, FORMAT_VERSION = "hf_turboquant cache", 2
+FORMAT, FORMAT_VERSION = "hf_turboquant cache", 3
 HEADER, TENSORS = "cache.json", "cache.safetensors"
+# what a saved cache says of its model, to be told from another
+MODEL_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+MODEL_FIELDS += ("head_dim", "vocab_size", "layer_types")
+# what makes a layer and tells it from others of its kind; and what a layer has from its first tokens on
+ARGUMENTS = ("sliding_window", "number_of_states", "max_cache_len")
+FIRST_TOKENS = {"dtype", "device", "indexer_dtype", "indexer_device"}
+FIRST_TOKENS |= {"batch_size", "num_heads", "k_head_dim", "v_head_dim"}
+# the layers that can be saved: ours and those of transformers; what models bring along may keep anything
+_THEIRS = {*cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values(), *cache_utils.STATIC_LAYER_TYPE_MAPPING.values()}
+_THEIRS = {kind for kind in _THEIRS if kind.__module__ == cache_utils.__name__}
+_OURS = {TurboQuantLayer, TurboQuantStaticLayer, TurboQuantHybridLayer}
+SAVED_LAYERS = {kind.__name__: kind for kind in _THEIRS | _OURS}
+# what conditioning leaves of itself in the keys' quantiser, by its outcome
+CONDITIONED = {"center": {"mean"}, "attention": {"mean", "scale"}}
 
 
-def save(folder: str | Path, layers: list, about: dict) -> None:
-    """
-    Writes the layers to `folder`: to a temporary one beside it, which then takes its name.
-
-    Args:
-        folder (`str` or `Path`): new, empty, or a saved cache, which is replaced.
-        layers (`list`): of a [`TurboQuantCache`].
-        about (`dict`): what the json shall say of the cache itself.
-
-    Raises:
-        `ValueError`: `folder` holds something else, or a layer holds what cannot be saved. Nothing is written then.
-    """
+def save_cache(cache, folder: str | Path) -> None:
+    """[`TurboQuantCache.save_pretrained`]: everything goes to a folder beside `folder`, which then takes its name."""
     folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {HEADER, TENSORS}):
         raise ValueError(
@@ -39,19 +51,20 @@ def save(folder: str | Path, layers: list, about: dict) -> None:
         # raises unless it is ours
         _read_header(folder)
     tensors: dict[str, torch.Tensor] = {}
-    states = [_encode(layer_state(layer), f"layers.{index}", tensors) for index, layer in enumerate(layers)]
+    layers = [_encode(_state(layer, index), f"layers.{index}", tensors) for index, layer in enumerate(cache.layers)]
     # the package imports this file before it knows its version
     from . import __version__
 
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "hf_turboquant": __version__, **about}
-    header["layers"] = states
-    header["tensors"] = {name: _describe(tensor) for name, tensor in tensors.items()}
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "hf_turboquant": __version__}
+    # negative indices need a model to count from its end
+    header["options"] = {**asdict(cache.options), "skip_layers": sorted(cache.skipped)}
+    header |= {"model": cache.model_fields, "layers": layers}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
         new, old = Path(work, "new"), Path(work, "old")
         new.mkdir()
         save_file(tensors, new / TENSORS)
-        header["tensors_sha256"] = _file_sha256(new / TENSORS)
+        header["tensors_sha256"] = _tensors_sha256(new)
         header["sha256"] = _sha256(header)
         (new / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
         # safetensors makes files that only their owner can read
@@ -66,32 +79,210 @@ def save(folder: str | Path, layers: list, about: dict) -> None:
             raise
 
 
-def read(folder: str | Path, device: torch.device) -> tuple[dict, Iterator[dict]]:
-    """
-    What the json says of the cache, and the states of its layers for `restore_layer`: they come to `device` singly.
-
-    Raises:
-        `ValueError`: `folder` is no saved cache, one of another format, or not as it was written.
-    """
-    folder = Path(folder)
+@torch.inference_mode(False)
+def load_cache(cls, folder: str | Path, config: PreTrainedConfig | None, device: torch.device | str | None):
+    """[`TurboQuantCache.from_pretrained`]. Tensors are ordinary ones, whatever mode this is called in."""
+    folder, device = Path(folder), torch.device(device or "cpu")
     header = _read_header(folder)
     if header["format_version"] < FORMAT_VERSION:
         raise ValueError(
             f"The format of {folder} must be {FORMAT_VERSION}, got {header['format_version']}, as hf_turboquant "
             f"{header.get('hf_turboquant')} wrote it. Prefill the text again and save that, or install that release."
         )
-    with refusing(folder):
-        found = _file_sha256(folder / TENSORS)
-        if found != header["tensors_sha256"]:
+    with _refusing(folder):
+        if (found := _tensors_sha256(folder)) != header["tensors_sha256"]:
             raise ValueError(f"{TENSORS} must have the sha256 {header['tensors_sha256']}, got {found}")
         tensors = load_file(folder / TENSORS)
-        if {name: _describe(tensor) for name, tensor in tensors.items()} != header["tensors"]:
-            raise ValueError(f"{TENSORS} must hold the tensors that {HEADER} names, got others")
-        return header, (_decode(state, tensors, device) for state in header["layers"])
+        options = TurboQuantConfig(**header["options"])
+        # layers come from the folder: a capacity would ask for the model's config to make them
+        cache = cls(None, **asdict(replace(options, max_cache_len=None)))
+        cache.options, cache.model_fields = options, header["model"] and dict(header["model"])
+        # one layer after the other goes to the device
+        cache.layers = [
+            _new_layer(options, index, **_decode(state, tensors, device))
+            for index, state in enumerate(header["layers"])
+        ]
+    if cache.model_fields is not None:
+        cache.layer_class_to_replicate = None
+    if config is not None:
+        _check_model(cache, folder, config)
+    return cache
+
+
+def model_fields(config: PreTrainedConfig) -> dict:
+    """What tells a model from another, as json has it."""
+    # not by attribute: where layers differ, the config refuses to name one value for all of them
+    text = config.get_text_config(decoder=True).to_dict()
+    return json.loads(json.dumps({name: text.get(name) for name in MODEL_FIELDS}, default=str))
+
+
+def _check_model(cache, folder: Path, config: PreTrainedConfig) -> None:
+    def kind(layer) -> tuple:
+        return type(layer).__name__, *(getattr(layer, name, None) for name in ARGUMENTS)
+
+    fields, count = model_fields(config), len(DynamicCache(config=config).layers)
+    compared = [(name, held, fields.get(name)) for name, held in (cache.model_fields or {}).items()]
+    # fields come and go between releases of transformers
+    compared = [pair for pair in compared if None not in pair] + [("number of layers", len(cache.layers), count)]
+    if len(cache.layers) == count:
+        pairs = zip(cache.layers, type(cache)(config, **asdict(cache.options)).layers, strict=True)
+        compared += [(f"layer {i}", kind(held), kind(given)) for i, (held, given) in enumerate(pairs)]
+    for what, held, given in compared:
+        if held != given:
+            raise ValueError(
+                f"`config` must be of the model whose tokens {folder} holds: its {what} is {held}, got {given}. Load "
+                "it with that model, or prefill the text again with this one."
+            )
+
+
+def _state(layer, index: int) -> dict:
+    """Kind, fields and tokens of a layer, once all of these have come to where the layer keeps them."""
+    if SAVED_LAYERS.get(type(layer).__name__) is not type(layer):
+        raise ValueError(
+            f"Every layer must be one of {sorted(SAVED_LAYERS)} to be saved, got {type(layer).__name__} at "
+            f"layer {index}: it may keep tokens in ways of its own. Prefill the text again instead."
+        )
+    fields, tokens = vars(layer), None
+    if isinstance(layer, TurboQuantLayer):
+        layer.come_to_rest()
+        layer.measure()
+        # of a recurrent part all; the rest is tokens or made anew
+        kept = {"frequencies", *vars(cache_utils.LinearAttentionLayer())}
+        fields = {name: value for name, value in fields.items() if name in kept}
+        tokens = _tokens(layer) if layer.is_initialized else None
+    return {"kind": type(layer).__name__, "fields": fields, "tokens": tokens}
+
+
+def _tokens(layer: TurboQuantLayer) -> dict:
+    """What `_restore` takes."""
+    length, quantized = layer.length, layer.codes["keys"].length
+    condition, provisional = layer.condition, getattr(layer, "provisional", None)
+    # a static layer knows before the first code what would hold for it
+    provisional = outcome(provisional) if condition is None and provisional is not None else None
+    # where statistics were degenerate, what is there changes nothing
+    kept = CONDITIONED.get(condition or provisional, ())
+
+    def stored(role: str) -> dict[str, torch.Tensor]:
+        # in the order of the sequence; slots that hold no token stay behind
+        sinks, buffer = min(layer.config.sink_length, length), layer.codes[role]
+        exact = [*layer.exact.pieces(role, 0, sinks), *layer.exact.pieces(role, sinks + quantized, length)]
+        codes = {name: tensor[:, :, : -(-quantized // buffer.block)] for name, tensor in buffer.tensors.items()}
+        return {"exact": torch.cat([layer.exact[role][:, :, :0], *exact], dim=2), **codes}
+
+    return {
+        "length": length,
+        "quantized": quantized,
+        "stored": {role: stored(role) for role in ROLES},
+        "condition": condition,
+        "provisional": provisional,
+        "learned": {name: getattr(layer.quantizers["keys"], name) for name in kept},
+        "query_energy": layer.query_energy,
+        "constants": {role: _probe(quantizer) for role, quantizer in layer.quantizers.items()},
+    }
+
+
+def _new_layer(options: TurboQuantConfig, index: int, kind: str, fields: dict, tokens: dict | None):
+    """A layer in the state that `_state` told; `ValueError` if that contradicts itself or the options."""
+    kind, given = SAVED_LAYERS[kind], {name: fields[name] for name in ARGUMENTS if name in fields}
+    # the window of a layer of static capacity is that capacity
+    theirs = {"sliding_window": given.get("max_cache_len"), **given}
+    layer = kind(options, index, **given) if kind in _OURS else kind(**theirs)
+    for name, value in fields.items():
+        if name not in {*vars(layer), *FIRST_TOKENS}:
+            raise ValueError(f"{kind.__name__} must have a field `{name}`, and has none in this transformers")
+        setattr(layer, name, value)
+    if options.max_cache_len is not None:
+        # CUDA graphs need not copy what stays where it is
+        for tensor in tree_leaves(fields):
+            if isinstance(tensor, torch.Tensor):
+                torch._dynamo.mark_static_address(tensor)
+    if tokens is not None:
+        _restore(layer, **tokens)
+    return layer
+
+
+def _restore(layer, length, quantized, stored, condition, provisional, learned, query_energy, constants) -> None:
+    sinks, window, room = layer.config.sink_length, layer.config.residual_length, layer.config.max_cache_len
+    layer.lazy_initialization(*(stored[role]["exact"][:, :, :0] for role in ROLES))
+    batch, heads, _, head_dim = stored["keys"]["exact"].shape
+    recent = length - min(sinks, length) - quantized
+    fits = room is None or (length <= room and quantized <= layer.codes["keys"].capacity)
+    _must(fits and 0 <= quantized and 0 <= recent <= window, "length", f"{length}, {quantized} of them quantised")
+    layer.exact.reserve(min(length, sinks + window), limit=sinks + window)
+    for role in ROLES:
+        buffer, blocks = layer.codes[role], -(-quantized // layer.codes[role].block)
+        expected = {name: (t.dtype, (batch, heads, blocks, *t.shape[3:])) for name, t in buffer.tensors.items()}
+        expected["exact"] = layer.dtype, (batch, heads, length - quantized, layer.exact[role].shape[3])
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored[role].items()}
+        _must(found == expected, f"tokens of {role}", found)
+        # another machine's rounding passes, another stream does not
+        probes = zip(constants[role], _probe(layer.quantizers[role]), strict=True)
+        same = all(abs(held - made) < 1e-3 for held, made in probes)
+        _must(same, f"rotation and codebook of {role}", "others from the same seed")
+        buffer.reserve(quantized, limit=quantized)
+        buffer.length, exact = quantized, stored[role].pop("exact")
+        for name, tensor in stored[role].items():
+            buffer[name][:, :, :blocks] = tensor
+        layer.exact.write(role, 0, exact[:, :, :sinks])
+        layer.exact.write(role, sinks + quantized, exact[:, :, sinks:])
+    known, found = condition or provisional, {name: tuple(tensor.shape) for name, tensor in learned.items()}
+    _must(found == dict.fromkeys(CONDITIONED.get(known, ()), (heads, 1, head_dim)), f"what {known!r} learned", found)
+    if query_energy is not None:
+        _must(query_energy.shape == (heads, head_dim), "query_energy", list(query_energy.shape))
+    layer.length, layer.found, layer.query_energy = length, condition, query_energy
+    if isinstance(layer, TurboQuantStaticLayer):
+        layer.provisional = provisional
+        layer._condition(learned.get("mean"), learned.get("scale"))
+        layer._count()
+    else:
+        layer.quantizers = {**layer.quantizers, "keys": replace(layer.quantizers["keys"], **learned)}
+
+
+def _probe(quantizer) -> list[float]:
+    """A few sums that change with any number of the rotation, the sketch or the codebook: a rough checksum."""
+    x = torch.arange(1, quantizer.head_dim + 1, dtype=torch.float64).cos()
+    matrices = [m.double().cpu() for m in (quantizer.transform[0], quantizer.sketch) if m is not None]
+    centroids = quantizer.centroids.double().cpu()
+    return [*(float(x.sin() @ matrix @ x) for matrix in matrices), float(centroids.abs() @ centroids.exp())]
+
+
+def _must(holds: bool, what: str, got) -> None:
+    if not holds:
+        raise ValueError(f"{what} must fit the rest of the layer, got {got}")
+
+
+def _encode(tree, name: str, tensors: dict[str, torch.Tensor]):
+    """`tree` as json; its tensors go to `tensors` by name."""
+    if isinstance(tree, dict):
+        return {key: _encode(value, f"{name}.{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_encode(value, f"{name}.{index}", tensors) for index, value in enumerate(tree)]
+    if isinstance(tree, torch.Tensor):
+        # a copy, because safetensors refuses tensors that share memory
+        tensors[name] = tree.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        return f"$tensor {name}"
+    if isinstance(tree, (torch.dtype, torch.device)):
+        return f"${type(tree).__name__} {str(tree).removeprefix('torch.')}"
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    raise ValueError(f"`{name}` must be a tensor or a plain value to be saved, got {type(tree).__name__}.")
+
+
+def _decode(tree, tensors: dict[str, torch.Tensor], device: torch.device):
+    if isinstance(tree, dict):
+        # recurrent states are counted; json has no integers for keys
+        return {int(k) if k.isdigit() else k: _decode(value, tensors, device) for k, value in tree.items()}
+    if isinstance(tree, list):
+        return [_decode(value, tensors, device) for value in tree]
+    what, _, name = tree.partition(" ") if isinstance(tree, str) else (None, None, None)
+    if what == "$tensor":
+        # out of the file's memory, where tensors may begin at odd bytes
+        return tensors[name].to(device, copy=True)
+    return getattr(torch, name) if what == "$dtype" else device if what == "$device" else tree
 
 
 @contextmanager
-def refusing(folder: str | Path) -> Iterator[None]:
+def _refusing(folder: Path) -> Iterator[None]:
     """What wrong contents lead to becomes one error; a machine out of memory or without a device keeps its own."""
     try:
         yield
@@ -102,46 +293,8 @@ def refusing(folder: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _encode(tree, name: str, tensors: dict[str, torch.Tensor]):
-    """`tree` as json; its tensors go to `tensors` by name."""
-    if isinstance(tree, torch.Tensor):
-        # a copy, because safetensors refuses tensors that share memory
-        tensors[name] = tree.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        return {"$tensor": name}
-    if isinstance(tree, dict):
-        items = {key: _encode(value, f"{name}.{key}", tensors) for key, value in tree.items()}
-        # json has no integers for keys
-        return items if all(isinstance(key, str) for key in items) else {"$items": list(items.items())}
-    if isinstance(tree, list):
-        return [_encode(value, f"{name}.{index}", tensors) for index, value in enumerate(tree)]
-    if isinstance(tree, torch.dtype):
-        return {"$dtype": str(tree).removeprefix("torch.")}
-    if isinstance(tree, torch.device):
-        return {"$device": None}
-    if tree is None or isinstance(tree, (bool, int, float, str)):
-        return tree
-    raise ValueError(f"`{name}` must be a tensor or a plain value to be saved, got {type(tree).__name__}.")
-
-
-def _decode(tree, tensors: dict[str, torch.Tensor], device: torch.device):
-    if isinstance(tree, list):
-        return [_decode(value, tensors, device) for value in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if "$tensor" in tree:
-        # out of the file's memory, where tensors may begin at odd bytes
-        return tensors[tree["$tensor"]].to(device, copy=True)
-    if "$items" in tree:
-        return {key: _decode(value, tensors, device) for key, value in tree["$items"]}
-    if "$dtype" in tree:
-        return getattr(torch, tree["$dtype"])
-    if "$device" in tree:
-        return device
-    return {key: _decode(value, tensors, device) for key, value in tree.items()}
-
-
 def _read_header(folder: Path) -> dict:
-    with refusing(folder):
+    with _refusing(folder):
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         if header["format"] != FORMAT:
             raise ValueError(f"`format` must be {FORMAT!r}, got {header['format']!r}")
@@ -151,14 +304,10 @@ def _read_header(folder: Path) -> dict:
             f"The format of {folder} must be at most {FORMAT_VERSION}, got {header['format_version']}. Upgrade "
             f"hf_turboquant: it was written by {header.get('hf_turboquant')}."
         )
-    with refusing(folder):
+    with _refusing(folder):
         if header["sha256"] != _sha256(header):
             raise ValueError(f"{HEADER} must be as it was written, got one that was changed")
     return header
-
-
-def _describe(tensor: torch.Tensor) -> list:
-    return [str(tensor.dtype), list(tensor.shape)]
 
 
 def _sha256(header: dict) -> str:
@@ -166,9 +315,5 @@ def _sha256(header: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+def _tensors_sha256(folder: Path) -> str:
+    return hashlib.sha256(np.memmap(folder / TENSORS, mode="r")).hexdigest()

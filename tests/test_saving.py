@@ -106,10 +106,11 @@ def same(cache, other):
 
 
 @pytest.mark.parametrize("with_config", (True, False))
+@pytest.mark.parametrize("capacity", (None, 400))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_loaded_cache_goes_on_as_the_saved_one(family, with_config, tmp_path):
+def test_a_loaded_cache_goes_on_as_the_saved_one(family, capacity, with_config, tmp_path):
     model = make_model(family)
-    cache = prefilled(model)
+    cache = prefilled(model, max_cache_len=capacity)
     cache.save_pretrained(tmp_path / "saved")
     loaded = TurboQuantCache.from_pretrained(tmp_path / "saved", config=model.config if with_config else None)
     assert repr(loaded) == repr(cache) and "conditioned" in repr(loaded)
@@ -122,10 +123,11 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(family, with_config, tmp_path):
     assert not torch.equal(go_on(model, loaded), go_on(model, TurboQuantCache(model.config)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_another_process_writes_the_same_tokens(family, tmp_path):
+@pytest.mark.parametrize("family, capacity", [*((family, None) for family in FAMILIES), ("llama", 180)])
+def test_another_process_writes_the_same_tokens(family, capacity, tmp_path):
+    """With a capacity, decode steps are compiled in both."""
     model = make_model(family)
-    cache = prefilled(model)
+    cache = prefilled(model, max_cache_len=capacity)
     cache.save_pretrained(tmp_path / "saved")
     ids = torch.cat([tokens(150), tokens(7)], dim=1)
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12)
@@ -166,6 +168,56 @@ def test_every_length(lengths, crop, options, tmp_path):
             each.layers[0].settle()
     assert loaded.layers[0].codes["keys"].length == cache.layers[0].codes["keys"].length
     assert same(loaded, cache)
+
+
+@pytest.mark.parametrize("lengths", [(7,), (20,), (150,), (300,)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"residual_length": 0, "sink_length": 0}, {"condition": "none"}], ids=str)
+def test_every_length_of_static_capacity(lengths, options, tmp_path):
+    """What a layer knows before its first code, codes, a crop; and the room that is left."""
+    cache = filled(*lengths, max_cache_len=310, **options)
+    cache.save_pretrained(tmp_path / "first")
+    cache.crop(-5)
+    cache.save_pretrained(tmp_path / "saved")
+    loaded = TurboQuantCache.from_pretrained(tmp_path / "saved")
+    assert loaded.options == cache.options and loaded.get_max_length() == 310
+    assert loaded.layers[0].arena.shape == cache.layers[0].arena.shape
+    assert len({int(each.get_seq_length()) for each in (loaded, cache)}) == 1 and same(loaded, cache)
+    # one at a time, as compiled steps do: nobody asks a step for its conditioning
+    for each in (loaded, cache):
+        for token in torch.randn(2, 2, 2, 15, 32, generator=torch.Generator().manual_seed(1)).split(1, dim=3):
+            each.update(*token, 0)
+        each.layers[0].measure()
+    assert same(loaded, cache) and loaded.layers[0].condition == cache.layers[0].condition
+    assert loaded.layers[0].codes["keys"].length == cache.layers[0].codes["keys"].length
+    with pytest.raises(ValueError, match="max_cache_len=310"):
+        loaded.update(*torch.randn(2, 2, 2, 300, 32), 0)
+    assert TurboQuantCache.from_pretrained(tmp_path / "first").get_seq_length() == sum(lengths)
+
+
+def test_more_tokens_than_the_capacity_are_refused(tmp_path):
+    filled(150, max_cache_len=300).save_pretrained(tmp_path)
+    for capacity in (149, 140):
+        in_options("max_cache_len", capacity)(tmp_path)
+        with pytest.raises(ValueError, match="length must fit the rest of the layer, got 150"):
+            TurboQuantCache.from_pretrained(tmp_path)
+    in_options("max_cache_len", 150)(tmp_path)
+    assert TurboQuantCache.from_pretrained(tmp_path).get_seq_length() == 150
+    # codes need not be more than tokens to be more than there is room for
+    in_tokens("quantized", 146)(tmp_path)
+    with pytest.raises(ValueError, match="must fit the rest of the layer"):
+        TurboQuantCache.from_pretrained(tmp_path)
+
+
+def test_what_is_loaded_in_inference_mode_can_be_written_to_outside(tmp_path):
+    for capacity in (None, 300):
+        cache = filled(150, max_cache_len=capacity, skip_layers=(1,))
+        cache.save_pretrained(tmp_path / "saved")
+        with torch.inference_mode():
+            loaded = TurboQuantCache.from_pretrained(tmp_path / "saved")
+        for each in (cache, loaded):
+            for layer in range(2):
+                each.update(*torch.ones(2, 2, 2, 30, 32), layer)
+        assert same(loaded, cache)
 
 
 def test_queries_seen_before_the_first_code_are_kept(tmp_path):
@@ -277,8 +329,7 @@ def rewritten(folder, change, tensors=None):
     header = json.loads((folder / saving.HEADER).read_text())
     if tensors is not None:
         save_file(tensors, folder / saving.TENSORS)
-        header["tensors_sha256"] = saving._file_sha256(folder / saving.TENSORS)
-        header["tensors"] = {name: saving._describe(tensor) for name, tensor in tensors.items()}
+        header["tensors_sha256"] = saving._tensors_sha256(folder)
     change(header)
     header["sha256"] = saving._sha256(header)
     (folder / saving.HEADER).write_text(json.dumps(header))
@@ -320,13 +371,23 @@ def in_tensor(name, change):
     return apply
 
 
+def without_tensor(name):
+    def apply(folder):
+        tensors = load_file(folder / saving.TENSORS)
+        del tensors[name]
+        rewritten(folder, lambda header: None, tensors)
+
+    return apply
+
+
 def pickled(folder):
     torch.save({"a": torch.zeros(1)}, folder / saving.TENSORS)
-    rewritten(folder, lambda h: h.update(tensors_sha256=saving._file_sha256(folder / saving.TENSORS)))
+    rewritten(folder, lambda h: h.update(tensors_sha256=saving._tensors_sha256(folder)))
 
 
-SCALES = "layers.1.tokens.codes.keys.scales"
-EXACT = "layers.1.tokens.exact.values"
+SCALES = "layers.1.tokens.stored.keys.scales"
+EXACT = "layers.1.tokens.stored.values.exact"
+MEAN = "layers.1.tokens.learned.mean"
 CORRUPTIONS = {
     "constants missing": (in_tokens("constants", {"keys": [], "values": []}), "as `save_pretrained` writes it"),
     "cut off": (cut, "must have the sha256"),
@@ -338,31 +399,29 @@ CORRUPTIONS = {
     "no tensors": (lambda f: (f / saving.TENSORS).unlink(), "No such file"),
     "foreign json": (in_header("format", "safetensors index"), "`format` must be 'hf_turboquant cache', got 'safe"),
     "pickle": (pickled, "as `save_pretrained` writes it"),
-    "newer format": (in_header("format_version", 3), "must be at most 2, got 3.*Upgrade hf_turboquant"),
-    "older format": (in_header("format_version", 1), "must be 2, got 1, .* Prefill the text again"),
+    "newer format": (in_header("format_version", 4), "must be at most 3, got 4.*Upgrade hf_turboquant"),
+    "older format": (in_header("format_version", 2), "must be 3, got 2, .* Prefill the text again"),
     "format of no kind": (in_header("format_version", "one"), "as `save_pretrained` writes it"),
     "unknown option": (in_options("bits_of_mind", 3), "bits_of_mind"),
     "option out of range": (in_options("nbits", 99), "`nbits` must be 2, .* or 8, got 99"),
-    "other widths": (in_options("key_bits", 4), "codes of keys must fit"),
+    "other widths": (in_options("key_bits", 4), "tokens of keys must fit"),
     "other seed": (in_options("seed", 6), "rotation and codebook of keys must fit"),
     "other rotation": (in_options("rotation", "haar"), "rotation and codebook of keys must fit"),
-    "length": (in_tokens("length", 149), "exact keys must fit"),
+    "length": (in_tokens("length", 149), "tokens of keys must fit"),
     "negative length": (in_tokens("length", -150), "length must fit"),
-    "codes": (in_tokens("quantized", 129), "length must fit|exact keys must fit"),
+    "codes": (in_tokens("quantized", 129), "length must fit|tokens of keys must fit"),
     "length and codes": (in_tokens("quantized", 1300), "length must fit"),
     "length no number": (in_tokens("length", "150"), "as `save_pretrained` writes it"),
-    "condition": (in_tokens("condition", "center"), "scale must fit"),
-    "unknown condition": (in_tokens("condition", "magic"), "mean must fit"),
-    "no mean": (in_tokens("mean", None), "mean must fit"),
+    "condition": (in_tokens("condition", "center"), "what 'center' learned must fit"),
+    "unknown condition": (in_tokens("condition", "magic"), "what 'magic' learned must fit"),
+    "no mean": (in_tokens("learned", {}), "what 'attention' learned must fit"),
     "unknown tokens": (in_tokens("channels", None), "unexpected keyword argument 'channels'"),
-    "scales of another dtype": (in_tensor(SCALES, lambda t: t.float()), "codes of keys must fit"),
-    "scales of fewer blocks": (in_tensor(SCALES, lambda t: t[:, :, 1:].contiguous()), "codes of keys must fit"),
-    "exact tokens gone": (in_tensor(EXACT, lambda t: t[:, :, 1:].contiguous()), "exact values must fit"),
-    "exact values of another dtype": (in_tensor(EXACT, lambda t: t.half()), "exact values must fit"),
-    "tensor undeclared": (
-        lambda f: rewritten(f, lambda header: header["tensors"].pop(SCALES)),
-        "must hold the tensors that cache.json names",
-    ),
+    "scales of another dtype": (in_tensor(SCALES, lambda t: t.float()), "tokens of keys must fit"),
+    "scales of fewer blocks": (in_tensor(SCALES, lambda t: t[:, :, 1:].contiguous()), "tokens of keys must fit"),
+    "exact tokens gone": (in_tensor(EXACT, lambda t: t[:, :, 1:].contiguous()), "tokens of values must fit"),
+    "exact values of another dtype": (in_tensor(EXACT, lambda t: t.half()), "tokens of values must fit"),
+    "mean of other heads": (in_tensor(MEAN, lambda t: t[:1].contiguous()), "what 'attention' learned must fit"),
+    "tensor missing": (without_tensor(SCALES), f"KeyError: '{SCALES}'"),
     "unknown layer": (
         lambda f: rewritten(f, lambda header: header["layers"][0].update(kind="OddLayer")),
         "OddLayer",
@@ -395,7 +454,7 @@ def test_corruption(corruption, saved, tmp_path):
 def test_a_cache_of_an_older_format_is_replaced(saved, tmp_path):
     for path in saved.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    in_header("format_version", 1)(tmp_path)
+    in_header("format_version", 2)(tmp_path)
     cache = filled(150)
     cache.save_pretrained(tmp_path)
     assert same(TurboQuantCache.from_pretrained(tmp_path), cache)

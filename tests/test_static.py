@@ -367,15 +367,12 @@ def test_what_cannot_be_compiled_says_so(implementation, tokens):
             step(torch.full((1, tokens), 5), past_key_values=cache)
 
 
-def test_what_a_static_cache_refuses(tmp_path):
+def test_what_a_static_cache_refuses():
     config = LlamaConfig(**SHAPE)
     cache = TurboQuantCache(config, max_cache_len=300)
     cache.update(*states(150), 0)
     with pytest.raises(ValueError, match="stay on its device"):
         cache.layers[0].offload()
-    with pytest.raises(ValueError, match="max_cache_len=300"):
-        cache.save_pretrained(tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
     with pytest.raises(ValueError, match="model.config"):
         TurboQuantCache(max_cache_len=300)
     for bad in (0, -1, 2.5, True):
