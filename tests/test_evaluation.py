@@ -11,7 +11,7 @@ from load_model import default_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_turboquant import TurboQuantCache, cli
-from hf_turboquant.evaluation import caches, claims, fidelity, load, names, needle, plots, quality, run
+from hf_turboquant.evaluation import caches, claims, fidelity, load, needle, plots, quality, run
 from hf_turboquant.evaluation.results import Results
 
 TINY = {
@@ -41,7 +41,7 @@ def test_specs():
         (2, "qjl", 0),
         (2, "mse", 0),
     ]
-    assert caches.label(found[0]) == "turboquant 4 bits qjl residual_length=0"
+    assert caches.label(found[0]) == "turboquant 4 bits qjl, window 0"
     assert caches.parse("dynamic") == [{"cache": "dynamic"}]
     for spec in ("other:nbits=4", "turboquant:nbits", "turboquant:=4"):
         with pytest.raises(ValueError, match="KIND:OPTION=VALUE"):
@@ -53,13 +53,19 @@ def named(*specs):
 
 
 def test_what_caches_share_is_said_once():
-    found = names.arranged(named(*load.PRESETS["estimators"]))
-    assert [(head, len(members)) for head, members in found] == [
+    many = named(*load.PRESETS["estimators"])
+    found = {}
+    for row in caches.rows(many):
+        found.setdefault(row.head, []).append(row)
+    assert [(head, len(members)) for head, members in found.items()] == [
         ("turboquant, values 8 bits, plain, window 32, 0 sinks", 12),
         ("turboquant, keys 8 bits rescaled, plain, window 32, 0 sinks", 6),
         ("turboquant", 15),
     ]
-    rows = [[name.row for name, _ in members] for _, members in found]
+    # every cache has its row, whose label is that of its results
+    assert sorted(row.label for row in caches.rows(many)) == sorted(map(caches.label, many))
+    assert len({row.line for row in caches.rows(many)}) == 11 and {row.bits for row in caches.rows(many)} == set("432")
+    rows = [[row.text for row in members] for members in found.values()]
     assert rows[0][0] == "keys 4 bits mse" and "keys 2 bits qjl gaussian" in rows[0]
     assert rows[1][-1] == "values 2 bits rescaled" and rows[2][1] == "4 bits mse, centred"
     for group in rows:
@@ -67,9 +73,10 @@ def test_what_caches_share_is_said_once():
         assert len(set(group)) == len(group) and max(map(len, group)) < 28
     # where little is shared there are no heads
     few = named("turboquant:nbits=4/2,key_estimator=rescaled", "quanto:nbits=4,axis_key=0/-1", "fp8")
-    assert [head for head, _ in names.arranged(few[:2] + few[-1:])] == [""]
-    assert names.names(few[:1])[0].row == "turboquant 4 bits rescaled"
-    assert [name.line for name in names.names(named("turboquant:nbits=4/2,residual_length=32"))] == ["by bits"] * 2
+    assert {row.head for row in caches.rows(few[:2] + few[-1:])} == {""}
+    assert caches.rows(few[:1])[0].text == "turboquant 4 bits rescaled"
+    found = caches.rows(named("turboquant:nbits=4/2,residual_length=32"))
+    assert [(row.line, row.bits) for row in found] == [("turboquant, window 32", bits) for bits in "42"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +114,9 @@ def test_plots_of_few_and_many_caches(tiny, tmp_path, specs, lines):
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in drawn}
     assert len(looks) == lines
     assert all(axis.get_window_extent().height > figure.bbox.height / 2 for axis in figure.axes)
+    assert [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()] == list(
+        dict.fromkeys(row.line for row in caches.rows(found))
+    )
     for legend in [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]:
         box = legend.get_window_extent()
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
@@ -176,7 +186,7 @@ def test_integers_of_hqq(tiny):
 def test_tokens_that_an_integer_cache_cannot_hold(tiny, kind, package):
     pytest.importorskip(package)
     options = {"cache": kind, "nbits": 4, "q_group_size": 10_000}
-    with pytest.raises(ValueError, match=f"{kind} 4 bits q_group_size=10000 cannot hold these tokens"):
+    with pytest.raises(ValueError, match=f"{kind} 4 bits, q_group_size 10000 cannot hold these tokens"):
         quality.measure(tiny, torch.randint(0, 97, (1, 64)), [options], prefill=48)
 
 

@@ -1,14 +1,13 @@
-"""Speed of one layer's cache in the shape of a model, and of the model itself: full against compressed."""
+"""Speed: how anything is timed here, one layer's cache in the shape of a model, and the model itself."""
 
-import platform
+import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
-import transformers
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -18,15 +17,17 @@ from torch.utils.benchmark import Timer
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .. import __version__
 from ..cache import TurboQuantCache
 from ..config import TurboQuantConfig
 from ..estimate import Estimate
 from ..layer import TurboQuantLayer
+from .caches import label
+from .load import machine
 
 COLUMNS = ("context", "cache", "attention", "×", "GB/s", "of copy", "step", "×", "prefill")
 # the fastest that takes a call is the baseline
-BACKENDS = (None, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+FLASH, CUDNN, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+BACKENDS = (None, FLASH, CUDNN, EFFICIENT)
 
 
 def median_ms(function: Callable[[], object], seconds: float = 0.3) -> float:
@@ -49,14 +50,56 @@ def steps_ms(start: Callable[[], Callable[[], object]], most: int, seconds: floa
         timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
         one = timer.timeit(1).mean
         times.append(timer.timeit(max(1, min(most, int(seconds / one)))).mean)
-    return sorted(times)[repeats // 2] * 1e3
+    return statistics.median(times) * 1e3
 
 
-def copy_bandwidth(device: torch.device, nbytes: int = 2**27) -> float:
-    """Bytes per second, read and written, of a copy of `nbytes`."""
-    source = torch.randn(nbytes // 4, device=device)
+def call_ms(function: Callable[[], object]) -> tuple[float, float]:
+    """Times of one call on a GPU that has nothing else to do: until all is done, and what the host needs of it."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    launched = time.perf_counter()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3, (launched - start) * 1e3
+
+
+def graph_us(functions: Sequence[Callable[[], object]], inner: int = 1, repeats: int = 15) -> float:
+    """
+    Median time of one of `functions` by replays of a CUDA graph that holds all of them, `inner` times over: the GPU's
+    time alone. So that nothing is found in L2, they should work on tensors of their own.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for function in functions:
+            function()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for function in [*functions] * inner:
+                function()
+        times_ms = []
+        for _ in range(repeats + 3):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times_ms.append(start.elapsed_time(stop))
+    # the first ones warm up
+    return statistics.median(times_ms[3:]) * 1e3 / (len(functions) * inner)
+
+
+def copy_bandwidth(device: torch.device | str, nbytes: int | None = None) -> float:
+    """Bytes per second, read and written, of a copy of `nbytes` on `device`, the current one if it is a GPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    source = torch.randn((nbytes or 2 ** (29 if on_gpu else 27)) // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * nbytes / median_ms(lambda: torch.mul(source, 2.0, out=target)) * 1e3
+
+    def copy():
+        # a kernel of torch: its `copy_` between tensors of one type leaves the copy to the driver, which is slower
+        torch.mul(source, 2.0, out=target)
+
+    return 2 * source.nbytes / (graph_us([copy], inner=4) * 1e-6 if on_gpu else median_ms(copy) * 1e-3)
 
 
 def best_attention_ms(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> float:
@@ -114,8 +157,7 @@ def layer_times(shape: dict, context: int, options: dict | None, device: torch.d
     token = [state[:, :, :1].clone() for state in states]
     prefill_ms = median_ms(filled)
     # left to itself torch may take cuDNN, which makes a plan for every new length: most of a step on an H100
-    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(others) if device.type == "cuda" else nullcontext():
+    with sdpa_kernel([FLASH, EFFICIENT, SDPBackend.MATH]) if device.type == "cuda" else nullcontext():
         # so few that the context stays what it is said to be
         step_ms = steps_ms(steps, max(1, context // 100))
     layer = filled()
@@ -142,6 +184,13 @@ def layer_shape(config, batch: int) -> dict:
     ((kv_heads, key_dim), (_, value_dim)), _ = shapes.most_common(1)[0]
     heads = config.get_text_config(decoder=True).num_attention_heads
     return {"batch": batch, "heads": heads, "kv_heads": kv_heads, "key_dim": key_dim, "value_dim": value_dim}
+
+
+def generation(model, context: int, tokens: int, caches: list[dict]) -> dict[str, float]:
+    """Tokens per second of `generate`, by cache: see [`generate_rate`]."""
+    made = {"full": DynamicCache(config=model.config)}
+    made |= {label(options): TurboQuantCache(model.config, **options) for options in caches}
+    return {name: generate_rate(model, cache, context, tokens) for name, cache in made.items()}
 
 
 def generate_rate(model, cache, context: int, tokens: int) -> float:
@@ -171,10 +220,7 @@ def benchmark(config, contexts: list[int], batch: int, caches: list[dict], devic
         config (`PreTrainedConfig`): the model's; no weights are needed.
         caches (`list[dict]`): options of [`TurboQuantConfig`], one for each.
     """
-    device = torch.device(device)
-    shape = layer_shape(config, batch)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "hf_turboquant": __version__}
+    device, shape = torch.device(device), layer_shape(config, batch)
     # torch waits for the current device and no other
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         rows = [
@@ -183,57 +229,32 @@ def benchmark(config, contexts: list[int], batch: int, caches: list[dict], devic
             for options in (None, *caches)
         ]
         copy = copy_bandwidth(device)
-    conditions = {
-        "device": name,
-        "device_type": device.type,
-        "dtype": str(dtype),
-        **versions,
-        "threads": torch.get_num_threads(),
-        **shape,
-    }
-    return {"conditions": {**conditions, "copy_bytes_per_s": copy}, "rows": rows}
+    conditions = {**machine(device), "device_type": device.type, "dtype": str(dtype)}
+    conditions |= {"threads": torch.get_num_threads(), **shape, "copy_bytes_per_s": copy}
+    return {"conditions": conditions, "rows": rows}
 
 
 def show(found: dict) -> None:
     """The times as a table, ratios to the full cache at the same context."""
-    console = Console()
-    conditions = dict(found["conditions"])
+    console, conditions = Console(), dict(found["conditions"])
     copy = conditions.pop("copy_bytes_per_s")
     console.print(", ".join(f"{name} {value}" for name, value in conditions.items()) + f", copy {copy / 1e9:.0f} GB/s")
     console.print(
         "One layer, one query: median ms, host time included. step: append and attention; prefill: what all tokens at "
-        "once cost the cache. full: the fastest of torch's attention kernels."
+        "once cost the cache. full: the fastest of torch's attention kernels.\n"
+        "One cache is read again and again: what fits the processor's own can be faster than a copy."
     )
-    console.print("One cache is read again and again: what fits the processor's own can be faster than a copy.")
     if conditions["device_type"] != "cuda":
         console.print("Without a GPU the torch reference attends to codes: that saves memory, not time.")
     table, full = Table(*COLUMNS, box=box.SIMPLE), None
     for row in found["rows"]:
         full = row if row["options"] is None else full
-        rate = row["bytes"] / row["attention_ms"] * 1e3
-        ratios = [full[name] / row[name] for name in ("attention_ms", "step_ms")]
-        cells = [
-            f"{row['context']:,}",
-            _label(row["options"]),
-            f"{row['attention_ms']:.3f}",
-            f"{ratios[0]:.2f}",
-            f"{rate / 1e9:.1f}",
-        ]
-        cells += [f"{rate / copy:.0%}", f"{row['step_ms']:.3f}", f"{ratios[1]:.2f}", f"{row['prefill_ms']:.1f}"]
+        name, rate = "full" if row is full else label(row["options"]), row["bytes"] / row["attention_ms"] * 1e3
+        attention, step = (f"{full[key] / row[key]:.2f}" for key in ("attention_ms", "step_ms"))
+        cells = [f"{row['context']:,}", name, f"{row['attention_ms']:.3f}", attention, f"{rate / 1e9:.1f}"]
+        cells += [f"{rate / copy:.0%}", f"{row['step_ms']:.3f}", step, f"{row['prefill_ms']:.1f}"]
         table.add_row(*cells)
     console.print(table)
     for context, rates in found.get("tokens_per_s", {}).items():
         texts = [f"{name} {rate:.1f}" for name, rate in rates.items()]
         console.print(f"generate after {context:,} tokens, tokens per second: {', '.join(texts)}")
-
-
-def generation(model, context: int, tokens: int, caches: list[dict]) -> dict[str, float]:
-    """Tokens per second of `generate`, by cache."""
-    rates = {_label(None): generate_rate(model, DynamicCache(config=model.config), context, tokens)}
-    for options in caches:
-        rates[_label(options)] = generate_rate(model, TurboQuantCache(model.config, **options), context, tokens)
-    return rates
-
-
-def _label(options: dict | None) -> str:
-    return "full" if options is None else " ".join(str(value) for value in options.values())

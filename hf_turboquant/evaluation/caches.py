@@ -2,15 +2,22 @@
 
 import itertools
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, QuantizedCache
 
 from ..cache import TurboQuantCache
 from ..layer import TurboQuantLayer
+from ..memory import layer_memory
 from ..rotary import head_dim
 
 KINDS = ("turboquant", "dynamic", "quanto", "hqq", "fp8")
+# how options are said, in this order; those that are missing follow under their own names
+_WORDS = {"cache": "{}", "nbits": "{} bits", "key_bits": ", keys {} bits", "key_estimator": "{}", "sketch": "{}"}
+_WORDS |= {"value_bits": ", values {} bits", "value_estimator": "{}", "condition": ", {}"}
+_WORDS |= {"residual_length": ", window {}", "sink_length": ", {} sinks"}
+_CONDITIONS = {"none": "plain", "center": "centred", "attention": "conditioned"}
 
 
 def parse(spec: str) -> list[dict]:
@@ -40,13 +47,62 @@ def _value(text: str):
     return text
 
 
-def label(options: dict) -> str:
-    """A name for people: `"turboquant 4 bits qjl"`, what is not usual behind it."""
-    rest = {name: value for name, value in options.items() if name not in ("cache", "nbits", "key_estimator")}
-    words = [options.get("cache", "turboquant")]
-    words += [f"{options['nbits']} bits"] if "nbits" in options else []
-    words += [options["key_estimator"]] if "key_estimator" in options else []
-    return " ".join([*words, *(f"{name}={value}" for name, value in rest.items())])
+def label(options: dict, chosen: set[str] | None = None) -> str:
+    """What people and results call a cache, or the chosen ones of its options: `"turboquant 4 bits qjl, window 32"`."""
+    options = {"cache": "turboquant", **options}
+    words = []
+    for name in [*_WORDS, *(name for name in options if name not in _WORDS)]:
+        if name in options and (chosen is None or name in chosen):
+            value = _CONDITIONS.get(options[name], options[name]) if name == "condition" else options[name]
+            words.append(_WORDS.get(name, f", {name} {{}}").format(value))
+    return " ".join(words).replace(" ,", ",").removeprefix(", ")
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    A cache among those that it is compared with.
+
+    Args:
+        head (`str`): what the caches of its group share; empty where `text` says it all.
+        text (`str`): what tells this cache from the others of its group.
+        line (`str`): head and text without bits; caches of one line differ in bits alone.
+        bits (`str`): those that `line` leaves out: `"4"`, or `"4/2"` where keys and values have their own.
+        label (`str`): identifies its results.
+    """
+
+    head: str
+    text: str
+    line: str
+    bits: str
+    label: str
+
+
+def rows(caches: list[dict]) -> list[Row]:
+    """A [`Row`] for each of the caches, by groups: what many share with each other is said once."""
+    groups: dict[tuple, list[dict]] = {}
+    for options in caches:
+        # keys alone and values alone are two comparisons, though both give bits for both
+        options = {"cache": "turboquant", **options}
+        kind = options["cache"], frozenset(options) - {"key_estimator", "sketch", "condition"}
+        groups.setdefault(kind, []).append(options)
+    shared = {
+        kind: {name for name in members[0] if all(name in o and o[name] == members[0][name] for o in members)}
+        for kind, members in groups.items()
+    }
+    # the kind alone heads a group where others have more to say
+    some = any(names - {"cache", "nbits", "key_estimator"} for names in shared.values())
+    found = []
+    for kind, members in groups.items():
+        heads = shared[kind] if some and len(members) > 1 else set()
+        for options in members:
+            own = set(options) - heads
+            bits = own & {"nbits", "key_bits", "value_bits"} - (shared[kind] - {"nbits"})
+            head, line = label(options, heads) if heads else "", label(options, own - bits)
+            line = ", ".join(part for part in (head, line) if part)
+            widths = "/".join(str(options[name]) for name in sorted(bits))
+            found.append(Row(head, label(options, own), line, widths, label(options)))
+    return found
 
 
 def new_cache(config, options: dict):
@@ -66,10 +122,9 @@ def new_cache(config, options: dict):
     options = dict(options)
     kind = options.pop("cache", "turboquant")
     if kind in ("turboquant", "dynamic"):
+        make = TurboQuantCache if kind == "turboquant" else DynamicCache
         try:
-            return (
-                TurboQuantCache(config, **options) if kind == "turboquant" else DynamicCache(config=config, **options)
-            )
+            return make(config=config, **options)
         except TypeError as error:
             raise ValueError(f"A {kind} cache must be given options that it has: {error}.") from None
     if kind != "fp8":
@@ -120,24 +175,36 @@ def held_bits(tree) -> int:
     return sum(8 * t.numel() * (min(t.itemsize, 2) if t.is_floating_point() else t.itemsize) for t in _tensors(tree))
 
 
-def bits_per_coordinate(cache) -> float:
+def bits_per_coordinate(cache, with_exact: bool = False) -> float:
     """
-    Bits in all, scales and zero points included, of a coordinate that is held in codes: exact tokens and spare capacity
-    are left out, and scales count two bytes, as a 16-bit model keeps them (where they are wider by design they count in
-    full). 16 for full precision.
+    Bits in all, scales and zero points included, of a coordinate that is held in codes, or `with_exact` of all
+    coordinates: exact ones, in windows and elsewhere, take 16 bits, as in a 16-bit model. Spare capacity is left out,
+    and scales count two bytes, as such a model keeps them (where they are wider by design they count in full).
     """
-    bits = coordinates = 0
+    bits = coordinates = exact = 0
     for layer in cache.layers:
+        if not getattr(layer, "is_initialized", False):
+            continue
         if isinstance(layer, TurboQuantLayer):
-            for role, buffer in layer.codes.items():
-                heads, dim = layer.exact[role].shape[1], layer.exact[role].shape[3]
-                bits += 8 * buffer.used_nbytes
-                coordinates += layer.exact[role].shape[0] * heads * dim * buffer.length
-        elif getattr(layer, "_quantized_keys", None) is not None:
-            for states in (layer._quantized_keys, layer._quantized_values):
-                bits += held_bits(states)
-                coordinates += layer._dequantize(states).numel()
+            held = layer_memory(layer)
+            bits += 8 * (held.codes_bytes + held.scales_bytes)
+            exact += held.exact_bytes // layer.dtype.itemsize
+            coordinates += (held.full_bytes - held.other_bytes - held.exact_bytes) // layer.dtype.itemsize
+        else:
+            quantized = [vars(layer)[name] for name in ("_quantized_keys", "_quantized_values") if name in vars(layer)]
+            bits += held_bits(quantized)
+            coordinates += sum(_shape(states).numel() for states in quantized)
+            exact += sum(vars(layer)[name].numel() for name in ("keys", "values") if name in vars(layer))
+    if with_exact or not coordinates:
+        bits, coordinates = bits + 16 * exact, coordinates + exact
     return bits / coordinates if coordinates else 16.0
+
+
+def _shape(states) -> torch.Size:
+    """Of the states that quantised ones stand for: HQQ's come with a description, fp8's with a scale."""
+    if not isinstance(states, tuple):
+        return states.shape
+    return torch.Size(states[1]["shape"]) if isinstance(states[1], dict) else states[0].shape
 
 
 def _tensors(tree):

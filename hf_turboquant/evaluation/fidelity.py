@@ -1,6 +1,6 @@
 """Attention through a compressed cache, layer by layer, on the keys, values and queries of a real text."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,16 +14,8 @@ from .caches import named, new_cache
 QUERIES = 16
 
 
-@dataclass(frozen=True, eq=False)
-class LayerInputs:
-    """
-    What one layer's attention computes with.
-
-    Args:
-        layer_idx (`int`): index of the layer in the model.
-        query (`torch.Tensor`): of shape `[1, num_attention_heads, tokens, head_dim]`.
-        keys, values (`torch.Tensor`): of shape `[1, num_key_value_heads, tokens, head_dim]`.
-    """
+class LayerInputs(NamedTuple):
+    """What one layer's attention computes with: tensors of shape `[1, heads, tokens, head_dim]`."""
 
     layer_idx: int
     query: torch.Tensor
@@ -45,10 +37,7 @@ class _RecordingLayer(TurboQuantLayer):
 @torch.inference_mode()
 def capture(model, ids: torch.Tensor) -> list[LayerInputs]:
     """
-    Queries, keys and values of the layers that a `TurboQuantCache` compresses.
-
-    Args:
-        ids (`torch.Tensor`): token ids of shape `[1, tokens]`.
+    Queries, keys and values of the layers that a `TurboQuantCache` compresses, for token ids of shape `[1, tokens]`.
 
     Raises:
         `ValueError`: the queries cannot be seen.
@@ -74,10 +63,6 @@ def compare(config, inputs: LayerInputs, options: dict, length: int) -> dict[str
 
     Only tokens that a cache with default options holds in codes are compared, for every kind of cache: sinks and recent
     tokens are exact, and would flatter.
-
-    Args:
-        config (`PreTrainedConfig`): the model's.
-        options (`dict`): of the cache, see [`caches.new_cache`].
 
     Returns:
         `cosine` of the logits over tokens, mean over queries; `top1` and `top5`, how often the token with the largest

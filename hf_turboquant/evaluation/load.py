@@ -1,10 +1,13 @@
 """From what a user types to a model, a text and settings."""
 
+import platform
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .. import __version__
 from .caches import label, new_cache, parse
 
 # as in the measurements of the project: a block of 32 tokens sees itself exactly, and all that came before in codes
@@ -103,6 +106,14 @@ def place(dtype: str | None = None, device: str | None = None) -> tuple[str, tor
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise ValueError(f"--dtype must be a floating-point type of torch such as bfloat16, got {dtype!r}.")
     return device, found
+
+
+def machine(device: torch.device | str) -> dict[str, str]:
+    """Where something was measured, and with which versions."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    versions = {"hf_turboquant": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": name, **versions}
 
 
 def load_model(name: str, dtype: str | None = None, device: str | None = None):

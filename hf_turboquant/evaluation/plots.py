@@ -5,23 +5,16 @@ from textwrap import fill
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..estimate import Estimate
-from .caches import label
-from .names import BY_BITS, Name, names
+from .caches import rows
 from .quality import total
 
 # Okabe and Ito's colours, which colour-blind people tell apart; marks differ as well
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKS = "osD^vPX"
-# of caches that differ in more than method and bits; every second one is hollow
 DASHES = ("-", "--", ":", "-.")
-# a row of a legend: without any character it would be lower than the others
-NOTHING = "\u00a0"
-# so many lines are told apart by colour alone
-FEW = 7
 
 
 def draw(results, settings, out: Path, config) -> list[Path]:
@@ -34,19 +27,17 @@ def draw(results, settings, out: Path, config) -> list[Path]:
     """
     figures = {}
     if "quality" in settings.parts:
-        found = total(results.units, settings.windows)
-        figures["overview"] = overview_figure(found, settings.caches, config)
+        figures["overview"] = overview_figure(total(results.units, settings.windows), settings.caches, config)
     else:
         figures["memory"] = memory_figure(config)
     if "needle" in settings.parts:
         figures["needle"] = needle_figure(results.units, settings)
     if "fidelity" in settings.parts:
         figures["fidelity"] = fidelity_figure(results.units, settings)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(out / f"{name}.png")
-        figure.savefig(paths[-1], dpi=120)
-    return paths
+    paths = {out / f"{name}.png": figure for name, figure in figures.items()}
+    for path, figure in paths.items():
+        figure.savefig(path, dpi=120)
+    return list(paths)
 
 
 def figure_and_axes(columns: int = 1, width: float = 6.4, height: float = 4.2, rows: int = 1):
@@ -62,26 +53,18 @@ def figure_and_axes(columns: int = 1, width: float = 6.4, height: float = 4.2, r
 
 def overview_figure(qualities: dict, caches: list[dict], config) -> Figure:
     """KL divergence against bits in all, and bytes against context: low and left is good."""
-    lines: dict[tuple, list] = {}
-    for name, options in zip(names(caches), caches, strict=True):
-        found = qualities[label(options)]
-        lines.setdefault((name.head, name.line), []).append((found.total_bits, found.kl))
-    many = len(lines) > FEW
-    figure, (left, right) = figure_and_axes(2, width=10, height=6.6 if many else 4.2)
-    styles = _styles(names(caches))
-    for key, points in lines.items():
-        left.plot(*zip(*sorted(points), strict=True), label=_whole(*key), **styles[key])
+    lines: dict[str, list] = {}
+    for row in rows(caches):
+        found = qualities[row.label]
+        lines.setdefault(row.line, []).append((found.total_bits, found.kl))
+    figure, (left, right) = figure_and_axes(2, width=10, height=4.6 + 0.25 * len(lines))
+    for index, points in enumerate(lines.values()):
+        left.plot(*zip(*sorted(points), strict=True), **_style(index))
     left.set(xlabel="bits per coordinate, scales included", ylabel="KL to the full cache (nats)", yscale="log")
     left.set_title("Quality against size", loc="left")
     _draw_memory(right, config)
     _number(left, right)
-    if many:
-        _legend_of_groups(figure, dict(zip(lines, left.get_lines(), strict=True)))
-        # what grows with the context leaves this corner free
-        right.legend(loc="upper left", frameon=False, fontsize=9)
-    else:
-        _legend(left)
-        _legend(right)
+    _legend(figure, dict(zip(lines, left.get_lines(), strict=True)))
     return figure
 
 
@@ -90,7 +73,6 @@ def memory_figure(config) -> Figure:
     figure, axis = figure_and_axes()
     _draw_memory(axis, config)
     _number(axis)
-    _legend(axis)
     return figure
 
 
@@ -105,78 +87,64 @@ def _draw_memory(axis, config, contexts=(2048, 8192, 32768, 131072), widths=(4, 
     axis.set_xticks(contexts, [f"{n // 1024}k" for n in contexts], minor=False)
     axis.set_xticks([], minor=True)
     axis.set_title("Memory against context", loc="left")
+    # what grows with the context leaves this corner free
+    axis.legend(loc="upper left", frameon=False, fontsize=9)
 
 
 def fidelity_figure(units: dict, settings) -> Figure:
-    """Error of the attention's output, layer by layer, at the longest context; many caches in a panel per width."""
-    length = max(settings.fidelity_lengths)
-    caches = list(zip(names(settings.caches), settings.caches, strict=True))
-    many = len(caches) > FEW
+    """Error of the attention's output, layer by layer, at the longest context: a panel for every width."""
+    length, found = max(settings.fidelity_lengths), rows(settings.caches)
     # what has no bits to compare stands beside all that has
-    widths = list(dict.fromkeys(name.bits for name, _ in caches if name.bits)) or [()]
-    panels = {f"{'/'.join(map(str, bits))} bits": [c for c in caches if c[0].bits in (bits, ())] for bits in widths}
-    if not many:
-        panels = {f"Error by layer, {length:,} tokens": caches}
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    size = {"width": 1 + 3.4 * columns, "height": 2.4 + 3.2 * rows} if many else {}
-    figure, axes = figure_and_axes(columns, rows=rows, **size)
-    axes = [axes] if len(panels) == 1 else list(axes)
-    for axis in axes[len(panels) :]:
+    widths = list(dict.fromkeys(row.bits for row in found if row.bits)) or [""]
+    names = list(dict.fromkeys(row.line for row in found))
+    columns = min(len(widths), 3)
+    down = -(-len(widths) // columns)
+    size = {"width": 3 + 2.8 * columns, "height": 1 + 3.4 * down + 0.4 * len(names)}
+    figure, axes = figure_and_axes(columns, rows=down, **size)
+    axes, lines, errors = [axes] if columns == down == 1 else list(axes), {}, []
+    for axis in axes[len(widths) :]:
         axis.remove()
-    styles, lines, errors = _styles(names(settings.caches)), {}, []
-    for axis, (title, members) in zip(axes, panels.items(), strict=False):
-        for index, (name, options) in enumerate(members):
-            unit, key = units[f"fidelity: {label(options)}, {length} tokens"], (name.head, name.line)
-            style = styles[key] if many else _style(index)
-            (line,) = axis.plot(
-                unit["layer"], unit["output_error"], label=_whole(name.head, name.row), **{**style, "markersize": 4}
-            )
-            lines.setdefault(key, line)
+    axes = axes[: len(widths)]
+    for axis, bits in zip(axes, widths, strict=True):
+        for row in (row for row in found if row.bits in (bits, "")):
+            unit = units[f"fidelity: {row.label}, {length} tokens"]
+            style = {**_style(names.index(row.line)), "markersize": 4}
+            lines[row.line] = axis.plot(unit["layer"], unit["output_error"], **style)[0]
             errors += unit["output_error"]
         axis.set(xlabel="layer", yscale="log")
-        axis.set_title(title, loc="left")
-    for axis in axes[: len(panels)]:
+        axis.set_title(f"{bits} bits" if bits else "", loc="left")
+    for axis in axes:
         axis.set_ylim(min(errors) / 1.2, max(errors) * 1.2)
     for axis in axes[::columns]:
         axis.set_ylabel("relative error of attention's output")
-    _number(*axes[: len(panels)])
-    if many:
-        figure.suptitle(f"Error by layer, {length:,} tokens", fontsize=12)
-        _legend_of_groups(figure, lines)
-    else:
-        _legend(axes[0])
+    figure.suptitle(f"Error by layer, {length:,} tokens", fontsize=12)
+    _number(*axes)
+    _legend(figure, lines)
     return figure
 
 
 def needle_figure(units: dict, settings) -> Figure:
     """Which needles were found: context across, depth down, one panel for each cache."""
-    caches = [{"cache": "dynamic"}, *settings.caches]
-    columns = min(len(caches), 5)
-    rows = -(-len(caches) // columns)
-    figure, axes = figure_and_axes(columns, width=1 + 1.9 * columns, height=2.8 * rows, rows=rows)
-    for axis in axes[len(caches) :]:
+    found = rows([{"cache": "dynamic"}, *settings.caches])
+    lengths, depths = settings.needle_lengths, settings.needle_depths
+    columns = min(len(found), 5)
+    down = -(-len(found) // columns)
+    figure, axes = figure_and_axes(columns, width=1 + 1.9 * columns, height=2.8 * down, rows=down)
+    for axis in axes[len(found) :]:
         axis.remove()
-    for axis, options, name in zip(axes, caches, names(caches), strict=False):
-        exact = [
-            [units[f"needle: {label(options)}, {n} tokens, depth {depth}"]["exact"] for n in settings.needle_lengths]
-            for depth in settings.needle_depths
-        ]
-        axis.grid(False)
-        axis.spines[:].set_visible(False)
-        axis.set_xticks([n - 0.5 for n in range(1, len(exact[0]))], minor=True)
-        axis.set_yticks([n - 0.5 for n in range(1, len(exact))], minor=True)
-        axis.grid(True, which="minor", color="w", linewidth=2)
-        axis.set_axisbelow(False)
-        axis.tick_params(which="both", length=0)
+    for axis, row in zip(axes, found, strict=False):
+        exact = [[units[f"needle: {row.label}, {n} tokens, depth {d}"]["exact"] for n in lengths] for d in depths]
         # dark found, light missed: told apart without colour too, and marked
-        axis.imshow(exact, cmap="cividis_r", vmin=0, vmax=1, aspect="auto")
-        for row, cells in enumerate(exact):
-            for column, found in enumerate(cells):
-                axis.text(column, row, "✓" if found else "✗", ha="center", va="center", color="w" if found else "k")
-        axis.set_xticks(range(len(settings.needle_lengths)), settings.needle_lengths)
-        axis.set_yticks(range(len(settings.needle_depths)), [f"{depth:.0%}" for depth in settings.needle_depths])
-        axis.set_title("\n".join([fill(name.row, 24), *filter(None, [fill(name.head, 30)])]), fontsize=8)
+        axis.pcolormesh(exact, cmap="cividis_r", vmin=0, vmax=1, edgecolors="w", linewidth=2)
+        axis.invert_yaxis()
+        for y, cells in enumerate(exact):
+            for x, cell in enumerate(cells):
+                mark, colour = ("✓", "w") if cell else ("✗", "k")
+                axis.text(x + 0.5, y + 0.5, mark, ha="center", va="center", color=colour)
+        axis.set_xticks([x + 0.5 for x in range(len(lengths))], lengths)
+        axis.set_yticks([y + 0.5 for y in range(len(depths))], [f"{depth:.0%}" for depth in depths])
+        axis.tick_params(length=0)
+        axis.set_title("\n".join(fill(text, 26) for text in (row.text, row.head) if text), fontsize=8)
         axis.set_xlabel("context (tokens)", fontsize=9)
     for axis in axes[::columns]:
         axis.set_ylabel("depth of the needle")
@@ -191,76 +159,18 @@ def _number(*axes) -> None:
         axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _whole(head: str, text: str) -> str:
-    """Head and name of a line as one text."""
-    return ", ".join(part for part in (head, "" if text == BY_BITS and head else text) if part)
+def _legend(figure: Figure, lines: dict[str, object]) -> None:
+    """One legend of all lines, below the axes, where it hides none."""
+    # what would not fit beside another name gets rows of its own
+    width = int(figure.get_figwidth() * 6)
+    columns = max(1, min(3, 2 * width // (max(map(len, lines)) + 8)))
+    texts = [fill(text, 2 * width // columns - 8) for text in lines]
+    options = {"ncols": columns, "frameon": False, "fontsize": 9, "handlelength": 4}
+    figure.legend(list(lines.values()), texts, loc="outside lower center", **options)
 
 
-def _legend(axis) -> None:
-    """The legend below, where it hides no line."""
-    lines, texts = axis.get_legend_handles_labels()
-    # what would not fit beside another name gets lines of its own
-    texts, columns = [fill(text, 60) for text in texts], 2 if max(map(len, texts)) < 40 else 1
-    options = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": columns}
-    axis.legend(lines, texts, frameon=False, fontsize=9, **options)
-
-
-def _legend_of_groups(figure: Figure, lines: dict[tuple[str, str], object]) -> None:
-    """
-    One legend below everything: what a group of caches shares stands once, above its lines.
-
-    Args:
-        lines (`dict`): what was drawn, by head and name of the line.
-    """
-    groups: dict[str, list] = {}
-    for (head, text), line in lines.items():
-        groups.setdefault(head, []).append((line, fill(text, 34)))
-    blank = Line2D([], [], linestyle="none")
-    blocks = []
-    heads = {head: fill(head, 34).split("\n") if head else [] for head in groups}
-    tall = max(map(len, heads.values()))
-    # what has no head may be cut, so that it is not much longer than the rest
-    longest = max((len(entries) for head, entries in groups.items() if head), default=4)
-    for head, entries in groups.items():
-        step = len(entries) if head else max(longest, 4)
-        # heads of as many rows each: columns begin at one height
-        title = [(blank, text) for text in [NOTHING] * (tall - len(heads[head])) + heads[head]]
-        blocks += [title + entries[start : start + step] for start in range(0, len(entries), step)]
-    columns: list[list] = [[] for _ in range(min(len(blocks), 3))]
-    for block in blocks:
-        min(columns, key=len).extend(block)
-    # a legend fills its columns evenly: the same number in each keeps groups together
-    length = max(map(len, columns))
-    entries = [entry for column in columns for entry in column + [(blank, NOTHING)] * (length - len(column))]
-    legend = figure.legend(
-        *zip(*entries, strict=True),
-        loc="outside lower center",
-        ncols=len(columns),
-        frameon=False,
-        fontsize=9,
-        handlelength=4,
-    )
-    for (line, _), text in zip(entries, legend.get_texts(), strict=True):
-        text.set_color("#555555" if line is blank else "black")
-
-
-def _styles(found: list[Name]) -> dict[tuple[str, str], dict]:
-    """Looks of lines by head and name: a colour for each of a few, else for each method, and dashes."""
-    lines = {(name.head, name.line): name for name in found}
-    if len(lines) <= FEW:
-        return {key: _style(index) for index, key in enumerate(lines)}
-    methods = list(dict.fromkeys(name.method for name in lines.values()))
-    settings = list(dict.fromkeys(name.setting for name in lines.values()))
-    styles = {}
-    for key, name in lines.items():
-        turn = settings.index(name.setting)
-        more = {"markerfacecolor": "white"} if turn % 2 else {}
-        styles[key] = {**_style(methods.index(name.method)), "linestyle": DASHES[turn % len(DASHES)], **more}
-    return styles
-
-
-def _style(index: int, **more) -> dict:
-    # from the eighth on, colours come again with other marks
-    again, turn = index // 7, index % 7
-    style = {"color": COLOURS[turn], "marker": MARKS[(turn + again) % 7], "linestyle": "-" if not again else "--"}
-    return {**style, "markersize": 6, "linewidth": 1.6, **more}
+def _style(index: int) -> dict:
+    """A colour, a mark and dashes: 28 lines are told apart, the first seven by colour alone."""
+    turn, again = index % 7, index // 7
+    style = {"color": COLOURS[turn], "marker": MARKS[(turn + again) % 7], "linestyle": DASHES[again % 4]}
+    return {**style, "markersize": 6, "linewidth": 1.6}

@@ -23,7 +23,7 @@ class Results:
         self.conditions = json.loads(json.dumps(conditions))
         self.units: dict[str, dict] = {}
         if self.path.exists():
-            self._resume()
+            self._resume(f"Give another --out, or remove {self.path}.")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._save()
@@ -32,19 +32,16 @@ class Results:
                 f"--out must be a folder that can be written to, got {folder}: {error.strerror}."
             ) from None
 
-    def _resume(self) -> None:
-        advice = f"Give another --out, or remove {self.path}."
+    def _resume(self, advice: str) -> None:
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             conditions, self.units = dict(found["conditions"]), dict(found["results"])
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{self.path} must hold results of this command, and cannot be read. {advice}") from None
-        if not self.units:
-            # a run that was over before it had any
-            return
         for name in sorted(conditions.keys() | self.conditions.keys()):
             before, now = conditions.get(name), self.conditions.get(name)
-            if before != now:
+            # a run that was over before it had any results leaves nothing to agree with
+            if self.units and before != now:
                 raise ValueError(f"{self.path} holds results of other conditions: {name} {before}, now {now}. {advice}")
 
     def get(self, name: str, compute: Callable[[], dict]) -> dict:

@@ -1,26 +1,25 @@
 """All parts of an evaluation in one run: progress, resuming, tables and plots."""
 
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-import transformers
 from rich import box
 from rich.console import Console, Group
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
-from .. import __version__
 from ..rotary import head_dim
 from . import claims, fidelity, needle, plots, quality
-from .caches import label, new_cache
-from .names import arranged
+from .caches import label, new_cache, rows
+from .load import machine
 from .results import Results
 
 PARTS = ("quality", "needle", "fidelity", "claims")
+# of the claims: bits, and estimators of keys with their sketch
+WIDTHS = (4, 3, 2)
+ESTIMATORS = (("mse", "orthogonal"), ("rescaled", "orthogonal"), ("qjl", "gaussian"), ("qjl", "orthogonal"))
 
 
 @dataclass(frozen=True)
@@ -93,181 +92,152 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
     """
     console = console or Console()
     settings.check(model.config, text)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    work = [
-        (f"{part}: {name}", cost, compute)
-        for part in settings.parts
-        for name, cost, compute in _UNITS[part](model, tokenizer, text, settings)
-    ]
-    # after all that can be wrong with text and settings
-    results = Results(out, conditions(model, settings))
-    work = [unit for unit in work if unit[0] not in results.units]
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=sum(cost for _, cost, _ in work))
-        done = 0
+    conditions = {**asdict(settings), "dtype": str(model.dtype).removeprefix("torch."), **machine(model.device)}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("")
+        work = [
+            (f"{part}: {name}", cost, compute)
+            for part in settings.parts
+            for name, cost, compute in _UNITS[part](model, tokenizer, text, settings, partial(progress.advance, task))
+        ]
+        # after all that can be wrong with text and settings
+        results = Results(out, conditions)
+        work, done = [unit for unit in work if unit[0] not in results.units], 0
+        progress.update(task, total=sum(cost for _, cost, _ in work))
         for name, cost, compute in work:
             progress.update(task, description=name)
-            results.get(name, partial(compute, partial(progress.advance, task)))
+            results.get(name, compute)
             done += cost
             progress.update(task, completed=done)
     for part in settings.parts:
-        console.print(_TABLES[part](results, settings))
+        console.print(_TABLES[part](results.units, settings))
     for path in plots.draw(results, settings, Path(out), model.config):
         console.print(f"plot: {path}", soft_wrap=True, highlight=False)
     return results
 
 
-def conditions(model, settings: Settings) -> dict:
-    """All that results depend on."""
-    cuda = model.device.type == "cuda"
-    return {
-        **asdict(settings),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(model.device) if cuda else f"{platform.machine()} CPU",
-        "hf_turboquant": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+# the units of each part: a name, about how many tokens of work, and a function that measures it
 
 
-# the units of each part: a name, about how many tokens of work, and a function that is told how to report progress
+def _quality_units(model, tokenizer, text, settings, advance):
+    options = {"block": settings.block, "prefill": settings.prefill, "score_from": settings.score_from}
+    names = ["full cache", *map(label, settings.caches)]
 
+    def measure(window) -> dict:
+        found = quality.measure(model, window, settings.caches, advance=advance, **options)
+        return {name: {**asdict(q), "kls": _rounded(q.kls)} for name, q in zip(names, found, strict=True)}
 
-def _quality_units(model, tokenizer, text, settings):
     windows = quality.split_windows(tokenizer, text, settings.window, settings.windows)
     for index, window in enumerate(windows):
-        cost = settings.window * (1 + len(settings.caches))
-        yield f"window {index}", cost, partial(_measure, model, window[None], settings)
+        yield f"window {index}", settings.window * len(names), partial(measure, window[None])
 
 
-def _measure(model, window, settings, advance) -> dict:
-    options = {"block": settings.block, "prefill": settings.prefill, "score_from": settings.score_from}
-    found = quality.measure(model, window, settings.caches, advance=advance, **options)
-    names = ["full cache", *map(label, settings.caches)]
-    return {
-        name: {**asdict(q), "kls": [float(f"{kl:.4g}") for kl in q.kls]} for name, q in zip(names, found, strict=True)
-    }
-
-
-def _needle_units(model, tokenizer, text, settings):
+def _needle_units(model, tokenizer, text, settings, advance):
     for options in [{"cache": "dynamic"}, *settings.caches]:
         for length in settings.needle_lengths:
             for depth in settings.needle_depths:
-                find = _silent(needle.find_needle, model, tokenizer, text, options, length, depth)
+                find = partial(needle.find_needle, model, tokenizer, text, options, length, depth)
                 yield f"{label(options)}, {length} tokens, depth {depth}", length, find
 
 
-def _fidelity_units(model, tokenizer, text, settings):
+def _fidelity_units(model, tokenizer, text, settings, advance):
     captured = []
 
-    def compare(options, length):
+    def compare(options, length) -> dict:
         if not captured:
             ids = quality.split_windows(tokenizer, text, max(settings.fidelity_lengths), 1)
             captured.extend(fidelity.capture(model, ids))
         found = [fidelity.compare(model.config, layer, options, length) for layer in captured]
-        return {"layer": [layer.layer_idx for layer in captured]} | {
-            name: [float(f"{layer[name]:.4g}") for layer in found] for name in found[0]
-        }
+        layers = {"layer": [layer.layer_idx for layer in captured]}
+        return layers | {name: _rounded(layer[name] for layer in found) for name in found[0]}
 
     for options in settings.caches:
         for length in settings.fidelity_lengths:
-            yield f"{label(options)}, {length} tokens", length, _silent(compare, options, length)
+            yield f"{label(options)}, {length} tokens", length, partial(compare, options, length)
 
 
-def _claims_units(model, tokenizer, text, settings):
+def _claims_units(model, tokenizer, text, settings, advance):
     width = head_dim(model.config.get_text_config(decoder=True))
-    for nbits in (4, 3, 2):
-        yield f"distortion, {nbits} bits", 50, _silent(claims.distortion, nbits, width)
-    for nbits in (4, 3, 2):
+    for nbits in WIDTHS:
+        yield f"distortion, {nbits} bits", 50, partial(claims.distortion, nbits, width)
         for estimator, sketch in ESTIMATORS:
-            measure = _silent(claims.inner_product, estimator, nbits, width, sketch)
+            measure = partial(claims.inner_product, estimator, nbits, width, sketch)
             yield f"inner product, {nbits} bits, {estimator} {sketch}", 50, measure
 
 
-def _silent(function, *args):
-    """`function(*args)` for a caller that offers to show progress."""
-    return lambda advance: function(*args)
+def _rounded(numbers: Iterable[float]) -> list[float]:
+    return [float(f"{number:.4g}") for number in numbers]
 
 
-ESTIMATORS = (("mse", "orthogonal"), ("rescaled", "orthogonal"), ("qjl", "gaussian"), ("qjl", "orthogonal"))
 _UNITS = {"quality": _quality_units, "needle": _needle_units, "fidelity": _fidelity_units, "claims": _claims_units}
 
 
-def _quality_table(results: Results, settings: Settings) -> Table:
+def _quality_table(units: dict, settings: Settings) -> Table:
     title = f"Quality: {settings.windows} × {settings.window:,} tokens, scored from {settings.score_from:,}"
     table = _table(title, "cache", "bits", "perplexity", "KL", "KL p99", "top-1", "smaller")
-    found = quality.total(results.units, settings.windows)
+    found = quality.total(units, settings.windows)
 
-    def cells(name: str) -> list[list[str]]:
+    def cells(name: str):
         q = found[name]
         numbers = f"{q.total_bits:.2f}", f"{q.perplexity:.2f}", f"{q.kl:.4f}", f"{q.kl_p99:.3f}", f"{q.agreement:.3f}"
-        return [[*numbers, f"{q.compression_ratio:.2f}"]]
+        yield *numbers, f"{q.compression_ratio:.2f}"
 
-    table.add_row("full cache", *cells("full cache")[0])
+    table.add_row("full cache", *next(cells("full cache")))
     return _add_caches(table, settings.caches, cells)
 
 
-def _needle_table(results: Results, settings: Settings) -> Table:
+def _needle_table(units: dict, settings: Settings) -> Table:
     title = f"Needle: exact answers at {len(settings.needle_depths)} depths"
     table = _table(title, "cache", *(f"{length:,} tokens" for length in settings.needle_lengths))
 
-    def cells(name: str) -> list[list[str]]:
-        row = []
-        for length in settings.needle_lengths:
-            units = [f"needle: {name}, {length} tokens, depth {depth}" for depth in settings.needle_depths]
-            row.append(f"{sum(results.units[unit]['exact'] for unit in units)}/{len(units)}")
-        return [row]
+    def cells(name: str):
+        grid = [
+            [units[f"needle: {name}, {length} tokens, depth {depth}"]["exact"] for depth in settings.needle_depths]
+            for length in settings.needle_lengths
+        ]
+        yield [f"{sum(exact)}/{len(exact)}" for exact in grid]
 
     return _add_caches(table, [{"cache": "dynamic"}, *settings.caches], cells)
 
 
-def _fidelity_table(results: Results, settings: Settings) -> Table:
+def _fidelity_table(units: dict, settings: Settings) -> Table:
     title = "Attention: means over layers, tokens in codes alone"
     table = _table(title, "cache", "tokens", "cosine", "top-1", "top-5", "output error")
 
-    def cells(name: str) -> list[list[str]]:
-        rows = []
+    def cells(name: str):
         for length in settings.fidelity_lengths:
-            unit = results.units[f"fidelity: {name}, {length} tokens"]
+            unit = units[f"fidelity: {name}, {length} tokens"]
             means = (sum(unit[key]) / len(unit[key]) for key in ("cosine", "top1", "top5", "output_error"))
-            rows.append([f"{length:,}", *(f"{mean:.4f}" for mean in means)])
-        return rows
+            yield f"{length:,}", *(f"{mean:.4f}" for mean in means)
 
     return _add_caches(table, settings.caches, cells)
 
 
-def _add_caches(table: Table, caches: list[dict], cells: Callable[[str], list[list[str]]]) -> Table:
-    """Rows for every cache, given its label; those that share options under a head that says these once."""
-    for head, members in arranged(caches):
-        if head:
-            table.add_section()
-            table.add_row(f"[bold]{head}[/bold]")
-        for name, key in members:
-            for row in cells(key):
-                table.add_row((" " if head else "") + name.row, *row)
-        if head:
-            table.add_section()
-    return table
-
-
-def _claims_table(results: Results, settings: Settings) -> Group:
+def _claims_table(units: dict, settings: Settings) -> Group:
     table = _table("Distortion of random unit vectors (Algorithm 1)", "bits", "measured", "codebook", "upper bound")
-    for nbits in (4, 3, 2):
-        unit = results.units[f"claims: distortion, {nbits} bits"]
-        table.add_row(str(nbits), *(f"{unit[name]:.5f}" for name in ("measured", "codebook", "upper_bound")))
     products = _table("Inner products of random unit vectors", "estimator", "bits", "slope", "d × variance")
-    for nbits in (4, 3, 2):
+    for nbits in WIDTHS:
+        unit = units[f"claims: distortion, {nbits} bits"]
+        table.add_row(str(nbits), *(f"{unit[name]:.5f}" for name in ("measured", "codebook", "upper_bound")))
         for estimator, sketch in ESTIMATORS:
-            unit = results.units[f"claims: inner product, {nbits} bits, {estimator} {sketch}"]
+            unit = units[f"claims: inner product, {nbits} bits, {estimator} {sketch}"]
             name = f"{estimator}, {sketch} sketch" if estimator == "qjl" else estimator
             products.add_row(name, str(nbits), f"{unit['slope']:.3f}", f"{unit['variance']:.4f}")
     return Group(table, products)
+
+
+def _add_caches(table: Table, caches: list[dict], cells: Callable[[str], Iterable]) -> Table:
+    """Rows for every cache, given its label; those that share options under a head that says these once."""
+    head = ""
+    for row in rows(caches):
+        if row.head != head:
+            head = row.head
+            table.add_section()
+            if head:
+                table.add_row(f"[bold]{head}[/bold]")
+        for line in cells(row.label):
+            table.add_row(" " * bool(head) + row.text, *line)
+    return table
 
 
 def _table(title: str, *columns: str) -> Table:
