@@ -77,6 +77,7 @@ class Disagreement:
         direction (`float`): largest lack of cosine against the best of all α, over what the best lacks of 1.
         sign (`float`): largest |⟨sketch row, residual⟩| of a wrong sign, over |row| |residual| / √head_dim.
         scale (`float`): largest relative error of a scale or residual norm, given the codes.
+        error (`float`): squared error of the vectors read back, over that of the reference's, less one.
     """
 
     codes: float
@@ -84,12 +85,13 @@ class Disagreement:
     direction: float
     sign: float
     scale: float
+    error: float
 
 
 def disagreement(states: torch.Tensor, quantizer: Quantizer, buffer) -> Disagreement:
     """Compares all tokens of `buffer` with `states`, of shape `[batch, heads, buffer.length, head_dim]`."""
     codes, stored = reference.codes_of(buffer, quantizer, 0, buffer.length)
-    expected, _ = reference.encode(states, quantizer)
+    expected, expected_scales = reference.encode(states, quantizer)
     x = states.double()
     if quantizer.mean is not None:
         x = x - quantizer.mean.double()
@@ -98,9 +100,35 @@ def disagreement(states: torch.Tensor, quantizer: Quantizer, buffer) -> Disagree
     z = x @ quantizer.transform.double().mT
     norms = torch.linalg.vector_norm(z, dim=-1)
     y = z / norms.unsqueeze(-1)
-    values = quantizer.centroids.double()
-    chosen = values[(codes & (2**quantizer.code_bits - 1)).int()]
-    excesses, cosines = [], []
+    chosen = quantizer.centroids.double()[(codes & (2**quantizer.code_bits - 1)).int()]
+    coordinate = direction = sign = 0.0
+    scales = {"scales": norms}
+    if quantizer.annealing is not None:
+        # no code and no sign is right by itself: only the error tells
+        scales = _joint_scales(y, norms, chosen, (codes >> quantizer.code_bits).double() * 2 - 1, quantizer)
+    else:
+        coordinate, direction = _distances(y, chosen, quantizer)
+        if quantizer.estimator == "rescaled":
+            scales["scales"] = norms / (y * chosen).sum(-1)
+        if quantizer.sketch is not None:
+            lengths = torch.linalg.vector_norm(y - chosen, dim=-1)
+            scales["residual_norms"] = norms * lengths
+            rows = quantizer.sketch.double()
+            product = (y - chosen) @ rows.mT / lengths.unsqueeze(-1) / torch.linalg.vector_norm(rows, dim=-1)
+            wrong = (codes >> quantizer.code_bits).bool() != (product >= 0)
+            sign = (product.abs() * wrong).max().item() * quantizer.head_dim**0.5
+    scale = max(((stored[name] - exact).abs() / exact).max().item() for name, exact in scales.items())
+    wrong = (codes != expected).double().mean().item()
+    errors = [
+        (reference.decode(*read, quantizer) - z).square().sum()
+        for read in ((codes, stored), (expected, expected_scales))
+    ]
+    return Disagreement(wrong, coordinate, direction, sign, scale, (errors[0] / errors[1] - 1).item())
+
+
+def _distances(y: torch.Tensor, chosen: torch.Tensor, quantizer: Quantizer) -> tuple[float, float]:
+    """`coordinate` and `direction` of a [`Disagreement`]."""
+    values, excesses, cosines = quantizer.centroids.double(), [], []
     for stretch in quantizer.stretches or (1.0,):
         distances = torch.stack([(y * stretch - value).abs() for value in values])
         excesses.append(((y * stretch - chosen).abs() - distances.amin(0)).amax(-1))
@@ -108,23 +136,17 @@ def disagreement(states: torch.Tensor, quantizer: Quantizer, buffer) -> Disagree
     coordinate = torch.stack(excesses).amin(0).max() * quantizer.head_dim**0.5
     best = torch.stack(cosines).amax(0)
     direction = ((best - torch.cosine_similarity(y, chosen, dim=-1)) / (1 - best)).max()
-    scales = {"scales": norms}
-    sign = torch.zeros(())
-    if quantizer.estimator == "rescaled":
-        scales["scales"] = norms / (y * chosen).sum(-1)
-    if quantizer.sketch is not None:
-        factor = (y * chosen).sum(-1) / chosen.square().sum(-1) if quantizer.stretches else torch.ones_like(norms)
-        scales["scales"] = norms * factor
-        residual = y - factor.unsqueeze(-1) * chosen
-        lengths = torch.linalg.vector_norm(residual, dim=-1)
-        scales["residual_norms"] = norms * lengths
-        rows = quantizer.sketch.double()
-        product = residual @ rows.mT / lengths.unsqueeze(-1) / torch.linalg.vector_norm(rows, dim=-1)
-        wrong = (codes >> quantizer.code_bits).bool() != (product >= 0)
-        sign = (product.abs() * wrong).max() * quantizer.head_dim**0.5
-    scale = max(((stored[name] - exact).abs() / exact).max().item() for name, exact in scales.items())
-    wrong = (codes != expected).double().mean()
-    return Disagreement(wrong.item(), coordinate.item(), direction.item(), sign.item(), scale)
+    return coordinate.item(), direction.item()
+
+
+def _joint_scales(y, norms, chosen, signs, quantizer: Quantizer) -> dict[str, torch.Tensor]:
+    """The least-squares scales of codes and signs that are there, with ⟨ẑ, z⟩ = |z|²."""
+    parts = torch.stack([chosen, signs @ quantizer.sketch.double()], dim=-1)
+    fitted = torch.linalg.lstsq(parts, y.unsqueeze(-1)).solution
+    length = (y.unsqueeze(-1) * (parts @ fitted)).sum(-2)
+    return dict(
+        zip(("scales", "residual_norms"), (norms.unsqueeze(-1) * (fitted.squeeze(-1) / length)).unbind(-1), strict=True)
+    )
 
 
 def check(case: Case, device: str = "cuda") -> Disagreement:
@@ -171,13 +193,13 @@ def check_all() -> bool:
     passed = True
     for case, result in zip(cases, results, strict=True):
         # 2^-8 is half a unit of bf16
-        limits = {"coordinate": 1e-4, "direction": 0.1, "sign": 1e-4, "scale": 2**-8 + 1e-5}
+        limits = {"coordinate": 1e-4, "direction": 0.1, "sign": 1e-4, "scale": 2**-8 + 1e-5, "error": 0.01}
         if isinstance(result, str) or any(getattr(result, name) > limit for name, limit in limits.items()):
             print("FAILED", case, result)
             passed = False
     done = [result for result in results if not isinstance(result, str)]
     print(f"{len(done)} of {len(cases)} configurations ran; the worst of each, over all of them:")
-    for name in ("codes", "coordinate", "direction", "sign", "scale"):
+    for name in ("codes", "coordinate", "direction", "sign", "scale", "error"):
         print(f"  {name} {max((getattr(result, name) for result in done), default=0):.1e}")
     return passed
 

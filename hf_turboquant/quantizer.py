@@ -36,11 +36,11 @@ class Quantizer:
     Algorithms 1 and 2 take the codes nearest to y and, with the Gaussian sketch, the signs of S r, r = y - c[codes].
     Rescaled codes are, of the nearest to αy for all `stretches` α, those with the largest cosine.
 
-    With the orthogonal sketch, codes and signs are chosen together: levels in one orthonormal basis and signs in another
-    are an additive vector quantiser. Given the signs the best codes are a rounding, given the codes the best signs are
-    the signs of S (y - c); `annealing` alternates between both, softly at first. (s, ρ) are the least-squares scales of
-    the two parts, multiplied so that ⟨ẑ, z⟩ = |z|². The sketch's bit is then worth more than one more bit of codes, at 2
-    and 3 bits and at 4 from head_dim 96 on.
+    With the orthogonal sketch, codes and signs are chosen together: levels in one orthonormal basis and signs in
+    another are an additive vector quantiser. Given the signs the best codes are a rounding, given the codes the best
+    signs are those of S (y - c); `annealing` alternates between both, softly at first. (s, ρ) are the least-squares
+    scales of the two parts, multiplied so that ⟨ẑ, z⟩ = |z|². At 2 and 3 bits, and at 4 from head_dim 96 on, the bit
+    of the sketch is then worth more than another bit of codes.
 
     Rescaled and jointly chosen codes stay unbiased whatever the search finds: what ẑ has beside z has no preferred
     direction under a random rotation.

@@ -13,11 +13,12 @@ STRETCHES = tuple(1 + step * 3 / 32 for step in (-2, -1, 0, 1, 2))
 @dataclass(frozen=True)
 class Annealing:
     """
-    How codes and signs are chosen together: `rounds` soft rounds, in which ramps stand in for steps, then two hard ones.
+    How codes and signs are chosen together: `rounds` soft rounds, in which ramps stand in for steps, then two hard
+    ones.
 
-    A round moves the codes to where the signs leave off, and the signs to where the codes do. The ramps get steeper from
-    `first` to `last`. Every round goes beyond the soft value, away from the hard one: this overshoot takes a tenth off
-    the error, as the reaction term of message passing does, which keeps a choice from confirming itself.
+    In each round the codes take up what the signs leave, and the signs what the codes leave. The ramps get steeper from
+    `first` to `last`. Every step overshoots: it goes beyond the soft value, away from where it came from. This takes a
+    tenth off the error, as the reaction term of message passing does, which keeps a choice from confirming itself.
 
     Args:
         grid (`float`): factor of the levels while searching; the two scales are fitted afterwards.
@@ -33,12 +34,12 @@ class Annealing:
     first: tuple[float, float]
     last: tuple[float, float]
     overshoots: tuple[float, float]
-    rounds: int = 8
+    rounds: int
 
 
 # by bits of the codes; found by Nelder-Mead on random directions of 128 dimensions, and as good at 64 and 256
 ANNEALINGS = {
-    1: Annealing(0.83, 0.63, (0.86, 0.62), (0.255, 0.275), (0.31, 0.28)),
-    2: Annealing(0.847, 0.352, (0.52, 0.70), (0.28, 0.37), (0.30, 0.346)),
-    3: Annealing(0.935, 0.177, (0.33, 0.66), (0.30, 0.33), (0.34, 0.34)),
+    1: Annealing(0.83, 0.63, (0.86, 0.62), (0.255, 0.275), (0.31, 0.28), 12),
+    2: Annealing(0.847, 0.352, (0.52, 0.70), (0.28, 0.37), (0.30, 0.346), 12),
+    3: Annealing(0.935, 0.177, (0.33, 0.66), (0.30, 0.33), (0.34, 0.34), 12),
 }

@@ -13,7 +13,7 @@ def sketch_matrix(kind: str, head_dim: int, generator: np.random.Generator) -> n
     and codes are chosen together (see [`Quantizer`]).
 
     `"gaussian"` is κS with independent N(0, 1) entries and κ = √(π/2) / d. A residual r is stored as signs = sign(S r)
-    and |r|, and over the draw of S every vector q has E ⟨q, κ |r| Sᵀ signs⟩ = ⟨q, r⟩ (QJL, definition 3.1 and lemma 3.2).
+    and |r|, and over the draw of S every vector q has E ⟨q, κ |r| Sᵀ signs⟩ = ⟨q, r⟩ (QJL, definition 3.1, lemma 3.2).
     """
     if kind == "gaussian":
         return np.sqrt(np.pi / 2) / head_dim * generator.standard_normal((head_dim, head_dim))
