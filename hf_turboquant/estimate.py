@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from bisect import bisect
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,14 @@ class LayerCost:
     state_bytes: int
     window: int | None
     shapes: tuple[tuple[int, int], ...]
+
+    def __str__(self) -> str:
+        shapes = {f"{heads} KV heads of {dim}" if heads > 1 else f"1 KV head of {dim}" for heads, dim in self.shapes}
+        if len(shapes) > 1:
+            (heads, keys), (_, values) = self.shapes
+            shapes = {f"{heads} KV head{'s' * (heads > 1)} with keys of {keys} and values of {values}"}
+        window = f" of {self.window} tokens" if self.window else ""
+        return ", ".join([self.kind + window, *shapes])
 
     def full_bytes(self, context: int) -> int:
         """Bytes of keys and values in the model's dtype, for one sequence."""
@@ -150,13 +159,8 @@ class Estimate:
                 return self.memory(context, batch, **options).total_bytes <= budget_bytes
             return self.full_bytes(context, batch) + batch * self.state_bytes <= budget_bytes
 
-        if fits(MAX_CONTEXT):
-            return MAX_CONTEXT
-        low, high = 0, MAX_CONTEXT
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        # the number of contexts that fit is the longest of them
+        return bisect(range(1, MAX_CONTEXT + 1), False, key=lambda context: not fits(context))
 
 
 def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> DynamicCache:

@@ -45,12 +45,12 @@ class MemoryReport:
 
     def __str__(self) -> str:
         parts = ", ".join(
-            f"{field.name.removesuffix('_bytes')} {_readable(getattr(self, field.name))}"
+            f"{field.name.removesuffix('_bytes')} {readable(getattr(self, field.name))}"
             for field in fields(self)
             if field.name != "full_bytes" and getattr(self, field.name)
         )
         return (
-            f"{_readable(self.total_bytes)} in place of {_readable(self.full_bytes)}: "
+            f"{readable(self.total_bytes)} in place of {readable(self.full_bytes)}: "
             f"{self.compression_ratio:.2f} times smaller ({parts or 'empty'})"
         )
 
@@ -94,9 +94,10 @@ def _tensor_bytes(tree) -> int:
     return 0
 
 
-def _readable(count: int) -> str:
-    for unit in ("B", "KB", "MB"):
+def readable(count: int) -> str:
+    """`168_100_000` -> `"168 MB"`."""
+    for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
+            return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.2f} GB"
+    return f"{count:.3g} TB"

@@ -148,6 +148,12 @@ def test_the_command(config_file, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["kv_bytes"]["200000"]["bf16"] == 4_096_000_000 and len(found["compressed"]) == 10
     assert found["longest_context"]["4 bits"] > 3 * found["longest_context"]["bf16"]
+    # without `--contexts` and `--budget`
+    capsys.readouterr()
+    assert cli.main(["estimate", config_file("Qwen3-8B"), "--nbits", "2.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["kv_bytes"]) == ["8192", "32768", "131072"] and not found["longest_context"]
+    assert list(found["kv_bytes"]["8192"]) == ["bf16", "fp8", "2.5 bits"]
     # at 1,000 tokens the states of linear attention are most of the cache
     assert cli.main(["estimate", config_file("Qwen3.5-35B-A3B"), "--contexts", "1000"]) == 0
     assert "compression can't help much" in capsys.readouterr().out
