@@ -12,16 +12,17 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
 import triton
+from report import conditions, head, line
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import DynamicLayer
 
 import hf_turboquant.ops.attention  # noqa: F401
 from hf_turboquant.config import TurboQuantConfig
+from hf_turboquant.evaluation.benchmark import call_ms, copy_bandwidth, graph_us
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import attention_plan as plan
 from hf_turboquant.ops import reference
@@ -49,6 +50,18 @@ FORMATS = {
     "3 bits": (3, "rescaled"),
     "2 bits": (2, "rescaled"),
 }
+COLUMNS = (
+    "shape",
+    "format",
+    "fp16 us",
+    "codes + combine us",
+    "ratio",
+    "TB/s",
+    "of copy",
+    "whole call us",
+    "ratio",
+    "error",
+)
 # rotated through, at least: several times the L2 of the largest GPU
 ROTATED_BYTES = 300e6
 
@@ -141,28 +154,8 @@ def check(query, states, portable=None, **options) -> tuple[float, float]:
     return relative_error(out, truth), relative_error(torch_attention(query, states, **options), truth)
 
 
-def graph_time_us(functions, inner: int = 1, repeats: int = 15) -> float:
-    """Median time of one of `functions`, which are captured one after the other."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for function in functions:
-            function()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(inner):
-                for function in functions:
-                    function()
-        times = []
-        for i in range(repeats + 3):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
-            if i >= 3:
-                times.append(start.elapsed_time(stop))
-    return statistics.median(times) * 1e3 / (len(functions) * inner)
+def random(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
 
 
 def copies(nbytes: float) -> tuple[int, int]:
@@ -171,26 +164,14 @@ def copies(nbytes: float) -> tuple[int, int]:
     return count, max(1, 8 // count)
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a device-to-device copy."""
-    source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
-    # a kernel of torch: its `copy_` between tensors of one type leaves the copy to the driver, which is slower
-    return 2 * source.nbytes / graph_time_us([lambda: torch.mul(source, 2.0, out=target)], inner=4) * 1e6
-
-
 def baseline_us(batch, heads, kv_heads, dim, kv_len) -> dict[str, float]:
     count, inner = copies(4 * batch * kv_heads * kv_len * dim)
-    sets = [
-        [torch.randn((batch, kv_heads, kv_len, dim), device="cuda", dtype=torch.float16) for _ in range(2)]
-        for _ in range(count)
-    ]
-    query = torch.randn((batch, heads, 1, dim), device="cuda", dtype=torch.float16)
-    times = {}
+    sets = [[random(batch, kv_heads, kv_len, dim) for _ in range(2)] for _ in range(count)]
+    query, times = random(batch, heads, 1, dim), {}
     for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
         with sdpa_kernel(backend):
             calls = [lambda s=s: F.scaled_dot_product_attention(query, *s, enable_gqa=True) for s in sets]
-            times[name] = graph_time_us(calls, inner)
+            times[name] = graph_us(calls, inner)
     return times
 
 
@@ -207,42 +188,24 @@ def used_bytes(states) -> int:
     return sum(buffer.used_nbytes for buffer in states.codes.values()) + sum(x.nbytes for x in states.exact.values())
 
 
-def attention_us(sets, query, mask) -> tuple[float, float]:
-    """Time of codes + combine, which is what the baseline does, and of the whole call."""
-    options = {"scaling": query.shape[-1] ** -0.5, "attention_mask": mask}
-    whole = [lambda s=s: kernels.attention(query, s, **options) for s in sets]
-    for call in whole:
-        call()
-    inner = copies(used_bytes(sets[0]))[1]
-    last = kernels.LAUNCHES[1:]
-    part = graph_time_us([lambda s=s: kernels.attention(query, s, **options, launches=last) for s in sets], inner)
-    return part, graph_time_us(whole, inner)
-
-
-def launches_us(sets, query, mask) -> dict[str, float]:
-    """Time of each launch of a call by itself."""
+def attention_us(sets, query, mask, *launches) -> float:
+    """Time of a call, or of those of its launches alone."""
     options = {"scaling": query.shape[-1] ** -0.5, "attention_mask": mask}
     for states in sets:
         kernels.attention(query, states, **options)
-    inner = copies(used_bytes(sets[0]))[1]
-    return {
-        name: graph_time_us(
-            [lambda s=s, n=name: kernels.attention(query, s, **options, launches=(n,)) for s in sets], inner
-        )
-        for name in kernels.LAUNCHES
-    }
+    options |= {"launches": launches} if launches else {}
+    return graph_us([lambda s=s: kernels.attention(query, s, **options) for s in sets], copies(used_bytes(sets[0]))[1])
 
 
 def scores_table(shape, form: str = "4 bits QJL") -> None:
     batch, heads, kv_heads, dim, kv_len = shape
-    sets = format_sets(shape, form)
-    query = torch.randn((batch, heads, 1, dim), device="cuda", dtype=torch.float16)
-    ours = graph_time_us([lambda s=s: kernels.scores(query, s, scaling=1.0) for s in sets])
+    sets, query = format_sets(shape, form), random(batch, heads, 1, dim)
+    ours = graph_us([lambda s=s: kernels.scores(query, s, scaling=1.0) for s in sets])
     print(f"scores, {form}, {heads // kv_heads} queries for each of {kv_len:,} keys: {ours:.1f} us", end="")
     for dtype in (torch.float32, torch.float16):
-        keys = [torch.randn((batch, kv_heads, kv_len, dim), device="cuda", dtype=dtype) for _ in range(2)]
+        keys = [random(batch, kv_heads, kv_len, dim, dtype=dtype) for _ in range(2)]
         rows = query.to(dtype).view(batch, kv_heads, -1, dim)
-        plain = graph_time_us([lambda k=k, rows=rows: rows @ k.mT for k in keys])
+        plain = graph_us([lambda k=k, rows=rows: rows @ k.mT for k in keys])
         print(f"; torch {dtype}: {plain:.1f} us ({plain / ours:.1f}x)", end="")
     print()
 
@@ -253,25 +216,17 @@ def layer_step_us(shape, make_layer) -> tuple[float, float]:
     and from start to end with a host that launches one by one.
     """
     batch, heads, kv_heads, dim, kv_len = shape
-    layer = make_layer()
-    states = torch.randn((batch, kv_heads, kv_len, dim), device="cuda", dtype=torch.float16)
+    layer, states = make_layer(), random(batch, kv_heads, kv_len, dim)
     layer.update(states, states)
-    query = torch.randn((batch, heads, 1, dim), device="cuda", dtype=torch.float16)
-    token = torch.randn((batch, kv_heads, 1, dim), device="cuda", dtype=torch.float16)
+    query, token = random(batch, heads, 1, dim), random(batch, kv_heads, 1, dim)
 
     def step():
         F.scaled_dot_product_attention(query, *layer.update(token, token), enable_gqa=True)
 
-    times = []
     # cuDNN makes a plan for every length, which takes it 40 ms
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        for _ in range(40):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) * 1e6)
-        return graph_time_us([step], inner=8), statistics.median(times[10:])
+        times_ms = [call_ms(step)[0] for _ in range(40)]
+        return graph_us([step], inner=8), statistics.median(times_ms[10:]) * 1e3
 
 
 def main() -> None:
@@ -283,33 +238,30 @@ def main() -> None:
     parser.add_argument("--scores", action="store_true", help="also time the logits alone against matrix products")
     parser.add_argument("--layer-step", action="store_true", help="also time append + attention through `update`")
     arguments = parser.parse_args()
-    copy = copy_bandwidth()
+    copy = copy_bandwidth("cuda")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    print(f"{torch.cuda.get_device_name()}, copy {copy / 1e12:.2f} TB/s, torch {torch.__version__}, ", end="")
-    print(f"triton {triton.__version__}, commit {commit or 'unknown'}, fp16, one query, medians under CUDA graphs")
-    print("| shape | format | fp16 us | codes + combine us | ratio | TB/s | of copy | whole call us | ratio | error |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    texts = f"copy {copy / 1e12:.2f} TB/s", f"triton {triton.__version__}, commit {commit or 'unknown'}"
+    print(conditions("cuda", "fp16, one query, medians under CUDA graphs", *texts))
+    print(head(*COLUMNS))
     for name in arguments.only:
         shape = SHAPES[name]
         batch, heads, kv_heads, dim, kv_len = shape
-        best = min(baseline_us(*shape).values())
-        query = torch.randn((batch, heads, 1, dim), device="cuda", dtype=torch.float16)
+        best, query = min(baseline_us(*shape).values()), random(batch, heads, 1, dim)
         mask = torch.rand((batch, 1, 1, kv_len), device="cuda") > 0.01 if arguments.mask else None
         for form in arguments.formats:
             sets = format_sets(shape, form)
             error, plain = check(query, sets[0], scaling=dim**-0.5, attention_mask=mask)
             if not error <= 2 * plain:
                 raise AssertionError(f"{name} {form}: error {error:.1e}, and torch's is {plain:.1e}")
-            part, whole = attention_us(sets, query, mask)
+            # codes + combine is what the baseline does
+            part, whole = attention_us(sets, query, mask, *kernels.LAUNCHES[1:]), attention_us(sets, query, mask)
             rate = used_bytes(sets[0]) / part * 1e6
-            print(
-                f"| {name} | {form} | {best:.1f} | {part:.1f} | {best / part:.2f} | {rate / 1e12:.2f} | "
-                f"{rate / copy:.0%} | {whole:.1f} | {best / whole:.2f} | {error:.1e} ({plain:.1e}) |",
-                flush=True,
-            )
+            cells = name, form, f"{best:.1f}", f"{part:.1f}", f"{best / part:.2f}", f"{rate / 1e12:.2f}"
+            cells += f"{rate / copy:.0%}", f"{whole:.1f}", f"{best / whole:.2f}", f"{error:.1e} ({plain:.1e})"
+            print(line(*cells), flush=True)
             if arguments.launches:
-                times = launches_us(sets, query, mask)
-                print(", ".join(f"{name} {time:.1f} us" for name, time in times.items()), flush=True)
+                times = {launch: attention_us(sets, query, mask, launch) for launch in kernels.LAUNCHES}
+                print(", ".join(f"{launch} {time:.1f} us" for launch, time in times.items()), flush=True)
             del sets
         torch.cuda.empty_cache()
         if arguments.scores:

@@ -16,8 +16,10 @@ from importlib import import_module
 from multiprocessing import get_context
 
 import torch
+from report import conditions, head, line
 
 from hf_turboquant import TurboQuantConfig
+from hf_turboquant.evaluation.benchmark import call_ms, copy_bandwidth, graph_us, median_ms
 from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
 
@@ -204,37 +206,6 @@ def check_all() -> bool:
     return passed
 
 
-def graph_us(calls, replays: int = 15) -> float:
-    """Median µs of one of `calls`, captured together in a CUDA graph."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
-    return statistics.median(times[3:])
-
-
-def host_us(call, count: int = 300) -> float:
-    """Median µs that the host spends in one call; the device keeps up."""
-    times = []
-    for _ in range(count):
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e6)
-        torch.cuda.synchronize()
-    return statistics.median(times[count // 3 :])
-
-
 @dataclass
 class Layer:
     """States, quantizers and buffers of one layer; `run` appends `tokens` at `length` by the function of that name."""
@@ -283,43 +254,39 @@ class Layer:
 
 
 def rows():
-    """Name, layer and function of every row of the table."""
+    """Name, layers to go round and function of every row of the table."""
+
+    def pair(nbits=4, estimator="qjl", head_dim=128, **options) -> tuple[Case, Case]:
+        values = Case("values", nbits, "rescaled", head_dim, options.get("dtype", torch.bfloat16))
+        return Case("keys", nbits, estimator, head_dim, **options), values
+
+    def prefill(count: int, keys: Case | None, values: Case | None, **options) -> list[Layer]:
+        return [Layer(1, 8192, keys, values, **options) for _ in range(count)]
+
+    def decode(tokens: int, batch: int, *cases: Case, count: int = 32) -> list[Layer]:
+        return [Layer(batch, tokens, *cases, length=1061) for _ in range(count)]
+
     for head_dim in (128, 64, 256):
-        for nbits, estimator in ((4, "qjl"), (3, "rescaled"), (2, "rescaled")):
-            values = Case("values", nbits, "rescaled", head_dim)
-            name = f"keys + values, D={head_dim}, {nbits} bits ({estimator} keys"
+        for form in ((4, "qjl"), (3, "rescaled"), (2, "rescaled")):
+            name = "keys + values, D={}, {} bits ({} keys".format(head_dim, *form)
             for conditioned in (False, True):
-                layers = [
-                    Layer(1, 8192, Case("keys", nbits, estimator, head_dim, conditioned=conditioned), values)
-                    for _ in range(4)
-                ]
+                layers = prefill(4, *pair(*form, head_dim, conditioned=conditioned))
                 yield f"prefill 8,192: {name}{', conditioned' * conditioned})", layers, "single"
             yield f"dequantise them: {name}, conditioned)", layers, "dequantize"
-    keys, values = Case("keys", 4, "qjl"), Case("values", 4, "rescaled")
     for estimator in ("qjl", "rescaled"):
-        yield (
-            f"prefill 8,192: keys alone, 4 bits ({estimator})",
-            [Layer(1, 8192, Case("keys", 4, estimator), None) for _ in range(8)],
-            "single",
-        )
-    yield "prefill 8,192: values alone, 4 bits", [Layer(1, 8192, values, None) for _ in range(8)], "single"
-    float32 = (replace(keys, dtype=torch.float32), replace(values, dtype=torch.float32))
-    yield "prefill 8,192: as the first row but fp32", [Layer(1, 8192, *float32) for _ in range(4)], "single"
-    yield "prefill 8,192: as the first row, torch reference", [Layer(1, 8192, keys, values)], "torch"
-    yield (
-        "8,192 keys of one head, 3 bits (rescaled)",
-        [Layer(1, 8192, Case("keys", 3, "rescaled"), None, heads=1) for _ in range(32)],
-        "single",
-    )
+        yield f"prefill 8,192: keys alone, 4 bits ({estimator})", prefill(8, pair(4, estimator)[0], None), "single"
+    yield "prefill 8,192: values alone, 4 bits", prefill(8, None, pair()[1]), "single"
+    yield "prefill 8,192: as the first row but fp32", prefill(4, *pair(dtype=torch.float32)), "single"
+    yield "prefill 8,192: as the first row, torch reference", prefill(1, *pair()), "torch"
+    yield "8,192 keys of one head, 3 bits (rescaled)", prefill(32, pair(3, "rescaled")[0], None, heads=1), "single"
     for batch in (1, 8):
-        for nbits, estimator in ((4, "qjl"), (3, "rescaled")):
-            layer = (Case("keys", nbits, estimator), Case("values", nbits, "rescaled"))
-            layers = [Layer(batch, 1, *layer, length=1061) for _ in range(32)]
-            name = f"decode, 1 token × {batch}, {nbits} bits ({estimator} keys)"
+        for form in ((4, "qjl"), (3, "rescaled")):
+            layers = decode(1, batch, *pair(*form))
+            name = "decode, 1 token × {}, {} bits ({} keys)".format(batch, *form)
             yield f"{name}, one launch", layers, "pair"
             yield f"{name}, two launches", layers, "single"
-    yield "decode, 4 tokens × 1, 4 bits (qjl keys)", [Layer(1, 4, keys, values, length=1061) for _ in range(32)], "pair"
-    yield "decode, 1 token × 1, 4 bits, torch reference", [Layer(1, 1, keys, values, length=1061)], "torch"
+    yield "decode, 4 tokens × 1, 4 bits (qjl keys)", decode(4, 1, *pair()), "pair"
+    yield "decode, 1 token × 1, 4 bits, torch reference", decode(1, 1, *pair(), count=1), "torch"
 
 
 def main() -> None:
@@ -329,47 +296,27 @@ def main() -> None:
         "--only", nargs="*", default=[""], metavar="TEXT", help="rows of the table that have such a text"
     )
     args = parser.parse_args()
-    import triton
-
     started = time.perf_counter()
     passed = args.no_check or check_all()
     print(f"checks: {time.perf_counter() - started:.0f} s\n", flush=True)
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / graph_us([lambda: target.copy_(source)]) / 1e3
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16 states, "
-        f"8 KV heads, head_dim 128 unless said, copy bandwidth {copy:.0f} GB/s. "
-        "Medians of CUDA graphs over rotating buffers; host time of one call in eager mode.\n"
-    )
-    print("| what | µs | GB/s | host µs |\n| --- | --- | --- | --- |")
+    texts = "bf16 states, 8 KV heads, head_dim 128 unless said", f"copy {copy_bandwidth('cuda') / 1e9:.0f} GB/s"
+    print(conditions("cuda", *texts, "medians of CUDA graphs over rotating buffers; host: of one call in eager mode"))
+    print("\n" + head("what", "µs", "GB/s", "host µs"))
     for name, layers, function in rows():
         if not any(text in name for text in args.only):
             continue
         try:
             calls = [getattr(layer, function) for layer in layers]
-            us = graph_us(calls) if function != "torch" else float("nan")
-            host = host_us(calls[0])
-            if function == "torch":
-                us = eager_us(calls[0])
-            print(f"| {name} | {us:.1f} | {layers[0].nbytes / us / 1e3:.0f} | {host:.0f} |", flush=True)
+            # the reference is timed from start to end
+            us = graph_us(calls) if function != "torch" else 1e3 * median_ms(calls[0])
+            # the first calls compile
+            host_ms = statistics.median([call_ms(calls[0])[1] for _ in range(300)][100:])
+            print(line(name, f"{us:.1f}", f"{layers[0].nbytes / us / 1e3:.0f}", f"{1e3 * host_ms:.0f}"), flush=True)
         except Exception as error:
             passed = False
-            print(f"| {name} | FAILED {type(error).__name__} {str(error)[:200]} | | |", flush=True)
+            print(line(name, f"FAILED {type(error).__name__} {str(error)[:200]}", "", ""), flush=True)
     if not passed:
         raise SystemExit(1)
-
-
-def eager_us(call, count: int = 10) -> float:
-    """Median µs from start to end of one call."""
-    times = []
-    for _ in range(count):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

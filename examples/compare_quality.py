@@ -12,17 +12,16 @@ window and elsewhere; floats count 16 bits, as in a model in half precision. Wha
 count.
 """
 
-import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
-from load_model import load, load_text
+from load_model import load, load_text, parser
+from report import conditions, named, table
 
-from hf_turboquant import TurboQuantCache
 from hf_turboquant.config import PRESETS
-from hf_turboquant.evaluation.caches import held_bits, new_cache
+from hf_turboquant.evaluation.caches import bits_per_coordinate, new_cache
 from hf_turboquant.evaluation.quality import Quality, measure, split_windows
 
 BITS = {
@@ -73,48 +72,23 @@ def integers(config) -> dict[str, dict]:
     return usable
 
 
-def bits_per_coordinate(cache) -> float:
-    """Bits held for every coordinate of the tokens that `cache` holds."""
-    if isinstance(cache, TurboQuantCache):
-        memory = cache.memory()
-        itemsize = next(layer.dtype for layer in cache.layers if layer.is_initialized).itemsize
-        halves = (memory.exact_bytes + memory.other_bytes) / itemsize
-        return 8 * (memory.codes_bytes + memory.scales_bytes + 2 * halves) / (memory.full_bytes / itemsize)
-    held = coordinates = 0
-    for layer in cache.layers:
-        states = [layer.keys, layer.values]
-        quantized = [getattr(layer, name) for name in ("_quantized_keys", "_quantized_values") if hasattr(layer, name)]
-        held += held_bits([states, quantized])
-        coordinates += sum(state.numel() for state in states) + _coordinates(quantized)
-    return held / coordinates
-
-
-def _coordinates(quantized) -> int:
-    # HQQ's tensors come with a description, quanto's have the shape they stand for
-    shapes = [each[1]["shape"] if isinstance(each, tuple) else each.shape for each in quantized]
-    return sum(torch.Size(shape).numel() for shape in shapes)
-
-
-def rows(qualities: dict[str, Quality]) -> list[str]:
+def rows(qualities: dict[str, Quality]) -> str:
     """A markdown table, fewest bits last."""
-    lines = ["| cache | bits in all | KL (nats) | perplexity | top-1 |", "|---|---|---|---|---|"]
-    for name, q in sorted(qualities.items(), key=lambda item: -item[1].bits):
-        lines.append(f"| {name} | {q.bits:.2f} | {q.kl:.4f} | {q.perplexity:.2f} | {q.agreement:.3f} |")
-    return lines
+    found = sorted(qualities.items(), key=lambda item: -item[1].bits)
+    cells = [(n, f"{q.bits:.2f}", f"{q.kl:.4f}", f"{q.perplexity:.2f}", f"{q.agreement:.3f}") for n, q in found]
+    return table(("cache", "bits in all", "KL (nats)", "perplexity", "top-1"), cells)
 
 
-def at_equal_bits(groups: dict[str, dict[str, Quality]], theirs: dict[str, Quality]) -> list[str]:
+def at_equal_bits(groups: dict[str, dict[str, Quality]], theirs: dict[str, Quality]) -> str:
     """A markdown table: for each of `theirs` the best of every group of ours that takes no more bits."""
-    columns = ["integers", "bits in all", "KL", *(cell for group in groups for cell in (group, "KL"))]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    cells = []
     for name, their in sorted(theirs.items(), key=lambda item: -item[1].bits):
-        cells = [name, f"{their.bits:.2f}", f"{their.kl:.4f}"]
+        cells.append([name, f"{their.bits:.2f}", f"{their.kl:.4f}"])
         for group in groups.values():
             fitting = {other: q for other, q in group.items() if q.bits <= their.bits}
             best = min(fitting, key=lambda other: fitting[other].kl, default=None)
-            cells += [f"{best} ({fitting[best].bits:.2f})", f"{fitting[best].kl:.4f}"] if best else ["none", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            cells[-1] += [f"{best} ({fitting[best].bits:.2f})", f"{fitting[best].kl:.4f}"] if best else ["none", ""]
+    return table(["integers", "bits in all", "KL", *(cell for group in groups for cell in (group, "KL"))], cells)
 
 
 def beaten(ours: dict[str, Quality], theirs: dict[str, Quality]) -> list[str]:
@@ -131,28 +105,19 @@ def beaten(ours: dict[str, Quality], theirs: dict[str, Quality]) -> list[str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="KL, perplexity and top-1 against all bits that a cache holds.")
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        default=[None],
-        help="Hub names or local folders (default: SmolLM2-135M-Instruct from PyPI)",
-    )
-    parser.add_argument(
-        "--text",
-        nargs="+",
-        required=True,
-        help="text files, of which the first windows are used, or `reference`: the reference of the Python language",
-    )
-    parser.add_argument("--length", type=int, default=1024, help="tokens in a window")
-    parser.add_argument("--windows", type=int, default=12, help="number of windows")
-    parser.add_argument("--batch", type=int, default=12, help="windows fed at a time")
-    args = parser.parse_args()
+    arguments = parser("KL, perplexity and top-1 against all bits that a cache holds.", nargs="+", default=[None])
+    about = "text files, of which the first windows are used, or `reference`: the reference of the Python language"
+    arguments.add_argument("--text", nargs="+", required=True, help=about)
+    arguments.add_argument("--length", type=int, default=1024, help="tokens in a window")
+    arguments.add_argument("--windows", type=int, default=12, help="number of windows")
+    arguments.add_argument("--batch", type=int, default=12, help="windows fed at a time")
+    args = arguments.parse_args()
     # keys by channel come in groups of 64 tokens, from the prefill on
     if args.length % 128:
-        parser.error(f"--length must be a multiple of 128, two halves in blocks of 64, got {args.length}.")
+        arguments.error(f"--length must be a multiple of 128, two halves in blocks of 64, got {args.length}.")
     half = args.length // 2
-    options = {"block": 64, "batch": args.batch, "prefill": half, "score_from": half, "weigh": bits_per_coordinate}
+    options = {"block": 64, "batch": args.batch, "prefill": half, "score_from": half}
+    options["weigh"] = partial(bits_per_coordinate, with_exact=True)
     for source in args.model:
         model, tokenizer = load(source, torch.float32)
         ours, theirs = candidates(), integers(model.config)
@@ -161,14 +126,11 @@ def main():
             qualities = measure(model, windows, [*ours.values(), *theirs.values()], **options)
             found = dict(zip(["full cache", *ours, *theirs], qualities, strict=True))
             our, their = ({name: found[name] for name in names} for names in (ours, theirs))
-            print(
-                f"\n**{Path(source or 'SmolLM2-135M-Instruct').name}, {Path(text).name}**, {args.windows} windows of "
-                f"{args.length:,} tokens, {args.batch} in a batch, float32, {model.device.type}, "
-                f"torch {torch.__version__}, transformers {transformers.__version__}\n"
-            )
+            sizes = f"{args.windows} windows of {args.length:,} tokens, {args.batch} in a batch"
+            print(conditions(model.device, f"{named(model, source)}, **{Path(text).name}**", sizes), end="\n\n")
             usual = {name: found[name] for name, options in ours.items() if options["residual_length"] == 128}
             groups = {"ours, no more bits": our, "with a window of 128": usual}
-            print("\n".join([*rows(found), "", *at_equal_bits(groups, their), ""]))
+            print(rows(found), at_equal_bits(groups, their), sep="\n\n", end="\n\n")
             print("\n".join(["Ours that integers better with no more bits:", *(beaten(our, their) or ["- none"])]))
 
 

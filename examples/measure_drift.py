@@ -9,12 +9,11 @@ KL rises along a text whatever is frozen: at first most tokens are exact, later 
 the difference from the same cache with statistics from the whole text, `whole`; `none` is not conditioned.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
-import transformers
-from load_model import load, load_text
+from load_model import load, load_text, parser
+from report import conditions, named, table
 
 from hf_turboquant import TurboQuantCache
 from hf_turboquant.evaluation.quality import measure, split_windows
@@ -72,31 +71,34 @@ def drift(model, sequences: torch.Tensor, prompt: int, stretch: int, block: int)
     return sums
 
 
-def rows(found: dict[tuple[str, str], torch.Tensor], prompt: int, stretch: int) -> list[str]:
+def rows(found: dict[tuple[str, str], torch.Tensor], prompt: int, stretch: int) -> str:
     """A markdown table: stretches, the last against the first, and against the same stretch of `whole`."""
-    count = len(next(iter(found.values())))
-    starts = [prompt + stretch * index for index in range(count)]
+    starts = range(prompt, prompt + stretch * len(next(iter(found.values()))), stretch)
     columns = ["setting", "statistics", *(f"from {start:,}" for start in starts), "last : first", "last : whole's"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for (name, statistics), means in found.items():
-        ratios = f"{means[-1] / means[0]:.2f}", f"{means[-1] / found[name, 'whole'][-1]:.2f}"
-        lines.append(f"| {' | '.join([name, statistics, *(f'{kl:.4f}' for kl in means), *ratios])} |")
-    return lines
+    cells = [
+        [
+            *key,
+            *(f"{kl:.4f}" for kl in means),
+            f"{means[-1] / means[0]:.2f}",
+            f"{means[-1] / found[key[0], 'whole'][-1]:.2f}",
+        ]
+        for key, means in found.items()
+    ]
+    return table(columns, cells)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="KL along a text, of caches whose conditioning was frozen early.")
-    parser.add_argument("--model", help="a Hub name or a local folder (default: SmolLM2-135M-Instruct from PyPI)")
-    parser.add_argument("--text", required=True, help="text file that the prompts come from, or `reference`")
-    parser.add_argument("--then", help="text that goes on in place of what the model samples")
-    parser.add_argument("--sequences", type=int, default=4, help="prompts, one after the other in the text")
-    parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=3000, help="tokens after the prompt")
-    parser.add_argument("--stretch", type=int, default=400, help="tokens that are averaged")
-    parser.add_argument("--block", type=int, default=100, help="tokens fed at a time")
-    args = parser.parse_args()
+    arguments = parser("KL along a text, of caches whose conditioning was frozen early.")
+    arguments.add_argument("--text", required=True, help="text file that the prompts come from, or `reference`")
+    arguments.add_argument("--then", help="text that goes on in place of what the model samples")
+    arguments.add_argument("--sequences", type=int, default=4, help="prompts, one after the other in the text")
+    arguments.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
+    arguments.add_argument("--tokens", type=int, default=3000, help="tokens after the prompt")
+    arguments.add_argument("--stretch", type=int, default=400, help="tokens that are averaged")
+    arguments.add_argument("--block", type=int, default=100, help="tokens fed at a time")
+    args = arguments.parse_args()
     if args.stretch % args.block:
-        parser.error(f"--stretch must be a multiple of --block, got {args.stretch} and {args.block}. Change one.")
+        arguments.error(f"--stretch must be a multiple of --block, got {args.stretch} and {args.block}. Change one.")
 
     model, tokenizer = load(args.model, torch.float32)
     sequences = split_windows(tokenizer, load_text(args.text), args.prompt, args.sequences)
@@ -110,14 +112,11 @@ def main():
         prompts = sequences.to(model.device)
         sequences = model.generate(prompts, attention_mask=torch.ones_like(prompts), **sampling)
     found = drift(model, sequences, args.prompt, args.stretch, args.block)
-    name, then = Path(args.model or "SmolLM2-135M-Instruct").name, f"of {args.then and Path(args.then).name}"
-    print(
-        f"\n**{name}**, {args.sequences} prompts of {args.prompt} tokens of {Path(args.text).name}, then "
-        f"{args.tokens:,} {then if args.then else 'sampled'}; "
-        f"KL (nats) by stretches of {args.stretch}, fed in blocks of {args.block}; float32, {model.device.type}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}\n"
-    )
-    print("\n".join(rows(found, args.prompt, args.stretch)))
+    then = f"of {Path(args.then).name}" if args.then else "sampled"
+    sizes = f"{args.sequences} prompts of {args.prompt} tokens of {Path(args.text).name}, then {args.tokens:,} {then}"
+    blocks = f"KL (nats) by stretches of {args.stretch}, fed in blocks of {args.block}"
+    print(conditions(model.device, named(model, args.model), sizes, blocks), end="\n\n")
+    print(rows(found, args.prompt, args.stretch))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ The memory of a compressed cache, counted from the tensors it holds.
 import argparse
 
 import torch
-from rich.progress import track
+from report import head, line
 
 from hf_turboquant import TurboQuantCache
-
-COLUMNS = ("context", "keys", "4 bits", "3 bits", "2 bits")
 
 
 def ratio(context: int, kv_heads: int, head_dim: int, **options) -> float:
@@ -32,14 +30,11 @@ def main():
     parser.add_argument("--head-dim", type=int, default=128)
     args = parser.parse_args()
     rows = [(context, estimator) for context in args.contexts for estimator in ("qjl", "rescaled")]
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    for context, estimator in track(rows, description="quantising", transient=True):
-        ratios = [
-            ratio(context, args.kv_heads, args.head_dim, nbits=nbits, key_estimator=estimator) for nbits in (4, 3, 2)
-        ]
-        lines.append(f"| {context:,} | {estimator} | {' | '.join(f'{r:.2f}' for r in ratios)} |")
     print(f"bf16, {args.kv_heads} KV heads of {args.head_dim}, batch 1: full cache / compressed cache, in bytes\n")
-    print("\n".join(lines))
+    print(head("context", "keys", "4 bits", "3 bits", "2 bits"))
+    for context, estimator in rows:
+        shape, options = (context, args.kv_heads, args.head_dim), {"key_estimator": estimator}
+        print(line(f"{context:,}", estimator, *(f"{ratio(*shape, nbits=nbits, **options):.2f}" for nbits in (4, 3, 2))))
 
 
 if __name__ == "__main__":

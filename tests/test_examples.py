@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_turboquant import TurboQuantCache
 from hf_turboquant.config import PRESETS
-from hf_turboquant.evaluation.caches import new_cache
+from hf_turboquant.evaluation.caches import bits_per_coordinate, new_cache
 from hf_turboquant.evaluation.quality import Quality
 
 TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -91,14 +91,12 @@ def tiny():
 
 
 def test_all_bits_count(tiny):
-    from compare_quality import bits_per_coordinate
-
     def bits(options):
         cache = new_cache(tiny.config, options)
         with torch.no_grad():
             for part in torch.randint(0, 97, (1, 400)).split([384, 16], dim=1):
                 tiny(part, past_key_values=cache)
-        return bits_per_coordinate(cache)
+        return bits_per_coordinate(cache, with_exact=True)
 
     # 4 first and 128 last tokens exact, otherwise 4 bits and a scale of 16 for every 16 coordinates
     assert bits({"nbits": 4, "key_estimator": "rescaled"}) == pytest.approx((132 * 16 + 268 * 5) / 400)
@@ -118,7 +116,7 @@ def test_ours_and_theirs_at_equal_bits():
     ours = {"fat": quality(6, 0.02), "good": quality(4.5, 0.03), "lean": quality(4, 0.05)}
     theirs = {"int4": quality(5, 0.04), "int4, longer": quality(5.5, 0.01), "int2": quality(3, 1.0)}
     lines = at_equal_bits({"ours": ours, "some": {"lean": ours["lean"]}}, theirs)
-    assert lines[2:] == [
+    assert lines.splitlines()[2:] == [
         "| int4, longer | 5.50 | 0.0100 | good (4.50) | 0.0300 | lean (4.00) | 0.0500 |",
         "| int4 | 5.00 | 0.0400 | good (4.50) | 0.0300 | lean (4.00) | 0.0500 |",
         "| int2 | 3.00 | 1.0000 | none |  | none |  |",
@@ -149,11 +147,36 @@ def test_compare_quality(run, monkeypatch, tmp_path):
     file.write_text("Nothing happened at the lighthouse. " * 100)
     arguments = ("--windows", "1", "--batch", "1", "--length", "384")
     text = run("compare_quality", "--text", str(file), "reference", *arguments)
-    assert text.count("| full cache | 16.00 | 0.0000 |") == 2 and "log.txt**" in text and "reference**" in text
+    assert text.count("| full cache | 16.00 | 0.0000 |") == 2 and "**log.txt**" in text and "**reference**" in text
     bits = [float(bits) for bits in re.findall(r"\| (?:quality: rescaled 4|qjl 2) \| ([\d.]+)", text)]
     assert len(bits) == 4 and all(2 < found < 16 for found in bits)
     with pytest.raises(SystemExit):
         run("compare_quality", "--text", str(file), "--length", "320")
+
+
+def test_measure_quality(run, tmp_path):
+    file = tmp_path / "log.txt"
+    file.write_text("Nothing happened at the lighthouse. " * 100)
+    sizes = ("--window", "320", "--windows", "1", "--prefill", "280", "--score-from", "280")
+    text = run("measure_quality", "--text", str(file), *sizes, "--bits", "4", "2", "--key-estimators", "rescaled")
+    assert "log.txt, 1 × 320 tokens" in text and "scored from position 280" in text
+    kls = [float(kl) for kl in re.findall(r"\| rescaled \| attention \| \d \| [\d.]+ \| ([\d.]+)", text)]
+    assert "| full cache |  |  |" in text and len(kls) == 2 and 0 < kls[0] < kls[1]
+    # below it the command
+    assert text.rstrip().endswith("--bits 4 2 --key-estimators rescaled`")
+
+
+def test_memory_table(capsys, monkeypatch):
+    import memory_table
+
+    monkeypatch.setattr(sys, "argv", ["memory_table.py", "--contexts", "400", "2000"])
+    memory_table.main()
+    short, long = (
+        [float(cell) for cell in row.split("|")[3:-1]]
+        for row in capsys.readouterr().out.splitlines()
+        if "| rescaled |" in row
+    )
+    assert 1 < short[0] < short[1] < short[2] < long[2] and long[0] > 2
 
 
 def test_statistics_of_another_text_stay_when_its_tokens_go(tiny):
@@ -191,7 +214,7 @@ def test_drift_is_read_by_stretches(tiny, monkeypatch):
     assert (found["coarse", "none"] * weights).sum() == pytest.approx(quality.kl, rel=1e-4)
     assert found["coarse", "prompt"].ne(found["coarse", "whole"]).all()
     ratio = (found["coarse", "prompt"][-1] / found["coarse", "whole"][-1]).item()
-    assert measure_drift.rows(found, 200, 100)[2].endswith(f"| {ratio:.2f} |")
+    assert measure_drift.rows(found, 200, 100).splitlines()[2].endswith(f"| {ratio:.2f} |")
 
 
 def test_measure_drift(run, monkeypatch):
