@@ -123,8 +123,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self.measure()
             self._check_room(tokens)
             return super().update(key_states, value_states)
-        if not self.announced:
-            self._find_room(tokens)
+        self.find_room(tokens)
         ops.append(self.states, key_states.detach(), value_states.detach())
         self.count(tokens)
         return tuple(QuantizedStates(self.states, role) for role in ROLES)
@@ -143,9 +142,14 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def _find_room(self, tokens: int) -> None:
-        """As [`_check_room`] before a step: waits for the length only where the bound leaves no room."""
-        if self.most_tokens + tokens > self.max_cache_len and not self._is_capturing():
+    def find_room(self, tokens: int) -> None:
+        """
+        Before a step that has not been announced: raises a `ValueError` where there is no room for its tokens, and
+        waits for the length only where the bound leaves none.
+        """
+        if self.announced or self._is_capturing():
+            return
+        if self.most_tokens + tokens > self.max_cache_len:
             self.measure()
             self._check_room(tokens)
 
@@ -239,7 +243,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         if not torch.compiler.is_compiling() and not self._is_capturing():
             # `generate` asks before every compiled step, while the device has nothing to do: waiting for the length too
             # would keep it so for longer
-            self._find_room(query_length)
+            self.announced = False
+            self.find_room(query_length)
             self.most_tokens += query_length
             self.announced = True
         return self.max_cache_len, 0

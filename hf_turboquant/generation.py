@@ -1,0 +1,310 @@
+"""The decoding loop behind `model.generate(..., custom_generate=hf_turboquant.generate)`."""
+
+import inspect
+import logging
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import cache as once
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, StopStringCriteria
+from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+from .cache import TurboQuantCache
+from .captured import Graph, Steps, fingerprint
+from .config import TurboQuantConfig
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = tuple(field.name for field in fields(TurboQuantConfig))
+# room is taken in pieces of so many tokens: a request that is a little longer finds enough
+ROOM_TOKENS = 256
+
+# by model the cache of its last request, for the next one like it; by cache the steps that were captured over it
+_kept: WeakKeyDictionary = WeakKeyDictionary()
+_steps: WeakKeyDictionary = WeakKeyDictionary()
+
+
+@once
+def _say(message: str) -> None:
+    logger.warning(message)
+
+
+def generate(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    """
+    `model.generate(**inputs, custom_generate=hf_turboquant.generate, max_new_tokens=200, nbits=4)`: greedy search and
+    sampling over a [`TurboQuantCache`], on a GPU by steps that are captured as a CUDA graph.
+
+    `generate` prepares everything and calls this in place of its own loop; all its arguments mean what they do there,
+    and those of [`TurboQuantConfig`] are those of the cache, `max_cache_len` the least room. A cache may be given
+    instead, of any kind; steps are captured over those of static capacity. The next request of a batch like this takes
+    the memory and the graph over. What is neither greedy search nor sampling goes on in transformers' own loop.
+
+    Args:
+        model (`PreTrainedModel`), input_ids (`torch.LongTensor` of shape `[batch, tokens]`): as `generate` passes them.
+        logits_processor, stopping_criteria, generation_config, **model_kwargs: as `generate` has prepared them.
+
+    Returns:
+        As `generate`: token ids of shape `[batch, tokens]`, or a `GenerateDecoderOnlyOutput`.
+
+    Raises:
+        `ValueError`: options come with a cache, or as [`TurboQuantCache`]. A cache that was given is then as before,
+            where it can be cropped.
+    """
+    lost = _lost_arguments()
+    options = {name: model_kwargs.pop(name) for name in OPTIONS if name in model_kwargs}
+    if model_kwargs.get("stop_strings") is not None:
+        stopping_criteria.append(_stop_strings(lost.get("tokenizer"), model_kwargs["stop_strings"]))
+    inputs_tensor = model_kwargs.pop("inputs_tensor", None)
+    model_kwargs.pop("stop_strings", None)
+    prepared = {
+        "logits_processor": logits_processor,
+        "stopping_criteria": stopping_criteria,
+        "generation_config": generation_config,
+    }
+    name = next((n for n in ("cache", "past_key_values") if isinstance(model_kwargs.get(n), Cache)), None)
+    made = model_kwargs.get(name)
+    own = type(made) in (DynamicCache, EncoderDecoderCache) and not getattr(made, "_is_user_defined", False)
+    own = own and generation_config.cache_implementation is None
+    if options and not own:
+        raise ValueError(
+            f"Options of the cache must not come with another cache, got {options} and {type(made).__name__}. Give "
+            "them to `TurboQuantCache(model.config, ...)` and pass that, or leave the cache out."
+        )
+    mode = generation_config.get_generation_mode(lost.get("assistant_model"))
+    reason = _not_ours(model, mode, generation_config, name, lost)
+    if reason is not None:
+        if own:
+            growing = TurboQuantCache(model.config, **{**options, "max_cache_len": None})
+            is_pair = isinstance(made, EncoderDecoderCache)
+            model_kwargs[name] = EncoderDecoderCache(growing, made.cross_attention_cache) if is_pair else growing
+        return _hand_back(
+            model, mode, reason, input_ids, {**lost, "inputs_tensor": inputs_tensor}, prepared, model_kwargs
+        )
+    with torch.cuda.device_of(input_ids), model._optimize_model_for_decode():
+        if not own:
+            return _run(model, input_ids, name, True, lost.get("streamer"), **prepared, model_kwargs=model_kwargs)
+        prompt = model_kwargs["inputs_embeds"] if model_kwargs.get("inputs_embeds") is not None else input_ids
+        # the last token is never read
+        room = prompt.shape[1] + generation_config.max_length - input_ids.shape[1] - 1
+        key, model_kwargs[name] = _take_cache(model, options, input_ids.shape[0], room)
+        cache, returned = model_kwargs[name], generation_config.return_dict_in_generate
+        out = _run(model, input_ids, name, returned, lost.get("streamer"), **prepared, model_kwargs=model_kwargs)
+        if not returned and cache.is_compileable:
+            _kept[model] = key, cache
+        return out
+
+
+# `generate` takes from its keywords those that stand here, before it looks for ones that nobody knows
+generate.__signature__ = inspect.Signature(
+    [
+        *list(inspect.signature(generate).parameters.values())[:-1],
+        *(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in ("inputs_tensor", "stop_strings")
+        ),
+        *(
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(TurboQuantConfig).parameters.values()
+        ),
+        inspect.Parameter("model_kwargs", inspect.Parameter.VAR_KEYWORD),
+    ]
+)
+
+
+def _lost_arguments() -> dict:
+    """
+    The keywords of the call of `generate` that led here. transformers (5.17 to 5.24) hands neither `streamer` nor
+    `tokenizer`, `assistant_model` and `synced_gpus` to a callable, and says nothing: whoever listens to a streamer
+    would wait for ever. They are still in the frame of the decorator around `generate`.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        keywords = frame.f_locals.get("kwargs")
+        if isinstance(keywords, dict) and keywords.get("custom_generate") is not None:
+            return {name: value for name, value in keywords.items() if value is not None}
+        frame = frame.f_back
+    return {}
+
+
+def _stop_strings(tokenizer, stop_strings) -> StopStringCriteria:
+    if tokenizer is None:
+        raise ValueError(f"`stop_strings` need the `tokenizer`, got {stop_strings!r} without. Pass `tokenizer=` too.")
+    return StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)
+
+
+def _not_ours(model, mode, config, name, lost) -> str | None:
+    """What this loop does not do of what is asked for, or `None`."""
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return mode.value.replace("_", " ")
+    if model.config.is_encoder_decoder:
+        return "an encoder and a decoder"
+    if config.output_attentions or config.output_hidden_states:
+        return "attentions and hidden states"
+    if lost.get("synced_gpus"):
+        return "`synced_gpus`"
+    return "a model without `use_cache`" if name is None or config.use_cache is False else None
+
+
+def _hand_back(model, mode, reason, input_ids, lost, prepared, model_kwargs):
+    """Goes on in transformers' own loop."""
+    method = GENERATION_MODES_MAPPING[mode]
+    if "/" in method:
+        raise ValueError(
+            f"`custom_generate=hf_turboquant.generate` must be greedy search, sampling, beam search or a draft, got "
+            f"{reason}. Pass `custom_generate='{method}'` and a `TurboQuantCache` as the cache."
+        )
+    _say(f"`hf_turboquant.generate` leaves {reason} to the loop of transformers, over the same cache.")
+    method = getattr(type(model), method)
+    names = inspect.signature(method).parameters.keys() - prepared.keys() - {"self", "input_ids", "model_kwargs"}
+    if mode == GenerationMode.BEAM_SEARCH and "streamer" in lost:
+        raise ValueError("`streamer` must not come with beam search, got one. Leave it out, or set `num_beams=1`.")
+    extra = {name: lost[name] for name in names if lost.get(name) is not None}
+    return method(model, input_ids, **prepared, **extra, **model_kwargs)
+
+
+def _take_cache(model, options: dict, batch: int, room: int) -> tuple[tuple, TurboQuantCache]:
+    """
+    A cache without tokens, with `room` for so many: that of the last request, or a new one; where no graph can be
+    captured, one that grows. And the key under which it is kept.
+    """
+    config = TurboQuantConfig(**options)
+    room = max(room, config.max_cache_len or 1)
+    key = batch, replace(config, max_cache_len=None), model.dtype, model.device
+    kept_key, cache = _kept.pop(model, (None, None))
+    if kept_key == key and room <= cache.options.max_cache_len <= 2 * room + ROOM_TOKENS:
+        cache.reset()
+        return key, cache
+    # the old memory goes first
+    del cache
+    if Graph.runs_on(model):
+        try:
+            return key, TurboQuantCache(
+                model.config, **{**options, "max_cache_len": -(-room // ROOM_TOKENS) * ROOM_TOKENS}
+            )
+        except ValueError as error:
+            # some layers have no static kind
+            _say(f"`hf_turboquant.generate` goes on without CUDA graphs: {error}")
+    return key, TurboQuantCache(model.config, **{**options, "max_cache_len": None})
+
+
+def _run(
+    model, input_ids, name, returned, streamer, logits_processor, stopping_criteria, generation_config, model_kwargs
+):
+    """One request over the cache in `model_kwargs[name]`; `returned` is whether somebody sees it afterwards."""
+    cache = model_kwargs[name]
+    before = int(cache.get_seq_length())
+    # chunks of a prefill would be compiled
+    generation_config.disable_compile = True
+    try:
+        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        logits = outputs.logits[:, -1].clone()
+        # those of all tokens of the prompt take much memory, where a model makes them
+        del outputs
+        steps, mark = _steps.pop(cache, None), fingerprint(model, cache)
+        if steps is None or steps.fingerprint != mark:
+            steps = Steps(mark)
+        steps.start(model, name, model_kwargs)
+        ahead = cache.is_croppable or not returned
+        ids, scores, raw_logits, surplus = _decode(
+            steps, logits, input_ids, logits_processor, stopping_criteria, generation_config, streamer, ahead
+        )
+        if surplus and returned:
+            cache.crop(-surplus)
+    except BaseException:
+        _roll_back(cache, before)
+        raise
+    steps.finish()
+    _steps[cache] = steps
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return ids
+    return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=raw_logits, **{name: cache})
+
+
+def _decode(steps, logits, ids, logits_processor, stopping_criteria, config, streamer, ahead):
+    """
+    Chooses tokens until all sequences have ended. With `ahead`, the next step is under way while the host looks at the
+    token that it reads: the GPU never waits for that.
+
+    Args:
+        logits (`torch.Tensor`): after the prompt, of shape `[batch, vocab_size]`.
+
+    Returns:
+        Token ids of shape `[batch, tokens]`, what is recorded of scores and logits, and how many tokens the cache has
+        got too many.
+    """
+    scores = () if config.return_dict_in_generate and config.output_scores else None
+    raw_logits = () if config.return_dict_in_generate and config.output_logits else None
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
+    max_length = stopping_criteria.max_length
+    host = _Beside(ids.device)
+    while True:
+        next_logits = logits.to(device=ids.device, dtype=torch.float32, copy=True)
+        next_scores = logits_processor(ids, next_logits)
+        if scores is not None:
+            scores += (next_scores,)
+        if raw_logits is not None:
+            raw_logits += (next_logits,)
+        if config.do_sample:
+            tokens = torch.multinomial(next_scores.softmax(-1), num_samples=1).squeeze(1)
+        else:
+            tokens = next_scores.argmax(-1)
+        if pads:
+            pad = config._pad_token_tensor.to(ids.device)
+            tokens = tokens * unfinished + pad * (1 - unfinished)
+        ids = torch.cat([ids, tokens[:, None]], dim=-1)
+        host.mark()
+        # a step that is known to be the last one is not even begun
+        begun = ahead and (max_length is None or ids.shape[1] < max_length)
+        if begun:
+            logits = steps(ids)
+        with host.looks():
+            unfinished = unfinished & ~stopping_criteria(ids, scores)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            ended = not unfinished.any().item()
+        if ended:
+            return ids, scores, raw_logits, int(begun)
+        if not begun:
+            logits = steps(ids)
+
+
+class _Beside:
+    """A stream beside the current one, for looks at what was there when `mark` was called; without a GPU, nothing."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.marked: torch.cuda.Event | None = None
+
+    def mark(self) -> None:
+        """What was launched until now is what will be looked at."""
+        if self.stream is not None:
+            self.marked = torch.cuda.current_stream().record_event()
+
+    @contextmanager
+    def looks(self):
+        """Within it, waiting for the GPU is waiting for what was marked; the current stream goes on behind it."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_event(self.marked)
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+
+def _roll_back(cache: Cache, length: int) -> None:
+    """Takes from a cache what a request that failed has left in it, also where only some of its layers have got it."""
+    if length == 0:
+        cache.reset()
+    elif cache.is_croppable:
+        for layer in cache.layers:
+            surplus = int(layer.get_seq_length()) - length
+            if surplus > 0:
+                layer.crop(-surplus)
