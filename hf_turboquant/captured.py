@@ -6,17 +6,18 @@ from collections.abc import Callable
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from transformers import Cache, StaticCache
-from transformers.cache_utils import LinearAttentionLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 from transformers.utils import ModelOutput
 
 from .cache import TurboQuantCache
+from .sliding import StaticSlidingLayer
 from .static import TurboQuantStaticLayer
 
 logger = logging.getLogger(__name__)
 
 # layers that count in device memory alone, and those whose memory at least stays where it is
 COUNTED_ON_DEVICE = TurboQuantStaticLayer, StaticLayer
-STATIC = *COUNTED_ON_DEVICE, StaticSlidingWindowLayer, LinearAttentionLayer
+STATIC = *COUNTED_ON_DEVICE, StaticSlidingLayer, LinearAttentionLayer
 
 
 def fingerprint(model, cache: Cache) -> tuple:
@@ -186,7 +187,7 @@ class Steps:
         return {key: value for key, value in self.static.items() if key != "input_ids"}
 
     def _captured(self) -> torch.Tensor:
-        sliding = (layer for layer in self.cache.layers if isinstance(layer, StaticSlidingWindowLayer))
+        sliding = (layer for layer in self.cache.layers if isinstance(layer, StaticSlidingLayer))
         # a full window rolls
         kind = tuple(layer.cumulative_length_int >= layer.max_cache_len for layer in sliding)
         if kind not in self.graphs:

@@ -97,6 +97,11 @@ def generate(model, input_ids, logits_processor, stopping_criteria, generation_c
         return out
 
 
+def release(model) -> None:
+    """Frees what is kept for the next request to `model`: the cache of the last one, and its graphs."""
+    _kept.pop(model, None)
+
+
 # `generate` takes from its keywords those that stand here, before it looks for ones that nobody knows
 generate.__signature__ = inspect.Signature(
     [

@@ -449,7 +449,7 @@ def test_what_a_static_cache_refuses(tmp_path):
 def test_layers_come_from_the_config():
     cache = TurboQuantCache(Gemma3TextConfig(**SHAPE, **SLIDING), max_cache_len=300, skip_layers=(1,))
     kinds = [type(layer).__name__ for layer in cache.layers]
-    assert kinds == ["StaticSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer", "TurboQuantStaticLayer"]
+    assert kinds == ["StaticSlidingLayer", "StaticLayer", "StaticSlidingLayer", "TurboQuantStaticLayer"]
     assert isinstance(cache.layers[0], StaticSlidingWindowLayer) and cache.get_max_length() == 300
     assert "room for 300 tokens" in repr(cache)
     assert not TurboQuantCache(LlamaConfig(**SHAPE)).is_compileable
