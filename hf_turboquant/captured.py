@@ -24,8 +24,8 @@ def fingerprint(model, cache: Cache) -> tuple:
     """What a captured step takes for granted: where weights and tokens lie, and how the model computes."""
     weights = (*model.parameters(), *model.buffers())
     tokens = (x for layer in cache.layers for x in _tensors(layer))
-    implementation = model.config._attn_implementation, model.training
-    return (*implementation, *(x.data_ptr() for x in weights), *(x.data_ptr() for x in tokens))
+    modes = model.config._attn_implementation, model.training, torch.is_inference_mode_enabled()
+    return (*modes, *(x.data_ptr() for x in weights), *(x.data_ptr() for x in tokens))
 
 
 def _tensors(layer) -> list[torch.Tensor]:
@@ -118,15 +118,16 @@ class Steps:
         self.model, self.name, self.model_kwargs = model, name, model_kwargs
         self.cache = cache = model_kwargs[name]
         kinds = {type(layer) for layer in cache.layers}
-        self.static_cache = isinstance(cache, (TurboQuantCache, StaticCache)) and kinds <= set(STATIC)
+        stays = isinstance(cache, (TurboQuantCache, StaticCache)) and kinds <= set(STATIC)
+        self.can_capture = stays and cache.is_compileable and Graph.runs_on(model)
         others = {key: x for key, x in model_kwargs.items() if key not in (name, "attention_mask", "position_ids")}
         moving = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(others))
-        self.inside = self.static_cache and kinds <= set(COUNTED_ON_DEVICE) and not moving
+        self.inside = stays and kinds <= set(COUNTED_ON_DEVICE) and not moving
         self.fresh = True
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits of the next token, of shape `[batch, vocab_size]`, after the last of `input_ids` `[batch, tokens]`."""
-        captures = self.static_cache and self.cache.is_compileable and Graph.runs_on(self.model) and not self.failed
+        captures = self.can_capture and not self.failed
         if self.inside:
             if self.fresh:
                 self._load(self._at_start(input_ids))
@@ -199,6 +200,9 @@ class Steps:
             except Exception as error:
                 # whatever it is that a model does and no graph can hold
                 self.failed = True
+                while error.__context__ is not None:
+                    # torch says after that only that the capture has failed
+                    error = error.__context__
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 logger.warning("Steps of %s go on uncaptured: %s", type(self.model).__name__, reason[0])
                 return self._run()

@@ -2,19 +2,19 @@
 
 import inspect
 import logging
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cache as once
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, StopStringCriteria
+from transformers.generation import GenerationMode, StopStringCriteria
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from .cache import TurboQuantCache
-from .captured import Graph, Steps, fingerprint
+from .captured import Graph
 from .config import TurboQuantConfig
+from .decoding import run
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +22,8 @@ OPTIONS = tuple(field.name for field in fields(TurboQuantConfig))
 # room is taken in pieces of so many tokens: a request that is a little longer finds enough
 ROOM_TOKENS = 256
 
-# by model the cache of its last request, for the next one like it; by cache the steps that were captured over it
+# by model, the cache of its last request, for the next one like it, and the key of what it is like
 _kept: WeakKeyDictionary = WeakKeyDictionary()
-_steps: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @once
@@ -55,46 +54,36 @@ def generate(model, input_ids, logits_processor, stopping_criteria, generation_c
     """
     lost = _lost_arguments()
     options = {name: model_kwargs.pop(name) for name in OPTIONS if name in model_kwargs}
-    if model_kwargs.get("stop_strings") is not None:
-        stopping_criteria.append(_stop_strings(lost.get("tokenizer"), model_kwargs["stop_strings"]))
-    inputs_tensor = model_kwargs.pop("inputs_tensor", None)
-    model_kwargs.pop("stop_strings", None)
+    stop_strings, inputs_tensor = (model_kwargs.pop(name, None) for name in ("stop_strings", "inputs_tensor"))
+    if stop_strings is not None:
+        stopping_criteria.append(_stop_strings(lost.get("tokenizer"), stop_strings))
     prepared = {
         "logits_processor": logits_processor,
         "stopping_criteria": stopping_criteria,
         "generation_config": generation_config,
     }
     name = next((n for n in ("cache", "past_key_values") if isinstance(model_kwargs.get(n), Cache)), None)
-    made = model_kwargs.get(name)
-    own = type(made) in (DynamicCache, EncoderDecoderCache) and not getattr(made, "_is_user_defined", False)
-    own = own and generation_config.cache_implementation is None
-    if options and not own:
-        raise ValueError(
-            f"Options of the cache must not come with another cache, got {options} and {type(made).__name__}. Give "
-            "them to `TurboQuantCache(model.config, ...)` and pass that, or leave the cache out."
-        )
+    own = _is_our_choice(model_kwargs.get(name), options, generation_config)
     mode = generation_config.get_generation_mode(lost.get("assistant_model"))
     reason = _not_ours(model, mode, generation_config, name, lost)
     if reason is not None:
         if own:
-            growing = TurboQuantCache(model.config, **{**options, "max_cache_len": None})
-            is_pair = isinstance(made, EncoderDecoderCache)
-            model_kwargs[name] = EncoderDecoderCache(growing, made.cross_attention_cache) if is_pair else growing
-        return _hand_back(
-            model, mode, reason, input_ids, {**lost, "inputs_tensor": inputs_tensor}, prepared, model_kwargs
-        )
-    with torch.cuda.device_of(input_ids), model._optimize_model_for_decode():
-        if not own:
-            return _run(model, input_ids, name, True, lost.get("streamer"), **prepared, model_kwargs=model_kwargs)
+            model_kwargs[name] = _growing(model, options, model_kwargs[name])
+        lost["inputs_tensor"] = inputs_tensor
+        return _hand_back(model, mode, reason, input_ids, lost, prepared, model_kwargs)
+    returned, key = not own or generation_config.return_dict_in_generate, None
+    if own:
         prompt = model_kwargs["inputs_embeds"] if model_kwargs.get("inputs_embeds") is not None else input_ids
         # the last token is never read
         room = prompt.shape[1] + generation_config.max_length - input_ids.shape[1] - 1
         key, model_kwargs[name] = _take_cache(model, options, input_ids.shape[0], room)
-        cache, returned = model_kwargs[name], generation_config.return_dict_in_generate
-        out = _run(model, input_ids, name, returned, lost.get("streamer"), **prepared, model_kwargs=model_kwargs)
-        if not returned and cache.is_compileable:
-            _kept[model] = key, cache
-        return out
+    cache = model_kwargs[name]
+    with torch.cuda.device_of(input_ids):
+        out = run(model, input_ids, name, returned, lost.get("streamer"), **prepared, model_kwargs=model_kwargs)
+    # one that grows gains nothing from being kept
+    if not returned and cache.is_compileable:
+        _kept[model] = key, cache
+    return out
 
 
 def release(model) -> None:
@@ -140,6 +129,24 @@ def _stop_strings(tokenizer, stop_strings) -> StopStringCriteria:
     return StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)
 
 
+def _is_our_choice(cache: Cache | None, options: dict, config) -> bool:
+    """Whether the cache is one that `generate` has made because nobody said which."""
+    own = type(cache) in (DynamicCache, EncoderDecoderCache) and not getattr(cache, "_is_user_defined", False)
+    own = own and config.cache_implementation is None
+    if options and not own:
+        raise ValueError(
+            f"Options of the cache must not come with another cache, got {options} and {type(cache).__name__}. Give "
+            "them to `TurboQuantCache(model.config, ...)` and pass that, or leave the cache out."
+        )
+    return own
+
+
+def _growing(model, options: dict, made: Cache) -> Cache:
+    """A cache that grows, in place of the one that `generate` has made."""
+    cache = TurboQuantCache(model.config, **{**options, "max_cache_len": None})
+    return EncoderDecoderCache(cache, made.cross_attention_cache) if type(made) is EncoderDecoderCache else cache
+
+
 def _not_ours(model, mode, config, name, lost) -> str | None:
     """What this loop does not do of what is asked for, or `None`."""
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -177,7 +184,9 @@ def _take_cache(model, options: dict, batch: int, room: int) -> tuple[tuple, Tur
     """
     config = TurboQuantConfig(**options)
     room = max(room, config.max_cache_len or 1)
-    key = batch, replace(config, max_cache_len=None), model.dtype, model.device
+    # what is made in inference mode cannot be written to elsewhere
+    mode = torch.is_inference_mode_enabled()
+    key = batch, replace(config, max_cache_len=None), model.dtype, model.device, mode
     kept_key, cache = _kept.pop(model, (None, None))
     if kept_key == key and room <= cache.options.max_cache_len <= 2 * room + ROOM_TOKENS:
         cache.reset()
@@ -193,123 +202,3 @@ def _take_cache(model, options: dict, batch: int, room: int) -> tuple[tuple, Tur
             # some layers have no static kind
             _say(f"`hf_turboquant.generate` goes on without CUDA graphs: {error}")
     return key, TurboQuantCache(model.config, **{**options, "max_cache_len": None})
-
-
-def _run(
-    model, input_ids, name, returned, streamer, logits_processor, stopping_criteria, generation_config, model_kwargs
-):
-    """One request over the cache in `model_kwargs[name]`; `returned` is whether somebody sees it afterwards."""
-    cache = model_kwargs[name]
-    before = int(cache.get_seq_length())
-    # chunks of a prefill would be compiled
-    generation_config.disable_compile = True
-    try:
-        outputs = model._prefill(input_ids, generation_config, model_kwargs)
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        logits = outputs.logits[:, -1].clone()
-        # those of all tokens of the prompt take much memory, where a model makes them
-        del outputs
-        steps, mark = _steps.pop(cache, None), fingerprint(model, cache)
-        if steps is None or steps.fingerprint != mark:
-            steps = Steps(mark)
-        steps.start(model, name, model_kwargs)
-        ahead = cache.is_croppable or not returned
-        ids, scores, raw_logits, surplus = _decode(
-            steps, logits, input_ids, logits_processor, stopping_criteria, generation_config, streamer, ahead
-        )
-        if surplus and returned:
-            cache.crop(-surplus)
-    except BaseException:
-        _roll_back(cache, before)
-        raise
-    steps.finish()
-    _steps[cache] = steps
-    if streamer is not None:
-        streamer.end()
-    if not generation_config.return_dict_in_generate:
-        return ids
-    return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=raw_logits, **{name: cache})
-
-
-def _decode(steps, logits, ids, logits_processor, stopping_criteria, config, streamer, ahead):
-    """
-    Chooses tokens until all sequences have ended. With `ahead`, the next step is under way while the host looks at the
-    token that it reads: the GPU never waits for that.
-
-    Args:
-        logits (`torch.Tensor`): after the prompt, of shape `[batch, vocab_size]`.
-
-    Returns:
-        Token ids of shape `[batch, tokens]`, what is recorded of scores and logits, and how many tokens the cache has
-        got too many.
-    """
-    scores = () if config.return_dict_in_generate and config.output_scores else None
-    raw_logits = () if config.return_dict_in_generate and config.output_logits else None
-    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
-    max_length = stopping_criteria.max_length
-    host = _Beside(ids.device)
-    while True:
-        next_logits = logits.to(device=ids.device, dtype=torch.float32, copy=True)
-        next_scores = logits_processor(ids, next_logits)
-        if scores is not None:
-            scores += (next_scores,)
-        if raw_logits is not None:
-            raw_logits += (next_logits,)
-        if config.do_sample:
-            tokens = torch.multinomial(next_scores.softmax(-1), num_samples=1).squeeze(1)
-        else:
-            tokens = next_scores.argmax(-1)
-        if pads:
-            pad = config._pad_token_tensor.to(ids.device)
-            tokens = tokens * unfinished + pad * (1 - unfinished)
-        ids = torch.cat([ids, tokens[:, None]], dim=-1)
-        host.mark()
-        # a step that is known to be the last one is not even begun
-        begun = ahead and (max_length is None or ids.shape[1] < max_length)
-        if begun:
-            logits = steps(ids)
-        with host.looks():
-            unfinished = unfinished & ~stopping_criteria(ids, scores)
-            if streamer is not None:
-                streamer.put(tokens.cpu())
-            ended = not unfinished.any().item()
-        if ended:
-            return ids, scores, raw_logits, int(begun)
-        if not begun:
-            logits = steps(ids)
-
-
-class _Beside:
-    """A stream beside the current one, for looks at what was there when `mark` was called; without a GPU, nothing."""
-
-    def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.marked: torch.cuda.Event | None = None
-
-    def mark(self) -> None:
-        """What was launched until now is what will be looked at."""
-        if self.stream is not None:
-            self.marked = torch.cuda.current_stream().record_event()
-
-    @contextmanager
-    def looks(self):
-        """Within it, waiting for the GPU is waiting for what was marked; the current stream goes on behind it."""
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_event(self.marked)
-        with torch.cuda.stream(self.stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self.stream)
-
-
-def _roll_back(cache: Cache, length: int) -> None:
-    """Takes from a cache what a request that failed has left in it, also where only some of its layers have got it."""
-    if length == 0:
-        cache.reset()
-    elif cache.is_croppable:
-        for layer in cache.layers:
-            surplus = int(layer.get_seq_length()) - length
-            if surplus > 0:
-                layer.crop(-surplus)
