@@ -168,7 +168,7 @@ def _soft_codes(target, centroids, unit, width, CODE_BITS: tl.constexpr):
 
 @triton.jit
 def _mixed(x, matrix, T: tl.constexpr):
-    """x S of rows `[T, DP]`, S symmetric. A single row becomes a column, because sums down the matrix stay in a thread."""
+    """x S of rows `[T, DP]`, S symmetric. One row becomes a column: sums down the matrix stay within a thread."""
     if T == 1:
         out = tl.sum((matrix * tl.trans(x).to(matrix.dtype)).to(tl.float32), axis=0)[None, :]
     else:
