@@ -4,8 +4,11 @@ What a whole decode step costs through each cache: host time, GPU time, memory, 
     python examples/benchmark_generate.py
     python examples/benchmark_generate.py --contexts 8192 --batches 1 --caches dynamic turboquant-4
     python examples/benchmark_generate.py --static
+    python examples/benchmark_generate.py --loop --contexts 8192 32768 131072 --batches 1
 
-With `--static` the caches have a static capacity, and `generate` compiles the step by itself (CUDA graphs).
+With `--static` the caches have a static capacity, and `generate` compiles the step by itself (CUDA graphs). With
+`--loop` whole requests are timed by the wall clock, from the prompt on, as a streamer sees their tokens: "turboquant"
+through `custom_generate=hf_turboquant.generate`, "dynamic" through `generate`, "static" through `generate`, compiled.
 
 The model has random weights in the shape of Llama-3.1-8B: speed does not depend on what they are. Caches are filled
 with random states layer by layer, which is what a prefill leaves; the prefill itself is timed apart.
@@ -21,6 +24,7 @@ from itertools import pairwise
 
 import torch
 import transformers
+from benchmark_attention import copy_bandwidth
 from rich.progress import track
 from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
@@ -34,8 +38,11 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
 )
+from transformers.generation.streamers import BaseStreamer
 
+import hf_turboquant
 from hf_turboquant import TurboQuantCache
+from hf_turboquant.generation import release
 from hf_turboquant.layer import TurboQuantLayer
 
 LLAMA_8B = {
@@ -76,6 +83,24 @@ STATIC_COLUMNS = (
     "graphs",
     "peak memory (GB)",
     "cache (GB)",
+)
+# arguments of `generate`
+LOOP_CACHES = {
+    "dynamic": lambda config: {"past_key_values": DynamicCache(config=config)},
+    "static": lambda config: {"cache_implementation": "static"},
+    **{f"turboquant-{n}": lambda _, n=n: {"custom_generate": hf_turboquant.generate, "nbits": n} for n in (4, 3, 2)},
+}
+LOOP_COLUMNS = (
+    "batch × context",
+    "cache",
+    "first request: first token (s)",
+    "then to full speed (s)",
+    "first token (s)",
+    "step (ms)",
+    "ideal, fp16 KV (ms)",
+    "ideal, codes (ms)",
+    "of fp16 ideal",
+    "peak memory (GB)",
 )
 # a longer one means that the GPU waits for the host
 HOST_GAP_US = 20
@@ -252,6 +277,77 @@ def decode_static(model, makers: dict, batch: int, context: int, tokens: int) ->
     return {name: cells}
 
 
+class Times(BaseStreamer):
+    """Appends every token to a list, and when it came (s) to another."""
+
+    def __init__(self):
+        self.tokens: list[int] = []
+        self.times_s: list[float] = []
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+        self.times_s.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
+def request(model, ids: torch.Tensor, tokens: int, chunk: int | None, options: dict) -> list[float]:
+    """Generates `tokens` tokens a sequence: seconds to the first one, then from each to the next."""
+    streamer = Times()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), streamer=streamer, max_new_tokens=tokens, min_new_tokens=tokens,
+        do_sample=False, pad_token_id=0, prefill_chunk_size=chunk, **options,
+    )  # fmt: skip
+    # the first entry is the prompt
+    return [streamer.times_s[1] - start, *(stop - start for start, stop in pairwise(streamer.times_s[1:]))]
+
+
+def loop(model, makers: dict, batch: int, context: int, tokens: int, chunk: int | None, bandwidth: float):
+    """Two requests, the second on what the first has left: see `LOOP_COLUMNS`."""
+    (name, options), *_ = makers.items()
+    config = model.config
+    ids = torch.randint(3, config.vocab_size, (batch, context), device="cuda")
+    torch.compiler.reset()
+    torch.cuda.reset_peak_memory_stats()
+    flash, cudnn, efficient = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    # cuDNN makes a plan for every length, which only a static one does not pay for in each step
+    with sdpa_kernel([cudnn, flash, efficient] if name == "static" else [flash, efficient]):
+        first = request(model, ids, tokens, chunk, options(config))
+        peak = torch.cuda.max_memory_allocated()
+        again = request(model, ids, tokens, chunk, options(config))
+    # the memory of the next cache is its own
+    release(model)
+    # of all 200 tokens: what the host does between two may come now and then
+    step_s = sum(again[4:]) / len(again[4:])
+    ready_s = sum(first[1:4]) - 3 * step_s
+    if name == "static":
+        # compilation comes at the second and third step, and once more where the guards want it
+        ready_s = sum(first[1:]) - (tokens - 1) * step_s
+    # an embedding is looked up, and all else read once a step
+    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    numbers = (
+        batch * (context + tokens / 2) * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    )
+    full_s = (weights + 2 * numbers) / bandwidth
+    bits = name.rpartition("-")[2]
+    # codes, and the two-byte norms of a vector: two of keys, one of values
+    codes_s = (weights + numbers * (int(bits) / 8 + 3 / config.head_dim)) / bandwidth if bits.isdigit() else None
+    cells = (
+        f"{first[0]:.2f}",
+        f"{ready_s:.2f}",
+        f"{again[0]:.3f}",
+        f"{step_s * 1e3:.2f}",
+        f"{full_s * 1e3:.2f}",
+        "" if codes_s is None else f"{codes_s * 1e3:.2f}",
+        f"{step_s / full_s:.2f}",
+        f"{peak / 1e9:.1f}",
+    )
+    return {name: cells}
+
+
 @torch.inference_mode()
 def prefill(model, makers: dict, context: int) -> dict[str, tuple[str]]:
     """Median time of a prefill of one sequence; caches take turns, and first prefills, which compile, do not count."""
@@ -294,7 +390,7 @@ def main():
     parser = argparse.ArgumentParser(description="Steps of an 8B-shaped model through each cache, on a GPU.")
     parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--caches", nargs="+", choices={**CACHES, **STATIC_CACHES})
+    parser.add_argument("--caches", nargs="+", choices={**CACHES, **STATIC_CACHES, **LOOP_CACHES})
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--query-length", type=int, default=1, help="tokens of a step, as of another turn of a chat")
     parser.add_argument(
@@ -303,15 +399,21 @@ def main():
     parser.add_argument("--max-tokens", type=int, default=2**18, help="skip larger batch × context")
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192], help="contexts whose prefill is timed")
     parser.add_argument("--static", type=int, nargs="?", const=64, default=0, help="compiled steps, so many tokens")
+    parser.add_argument("--loop", type=int, nargs="?", const=200, default=0, help="whole requests, so many tokens")
+    parser.add_argument("--chunk", type=int, help="with --loop, tokens of a piece of the prefill")
     parser.add_argument("--largest-batch", type=int, default=0, help="find the largest batch at this context")
     args = parser.parse_args()
-    caches = STATIC_CACHES if args.static else CACHES
+    caches = LOOP_CACHES if args.loop else STATIC_CACHES if args.static else CACHES
     # offloading is for memory, not for speed: only where it is asked for
     names = args.caches or [name for name in caches if "offloaded" not in name]
     if not set(names) <= set(caches):
         parser.error(f"--caches must be of {list(caches)}, got {names}")
-    if args.static and (args.in_turns or args.query_length > 1):
+    if (args.static or args.loop) and (args.in_turns or args.query_length > 1):
         parser.error("--in-turns and --query-length are for steps that are not compiled")
+    if args.static and args.loop:
+        parser.error("--static and --loop are two tables: run them one by one")
+    if args.loop and args.loop < 8:
+        parser.error(f"--loop must be of at least 8 tokens, got {args.loop}")
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: on a CPU these times say nothing")
 
@@ -325,14 +427,21 @@ def main():
         + (
             f"{args.static} tokens, compiled by generate\n"
             if args.static
+            else f"{args.loop} tokens a request, greedy"
+            if args.loop
             else f"median of {args.steps - 2} steps of {args.query_length} tokens, eager"
             f"{', caches in turns' * args.in_turns}\n"
         )
     )
-    columns = STATIC_COLUMNS if args.static else COLUMNS
+    columns = LOOP_COLUMNS if args.loop else STATIC_COLUMNS if args.static else COLUMNS
     makers = {name: caches[name] for name in names}
     groups = [makers] if args.in_turns else [{name: make} for name, make in makers.items()]
     work, sizes = (decode_static, (args.static,)) if args.static else (decode, (args.steps, args.query_length))
+    if args.loop:
+        bandwidth = copy_bandwidth()
+        torch.cuda.empty_cache()
+        work, sizes = loop, (args.loop, args.chunk, bandwidth)
+        print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s, of which the ideals are made\n")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     # without the math backend: a fall-back to it would be an unfair baseline. cuDNN is the fastest at prefills, and
     # makes a plan for every length, which takes it 40 ms of each step
@@ -343,7 +452,7 @@ def main():
             for name, cells in attempt(work, model, groups, batch, context, *sizes):
                 cells += ("",) * (len(columns) - 2 - len(cells))
                 print(f"| {batch} × {context:,} | {name} | {' | '.join(cells)} |", flush=True)
-        if args.static:
+        if args.static or args.loop:
             return
     with sdpa_kernel([cudnn, flash]):
         for context in args.prefill:

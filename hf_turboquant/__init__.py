@@ -4,6 +4,7 @@
 from . import _supported, attention  # noqa: F401
 from .cache import TurboQuantCache
 from .config import TurboQuantConfig
+from .generation import generate
 from .memory import MemoryReport
 from .states import QuantizedStates
 
@@ -11,4 +12,4 @@ attention.register()
 
 __version__ = "0.1.0"
 
-__all__ = ["MemoryReport", "QuantizedStates", "TurboQuantCache", "TurboQuantConfig"]
+__all__ = ["MemoryReport", "QuantizedStates", "TurboQuantCache", "TurboQuantConfig", "generate"]

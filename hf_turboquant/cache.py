@@ -11,6 +11,7 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndStaticFullAttentionLayer,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from .config import PRESETS, TurboQuantConfig
@@ -19,6 +20,7 @@ from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
 from .rotary import rotary_frequencies
 from .saving import load_cache, model_fields, save_cache
+from .sliding import StaticSlidingLayer
 from .static import TurboQuantStaticLayer
 
 
@@ -228,7 +230,10 @@ def _static_layers(config: PreTrainedConfig | None, max_cache_len: int) -> list:
             f"`max_cache_len` must not be given for a model with attention and a recurrent part in one layer, got one "
             f"with such layers: {_ranges(hybrids)}. Leave it out: the cache then grows with its tokens."
         )
-    return layers
+    return [
+        StaticSlidingLayer(max_cache_len, layer.max_cache_len) if type(layer) is StaticSlidingWindowLayer else layer
+        for layer in layers
+    ]
 
 
 def _ranges(indices: list[int]) -> str:

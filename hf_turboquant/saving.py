@@ -20,6 +20,7 @@ from .conditioning import outcome
 from .config import TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer
 from .layer import ROLES, TurboQuantLayer
+from .sliding import StaticSlidingLayer
 from .static import TurboQuantStaticLayer
 
 FORMAT, FORMAT_VERSION = "hf_turboquant cache", 3
@@ -34,7 +35,7 @@ FIRST_TOKENS |= {"batch_size", "num_heads", "k_head_dim", "v_head_dim"}
 # the layers that can be saved: ours and those of transformers; what models bring along may keep anything
 _THEIRS = {*cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values(), *cache_utils.STATIC_LAYER_TYPE_MAPPING.values()}
 _THEIRS = {kind for kind in _THEIRS if kind.__module__ == cache_utils.__name__}
-_OURS = {TurboQuantLayer, TurboQuantStaticLayer, TurboQuantHybridLayer}
+_OURS = {TurboQuantLayer, TurboQuantStaticLayer, TurboQuantHybridLayer, StaticSlidingLayer}
 SAVED_LAYERS = {kind.__name__: kind for kind in _THEIRS | _OURS}
 # what conditioning leaves of itself in the keys' quantiser, by its outcome
 CONDITIONED = {"center": {"mean"}, "attention": {"mean", "scale"}}
@@ -186,7 +187,7 @@ def _new_layer(options: TurboQuantConfig, index: int, kind: str, fields: dict, t
     kind, given = SAVED_LAYERS[kind], {name: fields[name] for name in ARGUMENTS if name in fields}
     # the window of a layer of static capacity is that capacity
     theirs = {"sliding_window": given.get("max_cache_len"), **given}
-    layer = kind(options, index, **given) if kind in _OURS else kind(**theirs)
+    layer = kind(options, index, **given) if issubclass(kind, TurboQuantLayer) else kind(**theirs)
     for name, value in fields.items():
         if name not in {*vars(layer), *FIRST_TOKENS}:
             raise ValueError(f"{kind.__name__} must have a field `{name}`, and has none in this transformers")
@@ -233,7 +234,7 @@ def _restore(layer, length, quantized, stored, condition, provisional, learned, 
     if isinstance(layer, TurboQuantStaticLayer):
         layer.provisional = provisional
         layer._condition(learned.get("mean"), learned.get("scale"))
-        layer._count()
+        layer._write_lengths()
     else:
         layer.quantizers = {**layer.quantizers, "keys": replace(layer.quantizers["keys"], **learned)}
 

@@ -72,7 +72,7 @@ class LayerStates:
             )
             raise ValueError(
                 "A CUDA graph must not hold what asks the device for lengths, as the torch reference, more than 16 "
-                f"queries and uncompiled steps do. Got {got}. Pass `disable_compile=True` to `generate`."
+                f"queries and any operation but attention do. Got {got}. Pass `disable_compile=True` to `generate`."
             )
         kv_len, quantized = self.counters[0, 0].tolist()
         if kv_len > self.kv_len:

@@ -1,4 +1,4 @@
-"""TurboQuantStaticLayer: a layer of static capacity, whose decode step `torch.compile` and CUDA graphs can take."""
+"""TurboQuantStaticLayer: a layer of static capacity, whose decode step asks the host for nothing."""
 
 from collections.abc import Callable
 
@@ -28,8 +28,10 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     """
     As [`TurboQuantLayer`], with room for `config.max_cache_len` tokens, taken at once and kept by `reset`.
 
-    Steps of one token, or a few, do the same work at every length and find both lengths in device memory; all other
-    updates go the way of the base class, which needs the lengths on the host.
+    Steps of one token, or a few, do the same work at every length and find both lengths in device memory, so that
+    `torch.compile` and CUDA graphs can take them, and nobody waits where neither does; all other updates go the way of
+    the base class, which needs the lengths on the host. There, `most_tokens` bounds them meanwhile: whoever replays a
+    graph tells by `count`, and `measure` fetches them.
 
     Args:
         config (`TurboQuantConfig`): with `max_cache_len`.
@@ -44,8 +46,10 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     states: LayerStates | None = None
     # what conditioning would come to if the next token were quantised
     provisional: str | torch.Tensor | None = None
-    # no more tokens than these, with those of compiled steps, which the length on the host does not have yet
+    # no more tokens than these, with those of steps, which the length on the host does not have yet
     most_tokens: int = 0
+    # whether those of the next step are counted already, by `get_mask_sizes`
+    announced: bool = False
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.max_cache_len = config.max_cache_len
@@ -67,6 +71,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self.arena, self.description = new_arena(description, device), description
         self._open()
         self.states.counters.zero_()
+        self.most_tokens, self.announced = 0, False
         self._condition(None, None)
         self.dtype, self.device = key_states.dtype, device
         self.is_initialized = True
@@ -113,13 +118,40 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def _plain_update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         self._check(key_states, value_states)
         self.settle()
-        self.measure()
-        self._check_room(key_states.shape[2])
-        if key_states.shape[2] > self.step_tokens or not self.is_initialized:
+        tokens = key_states.shape[2]
+        if tokens > self.step_tokens or not self.is_initialized:
+            self.measure()
+            self._check_room(tokens)
             return super().update(key_states, value_states)
+        self.find_room(tokens)
         ops.append(self.states, key_states.detach(), value_states.detach())
-        self.most_tokens += key_states.shape[2]
+        self.count(tokens)
         return tuple(QuantizedStates(self.states, role) for role in ROLES)
+
+    def count(self, tokens: int) -> None:
+        """
+        Keeps the bound on the host after a step of `tokens` that the device has been given; whoever replays a CUDA
+        graph, in which no Python runs, calls it. What is captured is not counted: it has not been run.
+        """
+        if self._is_capturing():
+            return
+        if not self.announced:
+            self.most_tokens += tokens
+        self.announced = False
+
+    def _is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def find_room(self, tokens: int) -> None:
+        """
+        Before a step that has not been announced: raises a `ValueError` where there is no room for its tokens, and
+        waits for the length only where the bound leaves none.
+        """
+        if self.announced or self._is_capturing():
+            return
+        if self.most_tokens + tokens > self.max_cache_len:
+            self.measure()
+            self._check_room(tokens)
 
     def _check_room(self, tokens: int) -> None:
         if self.length + tokens > self.max_cache_len:
@@ -149,7 +181,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             # the next token may be quantised by a compiled step: what is known by then has to do
             none = {role: self.exact[role][:, :, :0] for role in ROLES}
             _, self.provisional = self._conditioned(none, valid)
-        self._count()
+        self._write_lengths()
 
     def _conditioned(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None):
         quantizers, found = super()._conditioned(new, valid)
@@ -171,16 +203,23 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             return
         states = self.states.measured()
         self.length = self.most_tokens = states.kv_len
+        self.announced = False
         for role in ROLES:
             self.codes[role].length = states.quantized
         if self.codes["keys"].length and self.found is None:
             self.found, self.query_energy = self.provisional, None
 
-    def _count(self) -> None:
+    def _write_lengths(self) -> None:
         """Writes the lengths to the device."""
-        self.most_tokens = self.length
+        self.most_tokens, self.announced = self.length, False
         self.states.counters[..., 0] = self.length
         self.states.counters[..., 1] = self.codes["keys"].length
+
+    @property
+    def condition(self) -> str | None:
+        """As [`TurboQuantLayer.condition`]: the step that quantised the first token may not have been looked at."""
+        self.measure()
+        return super().condition
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.measure()
@@ -201,13 +240,13 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self.measure()
             self._check_room(query_length)
             return self.length + query_length, 0
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self._is_capturing():
             # `generate` asks before every compiled step, while the device has nothing to do: waiting for the length too
             # would keep it so for longer
-            if self.most_tokens + query_length > self.max_cache_len:
-                self.measure()
-                self._check_room(query_length)
+            self.announced = False
+            self.find_room(query_length)
             self.most_tokens += query_length
+            self.announced = True
         return self.max_cache_len, 0
 
     def get_max_length(self) -> int:
@@ -226,7 +265,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self.settle()
             self.measure()
             super().crop(tokens_to_remove)
-            self._count()
+            self._write_lengths()
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if not self.is_initialized:
@@ -247,7 +286,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self._condition(keys.mean, keys.scale)
             for buffer in self.codes.values():
                 buffer.length = quantized
-            self._count()
+            self._write_lengths()
         for held, new in zip(_parts(self.states), mapped, strict=True):
             for name, tensor in held.items():
                 tensor.copy_(new[name])

@@ -77,8 +77,8 @@ def test_scores_are_unbiased_with_the_known_variance(nbits, kind):
     assert sum(errors) / len(errors) == pytest.approx(INNER_PRODUCT_ERROR[nbits][kind] * left, rel=0.05)
 
 
-# relative error 1 / cos² - 1 of codes and signs that are chosen together; of nearest codes .22 to .25, .078, .022
-JOINT_ERROR = {2: 0.0875, 3: 0.0268, 4: 0.0080}
+# relative error 1 / cos² - 1 of codes and signs that are chosen together, up to 4 % more where S is no Hadamard matrix
+JOINT_ERROR = {2: 0.0875, 3: 0.0264, 4: 0.0079}
 
 
 @pytest.mark.parametrize("head_dim", (64, 96, 128, 256))
@@ -93,10 +93,11 @@ def test_codes_and_signs_are_chosen_together(nbits, head_dim):
         torch.testing.assert_close((read * z).sum(-1), torch.ones(1, 1, 3000), atol=1e-4, rtol=0)
         return (1 / torch.cosine_similarity(read, z, dim=-1).square() - 1).mean().item()
 
-    assert error(quantizer) < JOINT_ERROR[nbits]
+    limit = JOINT_ERROR[nbits] * (1.04 if head_dim == 96 else 1)
+    assert error(quantizer) < limit
     # without the soft rounds, what is left is an alternation that gets stuck
     hard = dataclasses.replace(quantizer, annealing=dataclasses.replace(quantizer.annealing, rounds=0))
-    assert error(hard) > 1.25 * JOINT_ERROR[nbits]
+    assert error(hard) > 1.25 * limit
 
 
 @pytest.mark.parametrize("head_dim, nbits, left", [(64, 2, 0.98), (64, 3, 0.9), (64, 4, 0.81), (128, 4, 0.87)])

@@ -24,6 +24,7 @@ from transformers.generation import CompileConfig
 
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig
 from hf_turboquant.layer import TurboQuantLayer
+from hf_turboquant.states import LayerStates
 from hf_turboquant.static import TurboQuantStaticLayer
 
 SHAPE = dict(
@@ -308,6 +309,68 @@ def test_compiled_steps_fetch_no_length(monkeypatch):
     assert layer.length == PROMPT + 22
 
 
+def test_no_step_asks_the_host_for_anything(monkeypatch):
+    """Neither `generate` nor the bare model, compiled or not; the bound on the host is the length all the same."""
+    fetched = []
+    measured = LayerStates.measured
+    monkeypatch.setattr(LayerStates, "measured", lambda states: fetched.append(states) or measured(states))
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 1})).eval()
+    cache = TurboQuantCache(model.config, max_cache_len=PROMPT + 20, backend="triton")
+    generate(model, cache, tokens=2)
+    fetched.clear()
+    with torch.no_grad():
+        for tokens in (1, 3):
+            model(torch.full((2, tokens), 5), past_key_values=cache)
+        # no mask is asked for here
+        for layer in cache.layers:
+            layer.update(*states(2, value_dim=32))
+    assert not fetched
+    assert [layer.most_tokens for layer in cache.layers] == [PROMPT + 1 + 4 + 2]
+    # the device counts what nobody told the host; whoever tells it afterwards is believed until it looks
+    cache.layers[0].count(3)
+    assert cache.layers[0].most_tokens == PROMPT + 10 and cache.get_seq_length() == PROMPT + 7
+    cache.layers[0].measure()
+    assert cache.layers[0].most_tokens == cache.layers[0].length == PROMPT + 7 and fetched
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_graph_of_the_bare_model_gives_the_tokens_of_steps():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).cuda().eval()
+    ids = torch.randint(3, 99, (2, PROMPT), device="cuda")
+    results = []
+    for captured in (False, True):
+        cache = TurboQuantCache(model.config, max_cache_len=PROMPT + 40)
+        with torch.no_grad():
+            token = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+
+            def step(token=token, cache=cache):
+                token.copy_(model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
+
+            # what the first step compiles and allocates is not for a graph
+            step()
+            tokens = [token.clone()]
+            if captured:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+            for _ in range(30):
+                graph.replay() if captured else step()
+                tokens.append(token.clone())
+        results.append(torch.cat(tokens, dim=1))
+        assert cache.get_seq_length() == PROMPT + 31
+    assert torch.equal(*results)
+    # the host has not heard of the replayed steps, and the device refuses what is too much
+    layer = cache.layers[0]
+    assert layer.most_tokens < PROMPT + 31
+    layer.measure()
+    assert layer.length == PROMPT + 31
+    for _ in range(20):
+        graph.replay()
+    with pytest.raises(ValueError, match="got more by compiled"):
+        layer.measure()
+
+
 @pytest.mark.parametrize("way", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True}], ids=str)
 def test_other_ways_of_generating(way):
     torch.manual_seed(0)
@@ -383,7 +446,7 @@ def test_what_a_static_cache_refuses():
 def test_layers_come_from_the_config():
     cache = TurboQuantCache(Gemma3TextConfig(**SHAPE, **SLIDING), max_cache_len=300, skip_layers=(1,))
     kinds = [type(layer).__name__ for layer in cache.layers]
-    assert kinds == ["StaticSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer", "TurboQuantStaticLayer"]
+    assert kinds == ["StaticSlidingLayer", "StaticLayer", "StaticSlidingLayer", "TurboQuantStaticLayer"]
     assert isinstance(cache.layers[0], StaticSlidingWindowLayer) and cache.get_max_length() == 300
     assert "room for 300 tokens" in repr(cache)
     assert not TurboQuantCache(LlamaConfig(**SHAPE)).is_compileable

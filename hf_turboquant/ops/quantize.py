@@ -144,8 +144,8 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
     head_dim = quantizer.head_dim
     padded = triton.next_power_of_2(head_dim)
     operand = tl.float32
-    # the search needs no more, and only the sign of a sketch counts
-    sketch_operand = tl.float32 if INTERPRETED or (tile == 1 and quantizer.annealing is None) else tl.float16
+    # 16 bits are enough for a search; one row keeps the matrix in registers, at up to 128 dimensions in fp32
+    sketch_operand = tl.float32 if INTERPRETED or (tile == 1 and padded <= 128) else tl.float16
     precision = "ieee"
     if not INTERPRETED and tile > 1:
         # three products in tf32 are as good as fp32

@@ -70,6 +70,7 @@ def _encode_jointly(y, norms, quantizer: Quantizer) -> tuple[torch.Tensor, dict[
 def _choose_jointly(y: torch.Tensor, quantizer: Quantizer):
     """Codes, their values, S (y - c) and its signs, by the rounds of `quantizer.annealing`."""
     annealing, size = quantizer.annealing, quantizer.head_dim**-0.5
+    # symmetric: the way there and back
     S = quantizer.sketch / size
     amplitude = annealing.amplitude * size
     values = (quantizer.centroids.sort().values * annealing.grid).tolist()
@@ -85,13 +86,13 @@ def _choose_jointly(y: torch.Tensor, quantizer: Quantizer):
         for middle, half in ramps:
             codes += target.clamp(middle - code_width * half, middle + code_width * half)
         codes = codes.mul_((1 + code_overshoot) / code_width).sub_(target, alpha=code_overshoot)
-        sketched = (y - codes) @ S.mT
+        sketched = (y - codes) @ S
         reach = amplitude * sign_width
         signs = sketched.clamp(-reach, reach).mul_((1 + sign_overshoot) / sign_width)
         part = signs.sub_(sketched, alpha=sign_overshoot) @ S
     for _ in range(2):
         codes, nearest = _nearest((y - part) / annealing.grid, quantizer)
-        sketched = (y - annealing.grid * nearest) @ S.mT
+        sketched = (y - annealing.grid * nearest) @ S
         signs = torch.where(sketched >= 0, 1.0, -1.0)
         part = amplitude * signs @ S
     return codes, nearest, sketched, signs
