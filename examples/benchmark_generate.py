@@ -20,15 +20,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
-import transformers
-from benchmark_attention import copy_bandwidth
+from report import conditions, head, line
 from rich.progress import track
 from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     DynamicCache,
@@ -42,6 +42,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_turboquant
 from hf_turboquant import TurboQuantCache
+from hf_turboquant.evaluation.benchmark import CUDNN, EFFICIENT, FLASH, call_ms, copy_bandwidth
 from hf_turboquant.generation import release
 from hf_turboquant.layer import TurboQuantLayer
 
@@ -61,29 +62,18 @@ CACHES = {
     "hqq-4": lambda config: QuantizedCache("hqq", config, nbits=4, axis_key=1, axis_value=1),
     "turboquant-4": lambda config: TurboQuantCache(config, nbits=4),
     "turboquant-4-rescaled": lambda config: TurboQuantCache(config, nbits=4, key_estimator="rescaled"),
-    "turboquant-3": lambda config: TurboQuantCache(config, nbits=3),
-    "turboquant-2": lambda config: TurboQuantCache(config, nbits=2),
+    **{f"turboquant-{nbits}": lambda config, nbits=nbits: TurboQuantCache(config, nbits=nbits) for nbits in (3, 2)},
     "dynamic-offloaded": lambda config: DynamicCache(config=config, offloading=True),
     "turboquant-4-offloaded": lambda config: TurboQuantCache(config, nbits=4, offloading=True),
 }
 STATIC_CACHES = {
     "static": lambda config, length: StaticCache(config=config, max_cache_len=length),
-    "turboquant-4": lambda config, length: TurboQuantCache(config, nbits=4, max_cache_len=length),
-    "turboquant-3": lambda config, length: TurboQuantCache(config, nbits=3, max_cache_len=length),
-    "turboquant-2": lambda config, length: TurboQuantCache(config, nbits=2, max_cache_len=length),
+    **{f"turboquant-{n}": lambda c, most, n=n: TurboQuantCache(c, nbits=n, max_cache_len=most) for n in (4, 3, 2)},
 }
 STATIC_COLUMNS = (
-    "batch × context",
-    "cache",
-    "step (ms)",
-    "GPU busy (ms)",
-    "between kernels (ms)",
-    "kernels",
-    "first steps (s)",
-    "graphs",
-    "peak memory (GB)",
-    "cache (GB)",
-)
+    "batch × context", "cache", "step (ms)", "GPU busy (ms)", "between kernels (ms)", "kernels", "first steps (s)",
+    "graphs", "peak memory (GB)", "cache (GB)",
+)  # fmt: skip
 # arguments of `generate`
 LOOP_CACHES = {
     "dynamic": lambda config: {"past_key_values": DynamicCache(config=config)},
@@ -91,17 +81,9 @@ LOOP_CACHES = {
     **{f"turboquant-{n}": lambda _, n=n: {"custom_generate": hf_turboquant.generate, "nbits": n} for n in (4, 3, 2)},
 }
 LOOP_COLUMNS = (
-    "batch × context",
-    "cache",
-    "first request: first token (s)",
-    "then to full speed (s)",
-    "first token (s)",
-    "step (ms)",
-    "ideal, fp16 KV (ms)",
-    "ideal, codes (ms)",
-    "of fp16 ideal",
-    "peak memory (GB)",
-)
+    "batch × context", "cache", "first request: first token (s)", "then to full speed (s)", "first token (s)",
+    "step (ms)", "ideal, fp16 KV (ms)", "ideal, codes (ms)", "of fp16 ideal", "peak memory (GB)",
+)  # fmt: skip
 # a longer one means that the GPU waits for the host
 HOST_GAP_US = 20
 # at a time, of all sequences together
@@ -154,12 +136,7 @@ class Entry:
         fill(self.cache, config, batch, context)
 
     def step(self, model, token: torch.Tensor) -> None:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model(token, past_key_values=self.cache, logits_to_keep=1)
-        launched = time.perf_counter()
-        torch.cuda.synchronize()
-        self.times_ms.append(((time.perf_counter() - start) * 1e3, (launched - start) * 1e3))
+        self.times_ms.append(call_ms(lambda: model(token, past_key_values=self.cache, logits_to_keep=1)))
 
 
 @torch.inference_mode()
@@ -312,9 +289,8 @@ def loop(model, makers: dict, batch: int, context: int, tokens: int, chunk: int 
     ids = torch.randint(3, config.vocab_size, (batch, context), device="cuda")
     torch.compiler.reset()
     torch.cuda.reset_peak_memory_stats()
-    flash, cudnn, efficient = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
     # cuDNN makes a plan for every length, which only a static one does not pay for in each step
-    with sdpa_kernel([cudnn, flash, efficient] if name == "static" else [flash, efficient]):
+    with sdpa_kernel([CUDNN, FLASH, EFFICIENT] if name == "static" else [FLASH, EFFICIENT]):
         first = request(model, ids, tokens, chunk, options(config))
         peak = torch.cuda.max_memory_allocated()
         again = request(model, ids, tokens, chunk, options(config))
@@ -356,11 +332,7 @@ def prefill(model, makers: dict, context: int) -> dict[str, tuple[str]]:
     for _ in range(9):
         for name, make_cache in makers.items():
             cache = make_cache(model.config)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            model(ids, past_key_values=cache, logits_to_keep=1)
-            torch.cuda.synchronize()
-            times_ms[name].append((time.perf_counter() - start) * 1e3)
+            times_ms[name].append(call_ms(partial(model, ids, past_key_values=cache, logits_to_keep=1))[0])
             del cache
     return {name: (f"{statistics.median(times[1:]):.1f} ms",) for name, times in times_ms.items()}
 
@@ -421,45 +393,37 @@ def main():
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).eval()
-    print(
-        f"Llama-3.1-8B shape, random bf16 weights, sdpa (flash or cuDNN) on {torch.cuda.get_device_name()}; "
-        f"torch {torch.__version__}, transformers {transformers.__version__}; "
-        + (
-            f"{args.static} tokens, compiled by generate\n"
-            if args.static
-            else f"{args.loop} tokens a request, greedy"
-            if args.loop
-            else f"median of {args.steps - 2} steps of {args.query_length} tokens, eager"
-            f"{', caches in turns' * args.in_turns}\n"
-        )
-    )
+    turns = ", caches in turns" * args.in_turns
+    how = f"median of {args.steps - 2} steps of {args.query_length} tokens, eager{turns}"
+    how = f"{args.static} tokens, compiled by generate" if args.static else how
+    how = f"{args.loop} tokens a request, greedy" if args.loop else how
+    print(conditions("cuda", "Llama-3.1-8B shape, random bf16 weights, sdpa (flash or cuDNN)", how), end="\n\n")
     columns = LOOP_COLUMNS if args.loop else STATIC_COLUMNS if args.static else COLUMNS
     makers = {name: caches[name] for name in names}
     groups = [makers] if args.in_turns else [{name: make} for name, make in makers.items()]
     work, sizes = (decode_static, (args.static,)) if args.static else (decode, (args.steps, args.query_length))
     if args.loop:
-        bandwidth = copy_bandwidth()
+        bandwidth = copy_bandwidth("cuda")
         torch.cuda.empty_cache()
         work, sizes = loop, (args.loop, args.chunk, bandwidth)
         print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s, of which the ideals are made\n")
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    print(head(*columns), flush=True)
     # without the math backend: a fall-back to it would be an unfair baseline. cuDNN is the fastest at prefills, and
     # makes a plan for every length, which takes it 40 ms of each step
-    flash, cudnn, efficient = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
-    with sdpa_kernel([cudnn, flash, efficient] if args.static else [flash, efficient]):
+    with sdpa_kernel([CUDNN, FLASH, EFFICIENT] if args.static else [FLASH, EFFICIENT]):
         shapes = [(b, c) for b in args.batches for c in args.contexts if b * c <= args.max_tokens]
         for batch, context in track(shapes, description="decode steps", transient=True):
             for name, cells in attempt(work, model, groups, batch, context, *sizes):
                 cells += ("",) * (len(columns) - 2 - len(cells))
-                print(f"| {batch} × {context:,} | {name} | {' | '.join(cells)} |", flush=True)
+                print(line(f"{batch} × {context:,}", name, *cells), flush=True)
         if args.static or args.loop:
             return
-    with sdpa_kernel([cudnn, flash]):
+    with sdpa_kernel([CUDNN, FLASH]):
         for context in args.prefill:
             for name, (cell,) in attempt(prefill, model, groups, context):
                 print(f"prefill of {context:,} tokens, {name}: {cell}", flush=True)
     if args.largest_batch:
-        with sdpa_kernel([flash]):
+        with sdpa_kernel([FLASH]):
             for name in names:
                 batch = largest_batch(model, CACHES[name], args.largest_batch, 16 if name == "dynamic" else 64)
                 print(f"largest batch at {args.largest_batch:,} tokens, {name}: {batch}", flush=True)
