@@ -14,11 +14,11 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from .conditioning import rotary_frequencies
 from .config import PRESETS, TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
-from .rotary import rotary_frequencies
 from .saving import load_cache, model_fields, save_cache
 from .sliding import StaticSlidingLayer
 from .static import TurboQuantStaticLayer

@@ -5,6 +5,8 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from . import ops
 from .ops import reference
@@ -57,7 +59,7 @@ def condition(
         keys (`torch.Tensor`): of shape `[batch, num_key_value_heads, tokens, head_dim]`.
         query_energy (`torch.Tensor`, *optional*): E q² up to a factor, of shape `[num_key_value_heads, head_dim]`.
         valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, tokens]`; false for padding.
-        frequencies (`list[float]`, *optional*): ω of each pair of channels: see [`rotary.rotary_frequencies`].
+        frequencies (`list[float]`, *optional*): ω of each pair of channels: see [`rotary_frequencies`].
         first (`int`): position of the first of `keys`.
         backend (`str`): who computes: see [`TurboQuantConfig`].
 
@@ -116,3 +118,30 @@ def _sample(states: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Ten
 
 def _step(states: torch.Tensor) -> int:
     return max(-(-states.shape[0] * states.shape[2] // MAX_TOKENS), 1)
+
+
+def head_dim(text_config: PreTrainedConfig) -> int:
+    """Dimensions of a head, also where the config leaves them to be derived."""
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+
+
+def rotary_frequencies(config: PreTrainedConfig, layer_idx: int) -> list[float] | None:
+    """
+    By how many radians each pair of channels turns from one position to the next; `None` where the config doesn't tell.
+    """
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = getattr(text, "layer_types", None) or ()
+    kind = kinds[layer_idx] if layer_idx < len(kinds) else None
+    # one for every type of layer, or one for all
+    by_kind = isinstance(rope.get(kind), dict)
+    parameters = rope[kind] if by_kind else rope
+    try:
+        if parameters.get("rope_type", "default") != "default":
+            make = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+            return make(text, torch.device("cpu"), layer_type=kind if by_kind else None)[0].tolist()
+        width = int(head_dim(text) * parameters.get("partial_rotary_factor", 1.0))
+        return [parameters["rope_theta"] ** (-i / width) for i in range(0, width, 2)]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        # no such embedding, or one that only the model's code understands
+        return None

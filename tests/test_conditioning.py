@@ -16,10 +16,9 @@ from transformers import (
 )
 
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
-from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, outcome, valid_tokens
+from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, outcome, rotary_frequencies, valid_tokens
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.quantizer import Quantizer
-from hf_turboquant.rotary import rotary_frequencies
 
 
 def skewed_states(tokens, batch=1, heads=2, seed=0):

@@ -11,7 +11,16 @@ import hf_turboquant
 
 ROOT = Path(hf_turboquant.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
-OF_MODELS = {"cache.py", "hybrid.py", "layer.py", "attention.py", "saving.py", "rotary.py", "estimate.py", "cli.py"}
+OF_MODELS = {
+    "cache.py",
+    "hybrid.py",
+    "layer.py",
+    "attention.py",
+    "saving.py",
+    "conditioning.py",
+    "estimate.py",
+    "cli.py",
+}
 OF_MODELS |= {"generation.py", "decoding.py", "captured.py", "sliding.py"}
 
 

@@ -8,9 +8,9 @@ import torch
 from transformers import DynamicCache, QuantizedCache
 
 from ..cache import TurboQuantCache
+from ..conditioning import head_dim
 from ..layer import TurboQuantLayer
 from ..memory import layer_memory
-from ..rotary import head_dim
 
 KINDS = ("turboquant", "dynamic", "quanto", "hqq", "fp8")
 # how options are said, in this order; those that are missing follow under their own names

@@ -10,7 +10,7 @@ from rich.console import Console, Group
 from rich.progress import Progress
 from rich.table import Table
 
-from ..rotary import head_dim
+from ..conditioning import head_dim
 from . import claims, fidelity, needle, plots, quality
 from .caches import label, new_cache, rows
 from .load import machine
