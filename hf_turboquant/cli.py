@@ -91,10 +91,11 @@ def _estimate(args) -> None:
     from transformers import logging
 
     from .estimate import MAX_CONTEXT, Estimate
+    from .evaluation.load import load_config
 
     # that some kernels are missing does not matter to shapes
     logging.set_verbosity_error()
-    estimate = Estimate.from_config(_load_config(args.model))
+    estimate = Estimate.from_config(load_config(args.model))
     options = {f"{nbits} bits": {"nbits": nbits, "key_estimator": args.key_estimator} for nbits in args.nbits}
     states = args.batch * estimate.state_bytes
     rows, longest = {}, {}
@@ -167,7 +168,7 @@ def _benchmark(args) -> None:
     for options in caches:
         TurboQuantConfig(**options)
     device, dtype = load.place(args.dtype, args.device)
-    found = benchmark.benchmark(_load_config(args.model), args.contexts, args.batch, caches, device, dtype)
+    found = benchmark.benchmark(load.load_config(args.model), args.contexts, args.batch, caches, device, dtype)
     if args.generate:
         model, _ = load.load_model(args.model, args.dtype, args.device)
         found["tokens_per_s"] = {n: benchmark.generation(model, n, args.generate, caches) for n in args.contexts}
@@ -175,23 +176,6 @@ def _benchmark(args) -> None:
         print(json.dumps(found, indent=1))
     else:
         benchmark.show(found)
-
-
-def _load_config(model: str):
-    """The config of a Hub name, a local folder or a `config.json`; `ValueError` where transformers finds none."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model)
-    except ModuleNotFoundError:
-        raise
-    # a config can be wrong in any way
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"MODEL must be a name on the Hub, a local folder or a config.json that transformers knows, got {model!r}: "
-            f"{reason.rstrip('.')}. Check the name, the path and the network."
-        ) from None
 
 
 def parse_bytes(text: str) -> int:

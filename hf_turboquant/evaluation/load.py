@@ -1,11 +1,12 @@
 """From what a user types to a model, a text and settings."""
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .. import __version__
 from .caches import label, new_cache, parse
@@ -116,6 +117,12 @@ def machine(device: torch.device | str) -> dict[str, str]:
     return {"device": name, **versions}
 
 
+def load_config(name: str):
+    """The config of a Hub name, a local folder or a `config.json`; a `ValueError` where transformers finds none."""
+    what = "a name on the Hub, a local folder or a config.json that transformers knows"
+    return _found(what, name, lambda: AutoConfig.from_pretrained(name))
+
+
 def load_model(name: str, dtype: str | None = None, device: str | None = None):
     """
     A causal language model in evaluation mode, and its tokenizer.
@@ -126,15 +133,22 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
     device, found = place(dtype, device)
     if Path(name).is_file():
         raise ValueError(f"MODEL must be a Hub name or a folder with weights, got the file {name!r}.")
-    try:
+
+    def load():
         model = AutoModelForCausalLM.from_pretrained(name, dtype=found, device_map=device)
         return model.eval(), AutoTokenizer.from_pretrained(name)
+
+    return _found("a causal language model on the Hub or in a local folder", name, load)
+
+
+def _found(what: str, name: str, load: Callable):
+    try:
+        return load()
     except (ModuleNotFoundError, torch.OutOfMemoryError):
         raise
     # config, weights and tokenizer can be wrong in any way
     except Exception as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ValueError(
-            f"MODEL must be a causal language model on the Hub or in a local folder, got {name!r}: {reason}. Check the "
-            "name, the path and the network."
+            f"MODEL must be {what}, got {name!r}: {reason}. Check the name, the path and the network."
         ) from None
