@@ -77,8 +77,9 @@ def test_scores_are_unbiased_with_the_known_variance(nbits, kind):
     assert sum(errors) / len(errors) == pytest.approx(INNER_PRODUCT_ERROR[nbits][kind] * left, rel=0.05)
 
 
-# relative error 1 / cos² - 1 of codes and signs that are chosen together, up to 4 % more where S is no Hadamard matrix
+# relative error 1 / cos² - 1 of codes and signs that are chosen together, and of those of a token that comes alone
 JOINT_ERROR = {2: 0.0875, 3: 0.0264, 4: 0.0079}
+SINGLE_ERROR = {2: 0.0965, 3: 0.0290, 4: 0.0085}
 
 
 @pytest.mark.parametrize("head_dim", (64, 96, 128, 256))
@@ -87,17 +88,16 @@ def test_codes_and_signs_are_chosen_together(nbits, head_dim):
     quantizer = Quantizer.create(TurboQuantConfig(nbits=nbits), "keys", 0, head_dim)
     z = unit_vectors(1, 1, 3000, head_dim) @ quantizer.transform.mT
 
-    def error(quantizer) -> float:
+    def error(quantizer, z=z) -> float:
         codes, scales = ops.reference.encode(z @ quantizer.transform[0], quantizer)
         read = ops.reference.decode(codes, scales, quantizer)
-        torch.testing.assert_close((read * z).sum(-1), torch.ones(1, 1, 3000), atol=1e-4, rtol=0)
+        torch.testing.assert_close((read * z).sum(-1), torch.ones(z.shape[:3]), atol=1e-4, rtol=0)
         return (1 / torch.cosine_similarity(read, z, dim=-1).square() - 1).mean().item()
 
-    limit = JOINT_ERROR[nbits] * (1.04 if head_dim == 96 else 1)
-    assert error(quantizer) < limit
+    assert error(quantizer) < JOINT_ERROR[nbits] < error(quantizer, z.transpose(0, 2)) < SINGLE_ERROR[nbits]
     # without the soft rounds, what is left is an alternation that gets stuck
     hard = dataclasses.replace(quantizer, annealing=dataclasses.replace(quantizer.annealing, rounds=0))
-    assert error(hard) > 1.25 * limit
+    assert error(hard) > 1.2 * SINGLE_ERROR[nbits]
 
 
 @pytest.mark.parametrize("head_dim, nbits, left", [(64, 2, 0.98), (64, 3, 0.9), (64, 4, 0.81), (128, 4, 0.87)])
@@ -216,8 +216,9 @@ def test_states_that_do_not_fit():
 
 def test_appending_token_by_token_gives_the_same_bytes():
     states = torch.randn(2, 2, 260, 32)
+    # a single token of keys is searched for less long where signs are chosen too
     for role, nbits in (("keys", 3), ("values", 3), ("values", 4)):
-        quantizer = Quantizer.create(TurboQuantConfig(nbits=nbits), role, 0, 32)
+        quantizer = Quantizer.create(TurboQuantConfig(nbits=nbits, key_estimator="rescaled"), role, 0, 32)
         whole, pieces = quantizer.new_buffer(2, 2), quantizer.new_buffer(2, 2)
         ops.quantize(states, quantizer, whole)
         for piece in (*states[:, :, :130].split(1, dim=2), states[:, :, 130:257], states[:, :, 257:]):

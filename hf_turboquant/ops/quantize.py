@@ -144,8 +144,8 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
     head_dim = quantizer.head_dim
     padded = triton.next_power_of_2(head_dim)
     operand = tl.float32
-    # 16 bits are enough for a search; one row keeps the matrix in registers, at up to 128 dimensions in fp32
-    sketch_operand = tl.float32 if INTERPRETED or (tile == 1 and padded <= 128) else tl.float16
+    # 16 bits are enough for a search, and where only the sign of a sketch counts
+    sketch_operand = tl.float32 if INTERPRETED or (tile == 1 and quantizer.annealing is None) else tl.float16
     precision = "ieee"
     if not INTERPRETED and tile > 1:
         # three products in tf32 are as good as fp32
@@ -184,4 +184,5 @@ def _flat(annealing: Annealing | None) -> tuple | None:
     if annealing is None:
         return None
     fields = annealing.first, annealing.last, annealing.overshoots
-    return annealing.grid, annealing.amplitude, *(x for pair in fields for x in pair), annealing.rounds
+    rounds = annealing.rounds, annealing.single_rounds
+    return annealing.grid, annealing.amplitude, *(x for pair in fields for x in pair), *rounds

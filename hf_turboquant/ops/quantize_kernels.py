@@ -167,12 +167,22 @@ def _soft_codes(target, centroids, unit, width, CODE_BITS: tl.constexpr):
 
 
 @triton.jit
-def _mixed(x, matrix, T: tl.constexpr):
-    """x S of rows `[T, DP]`, S symmetric. One row becomes a column: sums down the matrix stay within a thread."""
+def _sketch_rows(x, matrix, T: tl.constexpr):
+    """x Sᵀ: of rows `[T, DP]` as rows, of one row as a column, so that the matrix serves both ways as it lies."""
     if T == 1:
-        out = tl.sum((matrix * tl.trans(x).to(matrix.dtype)).to(tl.float32), axis=0)[None, :]
+        out = tl.sum(matrix.to(tl.float32) * x, axis=1)[:, None]
     else:
-        out = tl.dot(x.to(matrix.dtype), matrix, input_precision="ieee")
+        out = tl.dot(x.to(matrix.dtype), tl.trans(matrix), input_precision="ieee")
+    return out
+
+
+@triton.jit
+def _unsketch(signs, matrix, T: tl.constexpr):
+    """signs S, the way back of `_sketch_rows`."""
+    if T == 1:
+        out = tl.sum(matrix.to(tl.float32) * signs, axis=0)[None, :]
+    else:
+        out = tl.dot(signs.to(matrix.dtype), matrix, input_precision="ieee")
     return out
 
 
@@ -187,7 +197,7 @@ def _chosen_jointly(
     """
     GRID: tl.constexpr = ANNEALING[0]
     AMPLITUDE: tl.constexpr = ANNEALING[1]
-    ROUNDS: tl.constexpr = ANNEALING[8]
+    ROUNDS: tl.constexpr = ANNEALING[9] if T == 1 else ANNEALING[8]
     size: tl.constexpr = D**0.5
     dims, _ = _dims(tl.arange(0, DP), D, DP)
     mask = valid[:, None] & valid[None, :]
@@ -203,15 +213,15 @@ def _chosen_jointly(
         soft = _soft_codes(target, centroids, size * GRID, code_width, CODE_BITS)
         soft = soft * ((1 + ANNEALING[6]) / code_width) - target * ANNEALING[6]
         # √d times what it is in an orthonormal basis
-        sketched = _mixed(y.to(tl.float32) - soft, matrix, T)
+        sketched = _sketch_rows(y.to(tl.float32) - soft, matrix, T)
         reach = AMPLITUDE * sign_width * size
         signs = tl.clamp(sketched, -reach, reach) * ((1 + ANNEALING[7]) / sign_width) - sketched * ANNEALING[7]
-        part = _mixed(signs * (1 / size), matrix, T) * (1 / size)
+        part = _unsketch(signs * (1 / size), matrix, T) * (1 / size)
     for _ in tl.static_range(2):
         codes, nearest = _nearest((y.to(tl.float32) - part) * (1 / (size * GRID)), boundaries, centroids, CODE_BITS)
-        sketched = _mixed(y.to(tl.float32) - nearest * (size * GRID), matrix, T)
+        sketched = _sketch_rows(y.to(tl.float32) - nearest * (size * GRID), matrix, T)
         signs = tl.where(sketched >= 0, 1.0, -1.0)
-        part = _mixed(signs, matrix, T) * (AMPLITUDE / size)
+        part = _unsketch(signs, matrix, T) * (AMPLITUDE / size)
     y = y.to(tl.float32) * (1 / size)
     # both of norm one
     part = tl.where(valid[None, :], part * (1 / (AMPLITUDE * size)), 0.0)
@@ -223,6 +233,8 @@ def _chosen_jointly(
     scale = yc - cs * ys
     sign_scale = cc * ys - cs * yc
     norm = scale * yc + sign_scale * ys
+    if T == 1:
+        sketched = tl.trans(sketched)
     codes = tl.where(sketched >= 0, codes | (1 << CODE_BITS), codes)
     return codes, scale / norm, sign_scale / norm
 

@@ -70,15 +70,15 @@ def _encode_jointly(y, norms, quantizer: Quantizer) -> tuple[torch.Tensor, dict[
 def _choose_jointly(y: torch.Tensor, quantizer: Quantizer):
     """Codes, their values, S (y - c) and its signs, by the rounds of `quantizer.annealing`."""
     annealing, size = quantizer.annealing, quantizer.head_dim**-0.5
-    # symmetric: the way there and back
+    rounds = annealing.rounds if y.shape[-2] > 1 else annealing.single_rounds
     S = quantizer.sketch / size
     amplitude = annealing.amplitude * size
     values = (quantizer.centroids.sort().values * annealing.grid).tolist()
     ramps = [((low + high) / 2, (high - low) / 2) for low, high in zip(values, values[1:], strict=False)]
     code_overshoot, sign_overshoot = annealing.overshoots
     part = torch.zeros_like(y)
-    for index in range(annealing.rounds):
-        progress = index / (annealing.rounds - 1)
+    for index in range(rounds):
+        progress = index / (rounds - 1)
         code_width, sign_width = (a + (b - a) * progress for a, b in zip(annealing.first, annealing.last, strict=True))
         target = y - part
         # a step between two levels as a ramp is a clamp; all of them lie symmetrically around zero, so offsets cancel
@@ -86,13 +86,13 @@ def _choose_jointly(y: torch.Tensor, quantizer: Quantizer):
         for middle, half in ramps:
             codes += target.clamp(middle - code_width * half, middle + code_width * half)
         codes = codes.mul_((1 + code_overshoot) / code_width).sub_(target, alpha=code_overshoot)
-        sketched = (y - codes) @ S
+        sketched = (y - codes) @ S.mT
         reach = amplitude * sign_width
         signs = sketched.clamp(-reach, reach).mul_((1 + sign_overshoot) / sign_width)
         part = signs.sub_(sketched, alpha=sign_overshoot) @ S
     for _ in range(2):
         codes, nearest = _nearest((y - part) / annealing.grid, quantizer)
-        sketched = (y - annealing.grid * nearest) @ S
+        sketched = (y - annealing.grid * nearest) @ S.mT
         signs = torch.where(sketched >= 0, 1.0, -1.0)
         part = amplitude * signs @ S
     return codes, nearest, sketched, signs
