@@ -143,3 +143,14 @@ def test_bad_input_is_one_line(tmp_path, capsys, model, extra, message):
     AutoConfig.for_model(**model, **SIZES).save_pretrained(tmp_path)
     assert cli.main(["benchmark", str(tmp_path), *extra]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_what_is_timed_on_a_gpu_runs_there():
+    count = torch.zeros(1, device="cuda")
+    assert benchmark.graph_us([lambda: count.add_(1)], inner=2, repeats=3) > 0
+    # once before the capture, then three replays to warm up and three that count
+    assert count.item() == 1 + 2 * (3 + 3)
+    wall_ms, host_ms = benchmark.call_ms(lambda: torch.cuda._sleep(10_000_000))
+    assert wall_ms > 2 * host_ms > 0
+    assert 1e10 < benchmark.copy_bandwidth("cuda") < 1e14
