@@ -358,7 +358,8 @@ def largest_batch(model, make_cache, context: int, start: int) -> int:
     return batch
 
 
-def main():
+def arguments() -> tuple[argparse.Namespace, dict]:
+    """What was typed, and the makers of the caches by name."""
     parser = argparse.ArgumentParser(description="Steps of an 8B-shaped model through each cache, on a GPU.")
     parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
@@ -388,7 +389,11 @@ def main():
         parser.error(f"--loop must be of at least 8 tokens, got {args.loop}")
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: on a CPU these times say nothing")
+    return args, {name: caches[name] for name in names}
 
+
+def main():
+    args, makers = arguments()
     config = LlamaConfig(**LLAMA_8B, attn_implementation="sdpa")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -399,7 +404,6 @@ def main():
     how = f"{args.loop} tokens a request, greedy" if args.loop else how
     print(conditions("cuda", "Llama-3.1-8B shape, random bf16 weights, sdpa (flash or cuDNN)", how), end="\n\n")
     columns = LOOP_COLUMNS if args.loop else STATIC_COLUMNS if args.static else COLUMNS
-    makers = {name: caches[name] for name in names}
     groups = [makers] if args.in_turns else [{name: make} for name, make in makers.items()]
     work, sizes = (decode_static, (args.static,)) if args.static else (decode, (args.steps, args.query_length))
     if args.loop:
@@ -424,7 +428,7 @@ def main():
                 print(f"prefill of {context:,} tokens, {name}: {cell}", flush=True)
     if args.largest_batch:
         with sdpa_kernel([FLASH]):
-            for name in names:
+            for name in makers:
                 batch = largest_batch(model, CACHES[name], args.largest_batch, 16 if name == "dynamic" else 64)
                 print(f"largest batch at {args.largest_batch:,} tokens, {name}: {batch}", flush=True)
 
