@@ -79,7 +79,7 @@ def test_scores_are_unbiased_with_the_known_variance(nbits, kind):
 
 # relative error 1 / cos² - 1 of codes and signs that are chosen together, and of those of a token that comes alone
 JOINT_ERROR = {2: 0.0875, 3: 0.0264, 4: 0.0079}
-SINGLE_ERROR = {2: 0.0965, 3: 0.0290, 4: 0.0085}
+SINGLE_ERROR = {2: 0.0970, 3: 0.0293, 4: 0.0087}
 
 
 @pytest.mark.parametrize("head_dim", (64, 96, 128, 256))
