@@ -47,10 +47,10 @@ class TurboQuantConfig:
         key_bits, value_bits (`int`, *optional*):
             Bits of the keys or the values alone, whatever `nbits` says: 2, 3, 4 or 8.
         key_estimator (`str`, defaults to `"qjl"`):
-            `"qjl"`: `key_bits - 1` bits of codes and the 1-bit QJL sketch (Algorithm 2 of TurboQuant, arXiv 2504.19874),
-            both chosen together where the sketch is orthogonal: the least error at 2 and 3 bits. `"rescaled"` spends all
-            bits on the codes (EDEN, arXiv 2105.08339): one scale less per key, and faster to quantise on a CPU. Both
-            give unbiased scores. `"mse"` is Algorithm 1 as printed. 8 bits have no sketch.
+            `"qjl"`: `key_bits - 1` bits of codes and the 1-bit QJL sketch (Algorithm 2 of TurboQuant, arXiv
+            2504.19874), chosen together where the sketch is orthogonal: the least error at 2 and 3 bits. `"rescaled"`
+            spends all bits on the codes (EDEN, arXiv 2105.08339): one scale less per key, and faster to quantise on a
+            CPU. Both give unbiased scores. `"mse"` is Algorithm 1 as printed. 8 bits have no sketch.
         value_estimator (`str`, defaults to `"rescaled"`):
             `"rescaled"` or `"mse"`.
         sketch (`str`, defaults to `"orthogonal"`):
