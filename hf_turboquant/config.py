@@ -17,10 +17,10 @@ NBITS = (2, 2.5, 3, 3.5, 4, 8)
 KERNEL_BITS = (2, 3, 4)
 
 PRESETS = {
-    "quality": {"nbits": 4, "key_estimator": "rescaled"},
-    "balanced": {"nbits": 3, "key_estimator": "rescaled"},
-    "small": {"nbits": 2, "key_estimator": "rescaled"},
-    "cautious": {"key_bits": 8, "value_bits": 4, "key_estimator": "rescaled"},
+    "cautious": {"key_bits": 8, "value_bits": 4},
+    "quality": {"nbits": 4},
+    "balanced": {"nbits": 3},
+    "small": {"nbits": 2},
     # Algorithms 1 and 2 as printed
     "paper": {
         "key_estimator": "qjl",
@@ -47,13 +47,14 @@ class TurboQuantConfig:
         key_bits, value_bits (`int`, *optional*):
             Bits of the keys or the values alone, whatever `nbits` says: 2, 3, 4 or 8.
         key_estimator (`str`, defaults to `"qjl"`):
-            `"qjl"` is Algorithm 2 of TurboQuant (arXiv 2504.19874): `key_bits - 1` bits of codes and the 1-bit QJL
-            sketch of the residual, unbiased scores. `"rescaled"` spends all bits on the codes and scales them so that
-            scores are unbiased (EDEN, arXiv 2105.08339). `"mse"` is Algorithm 1 as printed.
+            `"qjl"`: `key_bits - 1` bits of codes and the 1-bit QJL sketch (Algorithm 2 of TurboQuant, arXiv
+            2504.19874), chosen together where the sketch is orthogonal: the least error at 2 and 3 bits. `"rescaled"`
+            spends all bits on the codes (EDEN, arXiv 2105.08339): one scale less per key, and faster to quantise on a
+            CPU. Both give unbiased scores. `"mse"` is Algorithm 1 as printed. 8 bits have no sketch.
         value_estimator (`str`, defaults to `"rescaled"`):
             `"rescaled"` or `"mse"`.
         sketch (`str`, defaults to `"orthogonal"`):
-            `"orthogonal"` (2.75 times less variance) or `"gaussian"`, with the nearest codes: what Algorithm 2 prints.
+            `"orthogonal"`, or `"gaussian"` with the nearest codes: what Algorithm 2 prints.
         rotation (`str`, defaults to `"hadamard"`):
             `"hadamard"` (randomised) or `"haar"` (uniform over all rotations).
         condition (`str`, defaults to `"attention"`):

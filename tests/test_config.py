@@ -77,7 +77,7 @@ def test_wrong_options_say_what_must_hold(options, message):
 
 
 def test_presets():
-    assert TurboQuantConfig.from_preset("small") == TurboQuantConfig(nbits=2, key_estimator="rescaled")
+    assert TurboQuantConfig.from_preset("small") == TurboQuantConfig(nbits=2)
     assert TurboQuantConfig.from_preset("small", value_bits=3, residual_length=64).value_bits == 3
     bits = {name: (c.key_bits, c.value_bits) for name in PRESETS for c in [TurboQuantConfig.from_preset(name)]}
     assert bits == {"quality": (4, 4), "balanced": (3, 3), "small": (2, 2), "cautious": (8, 4), "paper": (4, 4)}
@@ -85,5 +85,5 @@ def test_presets():
     assert (paper.condition, paper.residual_length, paper.sink_length) == ("none", 0, 0)
     assert (paper.key_estimator, paper.value_estimator) == ("qjl", "mse")
     assert (paper.key_bits, paper.value_bits, paper.sketch, paper.rotation) == (2, 2, "gaussian", "haar")
-    with pytest.raises(ValueError, match=r"`preset` must be one of \('quality', .*'paper'\), got 'fast'"):
+    with pytest.raises(ValueError, match=r"`preset` must be one of \('cautious', .*'paper'\), got 'fast'"):
         TurboQuantConfig.from_preset("fast")

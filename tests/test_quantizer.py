@@ -79,7 +79,7 @@ def test_scores_are_unbiased_with_the_known_variance(nbits, kind):
 
 # relative error 1 / cos² - 1 of codes and signs that are chosen together, and of those of a token that comes alone
 JOINT_ERROR = {2: 0.0875, 3: 0.0264, 4: 0.0079}
-SINGLE_ERROR = {2: 0.0965, 3: 0.0290, 4: 0.0085}
+SINGLE_ERROR = {2: 0.0970, 3: 0.0293, 4: 0.0087}
 
 
 @pytest.mark.parametrize("head_dim", (64, 96, 128, 256))
@@ -97,7 +97,7 @@ def test_codes_and_signs_are_chosen_together(nbits, head_dim):
     assert error(quantizer) < JOINT_ERROR[nbits] < error(quantizer, z.transpose(0, 2)) < SINGLE_ERROR[nbits]
     # without the soft rounds, what is left is an alternation that gets stuck
     hard = dataclasses.replace(quantizer, annealing=dataclasses.replace(quantizer.annealing, rounds=0))
-    assert error(hard) > 1.2 * SINGLE_ERROR[nbits]
+    assert error(hard) > 1.15 * SINGLE_ERROR[nbits]
 
 
 @pytest.mark.parametrize("head_dim, nbits, left", [(64, 2, 0.98), (64, 3, 0.9), (64, 4, 0.81), (128, 4, 0.87)])

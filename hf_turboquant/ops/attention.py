@@ -91,6 +91,8 @@ def warm(states) -> None:
     keys, values, dtype = states.quantizers["keys"], states.quantizers["values"], states.exact["keys"].dtype
     constants_of(keys).query_operators(keys, dtype)
     constants_of(values).dual_operator(values, torch.float16)
+    if keys.annealing is not None:
+        constants_of(keys).search_operator(keys)
 
 
 def scores(

@@ -68,6 +68,11 @@ class QuantizerConstants:
 
         return self._keep("query", dtype, make)
 
+    def search_operator(self, quantizer: Quantizer) -> torch.Tensor:
+        """S, which codes and signs are searched with, times √d: entries of size one, for 16 bits."""
+        dtype = torch.float32 if INTERPRETED else torch.float16
+        return self._keep("search", dtype, lambda: (quantizer.sketch * quantizer.head_dim).to(dtype))
+
     def decode_levels(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
         """The codebook in multiples of its scale."""
         return self._keep("levels", dtype, lambda: (quantizer.centroids / self.scale).to(dtype))

@@ -11,6 +11,7 @@ from ..packing import BLOCK, plane_shapes
 from ..quantizer import Quantizer
 from ..search import Annealing
 from ..storage import TokenBuffer
+from .attention_plan import constants_of
 from .launch import DTYPES, INTERPRETED, on_other_device, run
 from .quantize_kernels import quantize_kernel
 from .step_kernel import step_kernel
@@ -133,8 +134,8 @@ def _prepare(quantizer: Quantizer, dtype: torch.dtype, tile: int):
             by_head += (None, 0) if x is None else (x.contiguous(), x[0].numel() if len(x) > 1 else 0)
         sketch = quantizer.sketch
         if quantizer.annealing is not None:
-            # entries of size one, for 16 bits
-            sketch = (sketch * quantizer.head_dim).to(torch.float32 if INTERPRETED else torch.float16)
+            # shared by the quantizers that conditioning makes of one, so that a captured graph finds it again
+            sketch = constants_of(quantizer).search_operator(quantizer)
         constants = (*by_head, sketch, quantizer.boundaries, quantizer.centroids)
         prepared[dtype, tile] = planes, constants, *_specify(quantizer, dtype, tile)
     return prepared[dtype, tile]

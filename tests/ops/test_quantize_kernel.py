@@ -58,6 +58,17 @@ def test_every_width_role_and_estimator(role, estimator, head_dim, nbits):
     assert_right(Case(role, nbits, estimator, head_dim, torch.float32, heads=2))
 
 
+def test_conditioning_shares_the_matrix_of_the_search():
+    # a captured graph keeps its address, and quantizers that conditioning makes come and go
+    quantizer = Case(head_dim=64).quantizer(DEVICE)
+    mean = torch.zeros(1, 1, 64, device=DEVICE)
+    prepared = (
+        kernels._prepare(q, torch.float32, 1)[1] for q in (quantizer, dataclasses.replace(quantizer, mean=mean))
+    )
+    first, second = (next(x for x in constants if getattr(x, "shape", None) == (64, 64)) for constants in prepared)
+    assert first.data_ptr() == second.data_ptr() != quantizer.sketch.data_ptr()
+
+
 @pytest.mark.parametrize("nbits", [2, 3, 4])
 def test_an_error_is_found_where_nothing_is_searched(nbits):
     case = Case(nbits=nbits, head_dim=64, dtype=torch.float32, heads=1)
