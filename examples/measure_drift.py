@@ -19,11 +19,11 @@ from hf_turboquant import TurboQuantCache
 from hf_turboquant.evaluation.quality import measure, split_windows
 
 SETTINGS = {
-    "rescaled 4": {"nbits": 4, "key_estimator": "rescaled"},
+    "qjl 4": {"nbits": 4},
+    "qjl 3": {"nbits": 3},
     "rescaled 3": {"nbits": 3, "key_estimator": "rescaled"},
-    "qjl 4": {"nbits": 4, "key_estimator": "qjl"},
     # more of the first tokens are codes
-    "rescaled 3, window 32": {"nbits": 3, "key_estimator": "rescaled", "residual_length": 32},
+    "qjl 3, window 32": {"nbits": 3, "residual_length": 32},
 }
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from . import ops
-from .ops import reference
+from .ops.reference_statistics import energy, fill
 from .quantizer import Quantizer
 
 # fewer tokens than this tell too little about the ones to come
@@ -32,7 +32,7 @@ def energy_of_queries(query: torch.Tensor, valid: torch.Tensor | None, heads: in
         heads (`int`): KV heads: the query heads of one are neighbours.
     """
     query, valid = _sample(query, valid)
-    return reference.energy(reference.fill(query, valid).unflatten(1, (heads, -1)))
+    return energy(fill(query, valid).unflatten(1, (heads, -1)))
 
 
 def condition(
@@ -52,7 +52,8 @@ def condition(
     expectations come from the tokens at hand; padding does not count, nor do sinks, which stay exact.
 
     Rotary embeddings turn the mean of slow pairs of channels as positions go on. Where there are fewer than `HORIZON`
-    tokens, μ is the mean over so many positions, and what leaves it counts as energy: see `reference.future_mean`.
+    tokens, μ is the mean over so many positions, and what leaves it counts as energy: see `future_mean` in
+    `ops.reference_statistics`.
 
     Args:
         quantizer (`Quantizer`): without mean and scale.

@@ -145,7 +145,7 @@ def channel_statistics(
         valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, tokens]`; false for what does not count.
         turns (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
             Of every pair of channels that rotary embeddings turn, complex64: what undoes it, `[tokens, pairs]`, and the
-            factor of its mean over all positions to come, `[pairs]`. See `reference.future_mean`.
+            factor of its mean over all positions to come, `[pairs]`. See `reference_statistics.future_mean`.
         least_tokens (`int`): where `valid` leaves fewer, nothing is known.
         least_energy (`float`): a channel counts as if it had at least this part of the average energy.
         backend (`str`): see [`TurboQuantConfig`].

@@ -3,18 +3,7 @@
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _dims(columns, D: tl.constexpr, DP: tl.constexpr):
-    # a padded tile pads both halves of the dimensions: the 1-bit plane of values pairs d with d + D / 2
-    if D == DP:
-        dims = columns
-        valid = columns >= 0
-    else:
-        within = columns % (DP // 2)
-        dims = columns // (DP // 2) * (D // 2) + within
-        valid = within < D // 2
-    return dims, valid
+from .search_kernels import best_stretch, choose_jointly, dimensions, nearest_codes
 
 
 @triton.jit
@@ -44,7 +33,7 @@ def _rotated(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z = A (factors · (x - μ)) of shape `[T, DP]`, fp32, zero where there is no token or dimension."""
-    dims, valid = _dims(tl.arange(0, DP), D, DP)
+    dims, valid = dimensions(tl.arange(0, DP), D, DP)
     # 16-bit states stay as they are, and A (factors · μ) is taken off their product
     LATE: tl.constexpr = mean is not None and T > 1 and OPERAND != tl.float32
     if T == 1:
@@ -89,8 +78,8 @@ def _sketched(
     T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S r over the columns of r from `FIRST` on, of shape `[T, DP]`. Only its sign counts, so scales are free."""
-    e, e_valid = _dims(tl.arange(0, DP), D, DP)
-    d, d_valid = _dims(FIRST + tl.arange(0, COLUMNS), D, DP)
+    e, e_valid = dimensions(tl.arange(0, DP), D, DP)
+    d, d_valid = dimensions(FIRST + tl.arange(0, COLUMNS), D, DP)
     if T == 1:
         mask = e_valid[:, None] & d_valid[None, :]
         matrix = tl.load(sketch + e[:, None] * D + d[None, :], mask=mask, other=0.0)
@@ -99,144 +88,6 @@ def _sketched(
     matrix = tl.load(sketch + e[None, :] * D + d[:, None], mask=mask, other=0.0)
     # both factors are far under one: the scales keep their low terms clear of fp16's subnormals
     return _precise_dot(r * 256, matrix * 256, tl.zeros((T, DP), tl.float32), OPERAND, 2, PRECISION)
-
-
-@triton.jit
-def _nearest(y, boundaries, centroids, CODE_BITS: tl.constexpr):
-    """Codes (int32) and values of the nearest centroids; a codebook is symmetric, so |y| meets half the boundaries."""
-    HALF: tl.constexpr = 1 << (CODE_BITS - 1)
-    # sign and magnitude at 4 bits, ascending below
-    SMALLEST: tl.constexpr = 0 if CODE_BITS == 4 else HALF
-    size = tl.abs(y)
-    # one select per boundary finds both: the index rides in the last three bits of the value, under 2^-20 of it
-    best = tl.zeros(y.shape, tl.int32) + (tl.load(centroids + SMALLEST).to(tl.int32, bitcast=True) & -8)
-    for i in tl.static_range(1, HALF):
-        value = tl.load(centroids + SMALLEST + i).to(tl.int32, bitcast=True)
-        best = tl.where(size > tl.load(boundaries + HALF + i - 1), (value & -8) | i, best)
-    index, value = best & 7, best.to(tl.float32, bitcast=True)
-    negative = y <= 0
-    if CODE_BITS == 4:
-        codes = tl.where(negative, index + HALF, index)
-    else:
-        codes = tl.where(negative, HALF - 1 - index, HALF + index)
-    return codes, tl.where(negative, -value, value)
-
-
-@triton.jit
-def _stretch(
-    y, valid, boundaries, centroids, CODE_BITS: tl.constexpr,
-    COUNT: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-):  # fmt: skip
-    """Of every row the factor before rounding that gives the codes closest to its direction."""
-    best = tl.full([y.shape[0]], 1.0, tl.float32)
-    largest = tl.zeros([y.shape[0]], tl.float32)
-    # exact in fp32, so that the reference has the same
-    stretch = tl.full([y.shape[0]], FIRST, tl.float32)
-    for _ in range(COUNT):
-        _, nearest = _nearest(y * stretch[:, None], boundaries, centroids, CODE_BITS)
-        nearest = tl.where(valid[None, :], nearest, 0.0)
-        cosine = tl.sum(y * nearest, axis=1) / tl.sqrt_rn(tl.sum(nearest * nearest, axis=1))
-        better = cosine > largest
-        best = tl.where(better, stretch, best)
-        largest = tl.where(better, cosine, largest)
-        stretch += SECOND - FIRST
-    return best
-
-
-@triton.jit
-def _soft_codes(target, centroids, unit, width, CODE_BITS: tl.constexpr):
-    """Sum over all boundaries of clamps around them, a ramp of `width` half distances each, in units of 1 / `unit`."""
-    HALF: tl.constexpr = 1 << (CODE_BITS - 1)
-    SMALLEST: tl.constexpr = 0 if CODE_BITS == 4 else HALF
-    lowest = tl.load(centroids + SMALLEST) * unit
-    out = tl.clamp(target, -width * lowest, width * lowest)
-    if HALF > 1:
-        # boundaries lie symmetrically around zero, so |target| meets half of them
-        size = tl.abs(target)
-        total = tl.zeros(target.shape, tl.float32)
-        offset = 0.0
-        for i in tl.static_range(1, HALF):
-            low = tl.load(centroids + SMALLEST + i - 1) * unit
-            high = tl.load(centroids + SMALLEST + i) * unit
-            start = (low + high - width * (high - low)) / 2
-            total += tl.clamp(size, start, start + width * (high - low))
-            offset += start
-        total -= offset
-        out += tl.where(target < 0, -total, total)
-    return out
-
-
-@triton.jit
-def _sketch_rows(x, matrix, T: tl.constexpr):
-    """x Sᵀ: of rows `[T, DP]` as rows, of one row as a column, so that the matrix serves both ways as it lies."""
-    if T == 1:
-        out = tl.sum(matrix.to(tl.float32) * x, axis=1)[:, None]
-    else:
-        out = tl.dot(x.to(matrix.dtype), tl.trans(matrix), input_precision="ieee")
-    return out
-
-
-@triton.jit
-def _unsketch(signs, matrix, T: tl.constexpr):
-    """signs S, the way back of `_sketch_rows`."""
-    if T == 1:
-        out = tl.sum(matrix.to(tl.float32) * signs, axis=0)[None, :]
-    else:
-        out = tl.dot(signs.to(matrix.dtype), matrix, input_precision="ieee")
-    return out
-
-
-@triton.jit
-def _chosen_jointly(
-    y, valid, sketch, boundaries, centroids, CODE_BITS: tl.constexpr, ANNEALING: tl.constexpr,
-    T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, OPERAND: tl.constexpr,
-):  # fmt: skip
-    """
-    Codes (int32, with the sign of the sketch) and the two scales of unit vectors y `[T, DP]`: see
-    `reference._choose_jointly`. Here y has norm √d, so that 16 bits hold everything that is searched well enough.
-    """
-    GRID: tl.constexpr = ANNEALING[0]
-    AMPLITUDE: tl.constexpr = ANNEALING[1]
-    ROUNDS: tl.constexpr = ANNEALING[9] if T == 1 else ANNEALING[8]
-    size: tl.constexpr = D**0.5
-    dims, _ = _dims(tl.arange(0, DP), D, DP)
-    mask = valid[:, None] & valid[None, :]
-    # S √d: entries of size one
-    matrix = tl.load(sketch + dims[:, None] * D + dims[None, :], mask=mask, other=0.0).to(OPERAND)
-    y = (y * size).to(OPERAND)
-    part = tl.zeros((T, DP), tl.float32)
-    for index in range(ROUNDS):
-        progress = index * (1.0 / (ROUNDS - 1))
-        code_width = ANNEALING[2] + (ANNEALING[4] - ANNEALING[2]) * progress
-        sign_width = ANNEALING[3] + (ANNEALING[5] - ANNEALING[3]) * progress
-        target = y.to(tl.float32) - part
-        soft = _soft_codes(target, centroids, size * GRID, code_width, CODE_BITS)
-        soft = soft * ((1 + ANNEALING[6]) / code_width) - target * ANNEALING[6]
-        # √d times what it is in an orthonormal basis
-        sketched = _sketch_rows(y.to(tl.float32) - soft, matrix, T)
-        reach = AMPLITUDE * sign_width * size
-        signs = tl.clamp(sketched, -reach, reach) * ((1 + ANNEALING[7]) / sign_width) - sketched * ANNEALING[7]
-        part = _unsketch(signs * (1 / size), matrix, T) * (1 / size)
-    for _ in tl.static_range(2):
-        codes, nearest = _nearest((y.to(tl.float32) - part) * (1 / (size * GRID)), boundaries, centroids, CODE_BITS)
-        sketched = _sketch_rows(y.to(tl.float32) - nearest * (size * GRID), matrix, T)
-        signs = tl.where(sketched >= 0, 1.0, -1.0)
-        part = _unsketch(signs, matrix, T) * (AMPLITUDE / size)
-    y = y.to(tl.float32) * (1 / size)
-    # both of norm one
-    part = tl.where(valid[None, :], part * (1 / (AMPLITUDE * size)), 0.0)
-    nearest = tl.where(valid[None, :], nearest, 0.0)
-    cc = tl.sum(nearest * nearest, axis=1)
-    cs = tl.sum(nearest * part, axis=1)
-    yc = tl.sum(y * nearest, axis=1)
-    ys = tl.sum(y * part, axis=1)
-    scale = yc - cs * ys
-    sign_scale = cc * ys - cs * yc
-    norm = scale * yc + sign_scale * ys
-    if T == 1:
-        sketched = tl.trans(sketched)
-    codes = tl.where(sketched >= 0, codes | (1 << CODE_BITS), codes)
-    return codes, scale / norm, sign_scale / norm
 
 
 @triton.jit
@@ -255,7 +106,7 @@ def _store_keys(
     COUNT: tl.constexpr = 8 // WIDTH if WIDTH > 1 else 4
     position = base + tl.arange(0, T)
     column = tl.arange(0, DP)
-    offset, valid = _dims(tl.arange(0, DP // COUNT), D // COUNT, DP // COUNT)
+    offset, valid = dimensions(tl.arange(0, DP // COUNT), D // COUNT, DP // COUNT)
     if WIDTH > 1:
         packed = tl.sum(tl.reshape(fields << (WIDTH * (column % COUNT))[None, :], (T, DP // COUNT, COUNT)), axis=2)
         pointers = plane + (block * 128 + position)[:, None] * (D // COUNT) + offset[None, :]
@@ -303,7 +154,7 @@ def _store_values(
     D_ROWS: tl.constexpr = D if WIDTH > 1 else D // 2
     packed = tl.reshape(packed, (ROWS, BYTES if TILE else 1))
     if WIDTH > 1:
-        row, valid = _dims(tl.arange(0, ROWS), D, DP)
+        row, valid = dimensions(tl.arange(0, ROWS), D, DP)
     else:
         row = tl.arange(0, ROWS)
         valid = row < D_ROWS
@@ -353,10 +204,10 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
     norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
     # a zero vector has no direction: any will do, its scale is zero
     y = z * (1 / tl.maximum(norm, 1.1754943508222875e-38))[:, None]
-    _, valid = _dims(tl.arange(0, DP), D, DP)
+    _, valid = dimensions(tl.arange(0, DP), D, DP)
     scale_offset = block * 128 + base + tl.arange(0, T)
     if ANNEALING is not None:
-        codes, scale, second_scale = _chosen_jointly(
+        codes, scale, second_scale = choose_jointly(
             y, valid, sketch, boundaries, centroids, CODE_BITS, ANNEALING, T, D, DP, SKETCH_OPERAND
         )
         # ⟨ẑ, z⟩ = |z|²; what a vector without a direction has found may be anything
@@ -365,9 +216,9 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
     else:
         if STRETCHES > 0:
             # from here on the norm of y is `stretch`
-            stretch = _stretch(y, valid, boundaries, centroids, CODE_BITS, STRETCHES, SPEC[10], SPEC[11])
+            stretch = best_stretch(y, valid, boundaries, centroids, CODE_BITS, STRETCHES, SPEC[10], SPEC[11])
             y *= stretch[:, None]
-        codes, nearest = _nearest(y, boundaries, centroids, CODE_BITS)
+        codes, nearest = nearest_codes(y, boundaries, centroids, CODE_BITS)
         scale = norm
         if ESTIMATOR == "rescaled":
             product = tl.sum(y * nearest, axis=1)
