@@ -345,7 +345,7 @@ def test_report_counts_every_tensor():
 def test_a_preset_takes_every_option_of_the_cache():
     cache = TurboQuantCache.from_preset(CONFIG, "small", value_bits=3, max_cache_len=64, offloading=False)
     assert (cache.options.key_bits, cache.options.value_bits) == (2, 3)
-    assert cache.options.key_estimator == "rescaled" and cache.is_compileable
+    assert cache.options.key_estimator == "qjl" and cache.is_compileable
     with pytest.raises(ValueError, match="`preset` must be one of"):
         TurboQuantCache.from_preset(CONFIG, "fast")
 
