@@ -20,7 +20,7 @@ import torch
 from load_model import load, load_text, parser
 from report import conditions, named, table
 
-from hf_turboquant.config import PRESETS
+from hf_turboquant.config import PRESETS, TurboQuantConfig
 from hf_turboquant.evaluation.caches import bits_per_coordinate, new_cache
 from hf_turboquant.evaluation.quality import Quality, measure, split_windows
 
@@ -33,6 +33,11 @@ BITS = {
 WINDOWS = {"rescaled": (128, 32, 1), "qjl": (128, 1)}
 
 
+def all_of(options: dict) -> dict:
+    """With the default of what `candidates` goes through."""
+    return {"key_estimator": TurboQuantConfig.key_estimator, **options}
+
+
 def candidates() -> dict[str, dict]:
     """Names and options of our caches."""
     found = {}
@@ -41,7 +46,7 @@ def candidates() -> dict[str, dict]:
             for bits, option in BITS.items():
                 options = {**option, "key_estimator": estimator}
                 # the presets are among these rows
-                preset = "".join(f"{name}: " for name in PRESETS if PRESETS[name] == options and window == 128)
+                preset = "".join(f"{name}: " for name in PRESETS if all_of(PRESETS[name]) == options and window == 128)
                 name = f"{preset}{estimator} {bits}" + (f", window {window}" if window != 128 else "")
                 found[name] = {**options, "residual_length": window}
     for nbits in (4, 3, 2):

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--tables", action="store_true", help="print what README says of models and ways of generating")
+    parser.addoption("--tables", action="store_true", help="print the tables of docs/models.md")
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3NextConfig
 from transformers.cache_utils import DynamicLayer
 
+import hf_turboquant
 from hf_turboquant import QuantizedStates, TurboQuantCache
 from hf_turboquant.layer import TurboQuantLayer
 
@@ -344,6 +345,29 @@ def test_report_counts_every_tensor():
 def test_a_preset_takes_every_option_of_the_cache():
     cache = TurboQuantCache.from_preset(CONFIG, "small", value_bits=3, max_cache_len=64, offloading=False)
     assert (cache.options.key_bits, cache.options.value_bits) == (2, 3)
-    assert cache.options.key_estimator == "rescaled" and cache.is_compileable
+    assert cache.options.key_estimator == "qjl" and cache.is_compileable
     with pytest.raises(ValueError, match="`preset` must be one of"):
         TurboQuantCache.from_preset(CONFIG, "fast")
+
+
+@pytest.mark.skipif(
+    "cache" not in inspect.signature(LlamaForCausalLM.forward).parameters,
+    reason="before transformers 5.24 the argument is called `past_key_values` alone",
+)
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_new_name_of_the_argument(model):
+    """`cache=` in `forward`, `generate` and our own loop: no warning, and what the old name gives."""
+    ids = tokens(60)
+    found = []
+    for options in ({}, {"custom_generate": hf_turboquant.generate}):
+        cache = precise_cache()
+        out = model.generate(ids, cache=cache, max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
+        found.append(out.sequences if hasattr(out, "sequences") else out)
+        assert cache.get_seq_length() == 65 and cache.layers[0].codes["keys"].length == 65 - 8 - 4
+    assert torch.equal(*found)
+    cache = precise_cache()
+    with torch.no_grad():
+        logits = model(ids, cache=cache).logits
+    assert cache.get_seq_length() == 60 and torch.equal(logits[:, -1].argmax(-1), found[0][:, 60])
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        model(ids[:, :1], past_key_values=precise_cache())

@@ -129,13 +129,15 @@ def test_compare_quality(run, monkeypatch, tmp_path):
 
     presets = [name for name in compare_quality.candidates() if ":" in name]
     assert presets == [
-        "quality: rescaled 4",
-        "balanced: rescaled 3",
-        "small: rescaled 2",
-        "cautious: rescaled 8 for keys, 4 for values",
+        "quality: qjl 4",
+        "balanced: qjl 3",
+        "small: qjl 2",
+        "cautious: qjl 8 for keys, 4 for values",
     ]
     assert compare_quality.candidates()["paper 2"] == {**PRESETS["paper"], "nbits": 2}
-    some = {name: options for name, options in compare_quality.candidates().items() if name in (*presets[:1], "qjl 2")}
+    some = {
+        name: options for name, options in compare_quality.candidates().items() if name in (*presets[:1], "rescaled 2")
+    }
     monkeypatch.setattr(compare_quality, "candidates", lambda: some)
 
     def refuse(config, options):
@@ -148,7 +150,7 @@ def test_compare_quality(run, monkeypatch, tmp_path):
     arguments = ("--windows", "1", "--batch", "1", "--length", "384")
     text = run("compare_quality", "--text", str(file), "reference", *arguments)
     assert text.count("| full cache | 16.00 | 0.0000 |") == 2 and "**log.txt**" in text and "**reference**" in text
-    bits = [float(bits) for bits in re.findall(r"\| (?:quality: rescaled 4|qjl 2) \| ([\d.]+)", text)]
+    bits = [float(bits) for bits in re.findall(r"\| (?:quality: qjl 4|rescaled 2) \| ([\d.]+)", text)]
     assert len(bits) == 4 and all(2 < found < 16 for found in bits)
     with pytest.raises(SystemExit):
         run("compare_quality", "--text", str(file), "--length", "320")
