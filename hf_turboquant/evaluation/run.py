@@ -205,7 +205,7 @@ def _needle_table(units: dict, settings: Settings) -> Table:
 def _fidelity_table(units: dict, settings: Settings) -> Group:
     names = "codes:\ncosine", "top-1", "all:\ncosine", "top-1", "output\nerror"
     used = _table("Attention, means over layers: scores of tokens in codes and of all", "cache", "tokens", *names)
-    asked = _table("The same scores where a key asks, as in a benchmark", "cache", "tokens", "cosine", "top-1")
+    asked = _table("Scores where a key asks", "cache", "tokens", "cosine", "top-1")
 
     def cells(name: str, *keys: str):
         for length in settings.fidelity_lengths:
