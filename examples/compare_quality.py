@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from load_model import load, load_text, parser
+from load_model import load, parser
 from report import conditions, named, table
 
 from hf_turboquant.config import PRESETS, TurboQuantConfig
 from hf_turboquant.evaluation.caches import bits_per_coordinate, new_cache
+from hf_turboquant.evaluation.load import read_text
 from hf_turboquant.evaluation.quality import Quality, measure, split_windows
 
 BITS = {
@@ -127,7 +128,7 @@ def main():
         model, tokenizer = load(source, torch.float32)
         ours, theirs = candidates(), integers(model.config)
         for text in args.text:
-            windows = split_windows(tokenizer, load_text(text), args.length, args.windows)
+            windows = split_windows(tokenizer, read_text(text), args.length, args.windows)
             qualities = measure(model, windows, [*ours.values(), *theirs.values()], **options)
             found = dict(zip(["full cache", *ours, *theirs], qualities, strict=True))
             our, their = ({name: found[name] for name in names} for names in (ours, theirs))

@@ -53,15 +53,6 @@ def load(name_or_path: str | None = None, dtype: torch.dtype | None = None, devi
     return model.eval(), AutoTokenizer.from_pretrained(source)
 
 
-def load_text(source: str) -> str:
-    """A text file, or with `"reference"` the reference of the Python language, which every Python brings along."""
-    if source == "reference":
-        from pydoc_data.topics import topics
-
-        return "\n".join(topics.values())
-    return Path(source).read_text(encoding="utf-8")
-
-
 def encode(tokenizer, prompt: str):
     """The model's inputs, of shape `[1, prompt length]`, in the model's chat format where it has one."""
     if not tokenizer.chat_template:

@@ -12,10 +12,11 @@ the difference from the same cache with statistics from the whole text, `whole`;
 from pathlib import Path
 
 import torch
-from load_model import load, load_text, parser
+from load_model import load, parser
 from report import conditions, named, table
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant.evaluation.load import read_text
 from hf_turboquant.evaluation.quality import measure, split_windows
 
 SETTINGS = {
@@ -101,9 +102,9 @@ def main():
         arguments.error(f"--stretch must be a multiple of --block, got {args.stretch} and {args.block}. Change one.")
 
     model, tokenizer = load(args.model, torch.float32)
-    sequences = split_windows(tokenizer, load_text(args.text), args.prompt, args.sequences)
+    sequences = split_windows(tokenizer, read_text(args.text), args.prompt, args.sequences)
     if args.then:
-        rest = split_windows(tokenizer, load_text(args.then), args.tokens, args.sequences)
+        rest = split_windows(tokenizer, read_text(args.then), args.tokens, args.sequences)
         sequences = torch.cat([sequences, rest], dim=1)
     else:
         torch.manual_seed(0)

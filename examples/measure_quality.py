@@ -10,11 +10,12 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from load_model import load, load_text, parser
+from load_model import load, parser
 from report import command, conditions, named, table
 from tqdm import tqdm
 
 from hf_turboquant.config import CONDITIONS, KEY_ESTIMATORS
+from hf_turboquant.evaluation.load import read_text
 from hf_turboquant.evaluation.quality import Quality, measure, split_windows
 
 COLUMNS = "keys", "condition", "bits", "perplexity", "KL (nats)", "top-1", "compression"
@@ -51,7 +52,7 @@ def main():
     choices = product(args.conditions, args.key_estimators, args.bits)
     configurations = [{**dict(zip(names, choice, strict=True)), "seed": args.seed} for choice in choices]
     model, tokenizer = load(args.model, args.dtype and getattr(torch, args.dtype))
-    windows = split_windows(tokenizer, load_text(args.text), args.window, args.windows)
+    windows = split_windows(tokenizer, read_text(args.text), args.window, args.windows)
     tokens = windows.numel() * (1 + len(configurations))
     with tqdm(total=tokens, desc=f"{len(configurations)} caches and the full one", unit=" tokens", leave=False) as bar:
         sizes = args.block, args.batch, args.prefill, args.score_from

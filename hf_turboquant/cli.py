@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
     add = evaluate.add_argument
     add("model", metavar="MODEL", help="a Hub name or a local folder")
-    add("--text", required=True, help="a text file, or hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub")
+    text = "a text file, hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub, or Python's own reference (default)"
+    add("--text", default="reference", help=text)
     add("--out", default="evaluation", help="folder of results.json and plots; an interrupted run goes on from there")
     add("--parts", nargs="+", help="quality, needle, fidelity, claims (default: all)")
     add("--caches", nargs="+", metavar="SPEC", help="such as turboquant:nbits=4/3 quanto:nbits=4 (default: all)")

@@ -1,6 +1,7 @@
 """The parts of `hf-turboquant evaluate`, on a real small model and on tensors whose answers are known."""
 
 import json
+import re
 import sys
 import warnings
 from types import SimpleNamespace
@@ -240,13 +241,32 @@ def test_attention_is_compared_on_what_the_model_computes(tiny):
         assert torch.allclose(layer.keys, held.keys, atol=1e-5) and torch.allclose(layer.values, held.values, atol=1e-5)
         assert layer.query.shape == (1, 4, 320, 16)
     exact = fidelity.compare(tiny.config, layers[1], {"cache": "dynamic"}, 320)
-    assert exact["top1"] == exact["top5"] == 1 and exact["cosine"] == pytest.approx(1) and exact["output_error"] < 1e-6
+    scores = [f"{name}{measure}" for name in ("", "all_", "key_") for measure in ("cosine", "top1")]
+    assert [exact[name] for name in scores] == pytest.approx([1] * 6) and exact["output_error"] < 1e-6
     errors = [fidelity.compare(tiny.config, layers[1], {"nbits": nbits}, 320) for nbits in (8, 4, 2)]
-    for name, order in (("cosine", -1), ("output_error", 1)):
+    for name, order in (("cosine", -1), ("all_cosine", -1), ("key_cosine", -1), ("output_error", 1)):
         assert [found[name] for found in errors] == sorted((found[name] for found in errors), reverse=order < 0)
-    assert errors[0]["output_error"] < 0.02 < errors[2]["output_error"] and errors[2]["top5"] >= errors[2]["top1"]
-    with pytest.raises(ValueError, match="must be from 154 to 320"):
-        fidelity.compare(tiny.config, layers[1], {"nbits": 4}, 150)
+    assert errors[0]["output_error"] < 0.02 < errors[2]["output_error"]
+    with pytest.raises(ValueError, match="must be from 149 to 320"):
+        fidelity.compare(tiny.config, layers[1], {"nbits": 4}, 148)
+
+
+def test_who_asks_and_which_tokens_are_compared(tiny):
+    """Written out: the last key in codes as in the benchmark, and queries over all tokens as the cache is used."""
+    generator = torch.Generator().manual_seed(0)
+    layer = fidelity.capture(tiny, torch.randint(0, 97, (1, 320), generator=generator))[1]
+    found = fidelity.compare(tiny.config, layer, {"nbits": 2}, 320)
+    cache = TurboQuantCache(tiny.config, nbits=2)
+    cache.layers[1].update(layer.keys[:, :, :304].contiguous(), layer.values[:, :, :304].contiguous())
+    cache.layers[1].settle(layer.query[:, :, :304])
+    cache.layers[1].update(layer.keys[:, :, 304:], layer.values[:, :, 304:])
+    both = layer.keys, cache.layers[1].keys.dequantize()
+    by_key = [layer.keys[:, :, 175:176] @ keys[:, :, 4:176].mT for keys in both]
+    by_query = [layer.query[:, :, 304:] @ keys.repeat_interleave(2, 1)[:, :, :305].mT for keys in both]
+    for name, scores in (("key", by_key), ("all", [x - x.mean(-1, keepdim=True) for x in by_query])):
+        cosine = torch.cosine_similarity(*scores, dim=-1).mean().item()
+        assert found[f"{name}_cosine"] == pytest.approx(cosine, abs=1e-5) and cosine < 0.99
+        assert found[f"{name}_top1"] == (scores[0].argmax(-1) == scores[1].argmax(-1)).float().mean().item()
 
 
 def test_claims_of_the_papers():
@@ -285,6 +305,13 @@ def test_the_command_and_an_interrupted_run(arguments, tmp_path, capsys, monkeyp
     text = capsys.readouterr().out
     for title in ("Quality", "Needle", "Attention", "Distortion", "Inner products"):
         assert title in text
+    # what others published stands beside it
+    rows = (
+        r"3 +128 .* 0\.03 .* 0\.000270",
+        r"qjl, gaussian sketch +2 .* 0\.56",
+        r"published, 2 bits +8,192 +0\.9846 +0\.694",
+    )
+    assert all(re.search(f"^ {row} *$", text, re.M) for row in rows) and "Published of Qwen2.5-3B-Instruct" in text
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         "results.json",

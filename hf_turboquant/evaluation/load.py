@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 import transformers
@@ -64,11 +65,14 @@ def settings(options: dict) -> dict:
 
 def read_text(source: str) -> str:
     """
-    A text file, or `hub:DATASET:CONFIG:SPLIT:COLUMN` (the last three may be left out).
+    A text file, `hub:DATASET:CONFIG:SPLIT:COLUMN` (the last three may be left out), or `reference`: that of the Python
+    language, which every Python brings along.
 
     Raises:
         `ValueError`: it cannot be read.
     """
+    if source == "reference":
+        return "\n".join(topics.values())
     if source.startswith("hub:"):
         name, config, split, column = (source.split(":") + ["", "", "", ""])[1:5]
         # not one of our dependencies: only those who name a dataset need it

@@ -17,8 +17,9 @@ from .load import machine
 from .results import Results
 
 PARTS = ("quality", "needle", "fidelity", "claims")
-# of the claims: bits, and estimators of keys with their sketch
+# of the claims: bits, dimensions of the distortion, and estimators of keys with their sketch
 WIDTHS = (4, 3, 2)
+DIMENSIONS = (64, 128, 256)
 ESTIMATORS = (("mse", "orthogonal"), ("rescaled", "orthogonal"), ("qjl", "gaussian"), ("qjl", "orthogonal"))
 
 
@@ -159,7 +160,8 @@ def _fidelity_units(model, tokenizer, text, settings, advance):
 def _claims_units(model, tokenizer, text, settings, advance):
     width = head_dim(model.config.get_text_config(decoder=True))
     for nbits in WIDTHS:
-        yield f"distortion, {nbits} bits", 50, partial(claims.distortion, nbits, width)
+        for dim in DIMENSIONS:
+            yield f"distortion, {nbits} bits, dimension {dim}", 50, partial(claims.distortion, nbits, dim)
         for estimator, sketch in ESTIMATORS:
             measure = partial(claims.inner_product, estimator, nbits, width, sketch)
             yield f"inner product, {nbits} bits, {estimator} {sketch}", 50, measure
@@ -200,29 +202,41 @@ def _needle_table(units: dict, settings: Settings) -> Table:
     return _add_caches(table, [{"cache": "dynamic"}, *settings.caches], cells)
 
 
-def _fidelity_table(units: dict, settings: Settings) -> Table:
-    title = "Attention: means over layers, tokens in codes alone"
-    table = _table(title, "cache", "tokens", "cosine", "top-1", "top-5", "output error")
+def _fidelity_table(units: dict, settings: Settings) -> Group:
+    names = "codes:\ncosine", "top-1", "all:\ncosine", "top-1", "output\nerror"
+    used = _table("Attention, means over layers: scores of tokens in codes and of all", "cache", "tokens", *names)
+    asked = _table("Scores where a key asks", "cache", "tokens", "cosine", "top-1")
 
-    def cells(name: str):
+    def cells(name: str, *keys: str):
         for length in settings.fidelity_lengths:
             unit = units[f"fidelity: {name}, {length} tokens"]
-            means = (sum(unit[key]) / len(unit[key]) for key in ("cosine", "top1", "top5", "output_error"))
-            yield f"{length:,}", *(f"{mean:.4f}" for mean in means)
+            yield f"{length:,}", *(f"{sum(unit[key]) / len(unit[key]):.4f}" for key in keys)
 
-    return _add_caches(table, settings.caches, cells)
+    keys = "cosine", "top1", "all_cosine", "all_top1", "output_error"
+    _add_caches(used, settings.caches, lambda name: cells(name, *keys))
+    _add_caches(asked, settings.caches, lambda name: cells(name, "key_cosine", "key_top1"))
+    asked.add_section()
+    for nbits, published in fidelity.BENCHMARK.items():
+        asked.add_row(f"published, {nbits} bits", "8,192", *published)
+    return Group(used, asked, f"{fidelity.DIFFERENCES} Here {settings.model} reads {settings.text}.")
 
 
 def _claims_table(units: dict, settings: Settings) -> Group:
-    table = _table("Distortion of random unit vectors (Algorithm 1)", "bits", "measured", "codebook", "upper bound")
-    products = _table("Inner products of random unit vectors", "estimator", "bits", "slope", "d × variance")
+    names = "d", "measured", "codebook", "paper", "upper bound", "measured / d", "benchmark"
+    table = _table("Distortion of random unit vectors of dimension d (Algorithm 1)", "bits", *names)
+    names = "bits", "slope", "d × variance", "paper"
+    products = _table("Inner products of random unit vectors (unbiased: slope 1)", "estimator", *names)
     for nbits in WIDTHS:
-        unit = units[f"claims: distortion, {nbits} bits"]
-        table.add_row(str(nbits), *(f"{unit[name]:.5f}" for name in ("measured", "codebook", "upper_bound")))
+        for dim in DIMENSIONS:
+            unit = units[f"claims: distortion, {nbits} bits, dimension {dim}"]
+            measured, codebook, bound = (f"{unit[name]:.5f}" for name in ("measured", "codebook", "upper_bound"))
+            cells = str(dim), measured, codebook, claims.PAPER_DISTORTION[nbits], bound, f"{unit['measured'] / dim:.6f}"
+            table.add_row(str(nbits), *cells, claims.BENCHMARK_DISTORTION.get((nbits, dim), ""))
         for estimator, sketch in ESTIMATORS:
             unit = units[f"claims: inner product, {nbits} bits, {estimator} {sketch}"]
             name = f"{estimator}, {sketch} sketch" if estimator == "qjl" else estimator
-            products.add_row(name, str(nbits), f"{unit['slope']:.3f}", f"{unit['variance']:.4f}")
+            published = claims.PAPER_VARIANCE.get((nbits, estimator, sketch), "")
+            products.add_row(name, str(nbits), f"{unit['slope']:.3f}", f"{unit['variance']:.4f}", published)
     return Group(table, products)
 
 

