@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -36,3 +37,23 @@ def smollm2():
     from load_model import load
 
     return load(None)
+
+
+@pytest.fixture
+def same_search(monkeypatch):
+    """
+    Tokens that come alone are searched for as long as those that come together, in four rounds: then how tokens arrive
+    does not matter.
+    """
+    from hf_turboquant import arena, quantizer
+    from hf_turboquant.search import ANNEALINGS
+
+    def forget():
+        arena._layout.cache_clear()
+        quantizer._create.cache_clear()
+
+    for bits, annealing in ANNEALINGS.items():
+        monkeypatch.setitem(ANNEALINGS, bits, dataclasses.replace(annealing, rounds=annealing.single_rounds))
+    forget()
+    yield
+    forget()

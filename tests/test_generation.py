@@ -62,6 +62,11 @@ def make(kind):
     return model
 
 
+@pytest.fixture(autouse=True)
+def same_search(same_search):
+    """A cache of static capacity takes the last tokens of a prompt in chunks one by one, one that grows together."""
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def model(request):
     return make(request.param)

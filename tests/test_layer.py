@@ -50,15 +50,18 @@ def test_exact_tokens_are_exact_and_the_rest_is_quantised_once(sinks, window, pi
     assert layer.codes["keys"].length == layer.codes["values"].length == length - window - sinks
 
 
-def test_how_tokens_arrive_does_not_matter():
+@pytest.mark.parametrize("estimator", ["rescaled", "qjl"])
+def test_how_tokens_arrive_does_not_matter(estimator, same_search):
     keys, values = states(300, value_dim=64)
     held = []
     for pieces in ([300], [150, *[1] * 150], [7, 200, 93]):
-        layer = TurboQuantLayer(options(nbits=3, residual_length=16), 0)
+        layer = TurboQuantLayer(options(nbits=3, residual_length=16, key_estimator=estimator), 0)
         feed(layer, keys, values, pieces)
         held.append((plain(layer.keys), plain(layer.values)))
     for other in held[1:]:
-        assert torch.equal(held[0][0], other[0]) and torch.equal(held[0][1], other[1])
+        same = (held[0][0] == other[0]).all(-1).float().mean()
+        # products of other shapes may round otherwise, and a joint search end elsewhere
+        assert torch.equal(held[0][1], other[1]) and same >= (0.98 if estimator == "qjl" else 1)
 
 
 def test_the_first_prefill_returns_its_own_states():

@@ -1,7 +1,6 @@
 """Steps: one launch that appends, lengths in device memory or not, and attention that finds its plan again."""
 
 import copy
-import dataclasses
 import importlib.util
 import pickle
 import sys
@@ -14,11 +13,10 @@ if importlib.util.find_spec("triton") is None:
 
 from benchmark_attention import relative_error
 
-from hf_turboquant import TurboQuantConfig, arena, ops, quantizer
+from hf_turboquant import TurboQuantConfig, ops
 from hf_turboquant.arena import describe, new_arena, open_arena
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
-from hf_turboquant.search import ANNEALINGS
 
 attention_kernels, quantize_kernels = (sys.modules[f"hf_turboquant.ops.{name}"] for name in ("attention", "quantize"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,21 +61,6 @@ def fill(states, keys, values, count):
     states.counters[..., 0], states.counters[..., 1] = count, quantized
 
 
-@pytest.fixture
-def alike(monkeypatch):
-    """Tokens that come alone are searched for as long as those that come together."""
-
-    def forget():
-        arena._layout.cache_clear()
-        quantizer._create.cache_clear()
-
-    for bits, annealing in ANNEALINGS.items():
-        monkeypatch.setitem(ANNEALINGS, bits, dataclasses.replace(annealing, single_rounds=annealing.rounds))
-    forget()
-    yield
-    forget()
-
-
 def assert_same_tokens(ours, theirs, role):
     """Whether two states hold the same, of tokens that came one by one and of such that came together."""
     pairs = list(zip(contents(ours, role), contents(theirs, role), strict=True))
@@ -116,7 +99,7 @@ def contents(states, role):
     ids=str,
 )
 @pytest.mark.parametrize("start", [0, 126])
-@pytest.mark.usefixtures("alike")
+@pytest.mark.usefixtures("same_search")
 def test_steps_leave_what_a_prefill_leaves(start, sinks, ring, options, dtype):
     keys, values = random_tokens(140, dtype=dtype)
     options = {"sink_length": sinks, "residual_length": ring, **options}
@@ -148,7 +131,7 @@ def grow(layer, keys, values, start, stop):
     [(4, 8, {}), (0, 5, {"nbits": 3, "key_estimator": "rescaled"}), (3, 0, {"nbits": 2}), (0, 0, {"nbits": 4})],
     ids=str,
 )
-@pytest.mark.usefixtures("alike")
+@pytest.mark.usefixtures("same_search")
 def test_steps_of_a_growing_layer_leave_what_a_prefill_leaves(sinks, ring, options, dtype):
     # past the first 128 codes, where buffers grow
     keys, values = random_tokens(150, dtype=dtype, batch=2)
@@ -293,7 +276,7 @@ def test_plans_are_for_the_buffers_that_they_were_made_for():
 
 
 @pytest.mark.parametrize("backend", ["kernels", "reference"])
-@pytest.mark.usefixtures("alike")
+@pytest.mark.usefixtures("same_search")
 def test_kernels_and_reference_do_the_same(backend):
     keys, values = random_tokens(30, head_dims=(80, 48))
     append = {"kernels": quantize_kernels.append, "reference": reference.append}[backend]
@@ -366,7 +349,7 @@ def test_several_queries_see_up_to_themselves():
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.usefixtures("alike")
+@pytest.mark.usefixtures("same_search")
 def test_a_captured_step_goes_on_where_it_is_replayed():
     keys, values = random_tokens(300)
     states, expected = (new_states(keys, values, 300, sink_length=4, residual_length=8) for _ in range(2))
