@@ -7,7 +7,7 @@ Tasks through compressed caches against the full one: HumanEval, and a needle in
 
 A small model solves few of these problems, so the measure is what a compressed cache changes: whether greedy
 completions stay the same, and how likely the known solution is. Prompts are short, about 120 tokens, and the default
-window would hold them exactly; hence one of 32 unless `--caches` says otherwise. With `--shots` solved ones come first.
+window holds most of them exactly: it is 32 unless `--caches` says otherwise. With `--shots`, solved ones come first.
 """
 
 import gzip

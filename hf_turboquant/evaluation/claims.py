@@ -17,7 +17,7 @@ from ..quantizer import Quantizer
 # as printed there, by bits: the distortion, and the variance of inner products times the dimension
 PAPER_DISTORTION = {2: "0.117", 3: "0.03", 4: "0.009"}
 PAPER_VARIANCE = {(2, "qjl", "gaussian"): "0.56", (3, "qjl", "gaussian"): "0.18", (4, "qjl", "gaussian"): "0.047"}
-# by bits and dimension: the distortion of a coordinate
+# by bits and dimension: the distortion of a coordinate, there the limit of wide vectors
 BENCHMARK_DISTORTION = {(3, 128): "0.000270", (3, 256): "0.000135"}
 
 
