@@ -38,7 +38,7 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Field:
-    """Where the `width`-bit fields of one block `[128, head_dim]` go: a permutation, as a view and back."""
+    """The positions of the `width`-bit fields of one block `[128, head_dim]`, as a permutation of axes."""
 
     width: int
     split: Callable[[int], tuple[int, ...]]  # the block seen with one axis for each index of the bit picture
@@ -47,7 +47,7 @@ class Field:
     flip: int | None = None  # the axis that runs backwards
 
 
-# the axes of a split are named after the bit pictures above: t = token, r = row, h = half of the tokens or dims,
+# The axes of a split are named after the bit pictures above: t = token, r = row, h = half of the tokens or dims,
 # b = byte, i = position, j = word, o = quarter of the tokens (o = 2 oh + ol, i = 2 ih + il)
 _KEYS = {
     8: Field(8, lambda d: (128, d, 1), (0, 1, 2), lambda d: (128, d)),
