@@ -36,8 +36,8 @@ def prepare_kernel(
     others attends to `TILE` exact slots with 16 rows of one pair of batch and KV head (with `SCORES`: writes its
     logits).
 
-    With specifications `KEYS` and `VALUES` the last token is not in its slot yet: the first two programs of each pair
-    append its key and its value, like [`append_token`], and programs that attend to exact slots read it from its input.
+    With specifications `KEYS` and `VALUES` the last token is not in its slot yet: before all others, two programs per
+    pair append its key and its value with [`append_token`]. Programs that attend to exact slots read it from the input.
 
     With `PASSES` 2 an operator is a sum of two matrices in the query's own 16 bits, the second times 2048: two 16-bit
     matrix products are as precise as one in fp32, and faster.
