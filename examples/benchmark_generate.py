@@ -294,22 +294,22 @@ def loop(model, makers: dict, batch: int, context: int, tokens: int, chunk: int 
         first = request(model, ids, tokens, chunk, options(config))
         peak = torch.cuda.max_memory_allocated()
         again = request(model, ids, tokens, chunk, options(config))
-    # the memory of the next cache is its own
+    # Release the cache, so that the next one does not share its memory.
     release(model)
-    # of all 200 tokens: what the host does between two may come now and then
+    # Mean over all tokens and not a median, because the host may do work only between some of them.
     step_s = sum(again[4:]) / len(again[4:])
     ready_s = sum(first[1:4]) - 3 * step_s
     if name == "static":
-        # compilation comes at the second and third step, and once more where the guards want it
+        # Compilation happens at the second and third step, and again if guards fail.
         ready_s = sum(first[1:]) - (tokens - 1) * step_s
-    # an embedding is looked up, and all else read once a step
+    # Embeddings are looked up; all other weights are read once per step.
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     numbers = (
         batch * (context + tokens / 2) * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     )
     full_s = (weights + 2 * numbers) / bandwidth
     bits = name.rpartition("-")[2]
-    # codes, and the two-byte norms of a vector: two of keys, one of values
+    # Codes, and the two-byte norms of each vector: two for keys, one for values.
     codes_s = (weights + numbers * (int(bits) / 8 + 3 / config.head_dim)) / bandwidth if bits.isdigit() else None
     cells = (
         f"{first[0]:.2f}",
@@ -326,7 +326,7 @@ def loop(model, makers: dict, batch: int, context: int, tokens: int, chunk: int 
 
 @torch.inference_mode()
 def prefill(model, makers: dict, context: int) -> dict[str, tuple[str]]:
-    """Median time of a prefill of one sequence; caches take turns, and first prefills, which compile, do not count."""
+    """Median time of a prefill of one sequence; caches take turns, and first prefills, which compile, don't count."""
     ids = torch.randint(0, model.config.vocab_size, (1, context), device="cuda")
     times_ms = {name: [] for name in makers}
     for _ in range(9):
@@ -349,7 +349,7 @@ def fits(model, make_cache, batch: int, context: int) -> bool:
 
 
 def largest_batch(model, make_cache, context: int, start: int) -> int:
-    """The largest batch, in steps of an eighth, that decodes."""
+    """The largest batch, searched in steps of an eighth, that decodes without running out of memory."""
     batch = start
     while fits(model, make_cache, batch, context):
         batch += max(1, batch // 8)
@@ -359,7 +359,7 @@ def largest_batch(model, make_cache, context: int, start: int) -> int:
 
 
 def arguments() -> tuple[argparse.Namespace, dict]:
-    """What was typed, and the makers of the caches by name."""
+    """The parsed arguments, and functions that make the caches, by name."""
     parser = argparse.ArgumentParser(description="Steps of an 8B-shaped model through each cache, on a GPU.")
     parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])

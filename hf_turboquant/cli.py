@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "memory of the cache, from the config alone"
     estimate = commands.add_parser("estimate", help=about, parents=[shape])
-    estimate.add_argument("--budget", type=parse_bytes, metavar="BYTES", help="for the cache alone, such as 24G")
+    estimate.add_argument("--budget", type=parse_bytes, metavar="BYTES", help="memory for the cache alone, such as 24G")
     contexts = {"type": _positive, "nargs": "+", "metavar": "TOKENS"}
     estimate.add_argument("--contexts", **contexts, default=[8192, 32768, 131072])
     estimate.set_defaults(run=_estimate)
@@ -77,10 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", default="evaluation", help="folder of results.json and plots; an interrupted run resumes from it")
     add("--parts", nargs="+", help="quality, needle, fidelity, claims (default: all)")
     add("--caches", nargs="+", metavar="SPEC", help="such as turboquant:nbits=4/3 quanto:nbits=4 (default: all)")
-    add("--window", type=_positive, help="quality: tokens of a window")
+    add("--window", type=_positive, help="quality: tokens in a window")
     add("--windows", type=_positive, help="quality: number of windows")
     add("--block", type=_positive, help="quality: tokens fed at a time")
-    add("--prefill", type=_positive, help="quality: tokens of the first block")
+    add("--prefill", type=_positive, help="quality: tokens in the first block")
     add("--score-from", type=_natural, help="quality: count blocks from this position on")
     add("--needle-lengths", type=_positive, nargs="+", help="tokens of the haystacks")
     add("--needle-depths", type=float, nargs="+", help="where the needles are, 0 to 1")

@@ -155,7 +155,7 @@ def _state(layer, index: int) -> dict:
 
 
 def _tokens(layer: TurboQuantLayer) -> dict:
-    """What `_restore` takes."""
+    """The arguments of `_restore`."""
     length, quantized = layer.length, layer.codes["keys"].length
     condition, provisional = layer.condition, getattr(layer, "provisional", None)
     # A static layer knows before the first code how it would be conditioned.

@@ -123,7 +123,7 @@ def _sign_magnitude_nibbles(levels: np.ndarray) -> list[str]:
 
 
 def _nibble_signs() -> list[str]:
-    # m: the selectors without their sign bits; x, y: 255 where bit 3 of nibbles 0-3, 4-7 is set
+    # m: the selectors without their sign bits; x, y: 255 where bit 3 of nibbles 0-3, 4-7 is set.
     return [
         "and.b32 m, IN0, 0x77777777;",
         "shl.b32 s, IN0, 4;",
