@@ -1,11 +1,11 @@
 """
-Attention from codes against the best fp16 attention of torch.
+Compare attention from codes with torch's fastest fp16 attention.
 
     python examples/benchmark_attention.py                     # correctness, then the table
     python examples/benchmark_attention.py --only 8x32k --scores --layer-step
 
 Every configuration is checked against an fp32 reference before it is timed. Times are medians over replays of a CUDA
-graph that goes round several caches, so that nothing is found in L2; the baseline is timed in the same way.
+graph that rotates through several caches, so that nothing is found in L2; the baseline is timed in the same way.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
 from hf_turboquant.states import LayerStates
 
-# the module: the package exports a function of the same name
+# The module: the package exports a function of the same name.
 kernels = sys.modules["hf_turboquant.ops.attention"]
 
-# name: batch, query heads, KV heads, head_dim, kv_len
+# Name: batch, query heads, KV heads, head_dim, kv_len.
 SHAPES = {
     "1x8k": (1, 32, 8, 128, 8192),
     "1x32k": (1, 32, 8, 128, 32768),
@@ -43,7 +43,7 @@ SHAPES = {
     "8x8k MHA": (8, 32, 32, 128, 8192),
     "8x32k D=256 16/2": (8, 16, 2, 256, 32768),
 }
-# name: bits of keys and values, estimator of keys
+# Name: bits of keys and values, estimator of keys.
 FORMATS = {
     "4 bits QJL": (4, "qjl"),
     "4 bits": (4, "rescaled"),
@@ -62,7 +62,7 @@ COLUMNS = (
     "ratio",
     "error",
 )
-# rotated through, at least: several times the L2 of the largest GPU
+# Least size of all buffers rotated through: several times the L2 of the largest GPU.
 ROTATED_BYTES = 300e6
 
 
@@ -71,7 +71,7 @@ def random_states(
     tail=None, **options,
 ):  # fmt: skip
     """
-    A `LayerStates` of random codes: any code is a valid one. What lies beyond the length is poison.
+    A `LayerStates` of random codes (every code is valid). Memory beyond the length is poisoned.
 
     Args:
         peak (`float`): factor of the keys; large ones make the softmax peaky.
@@ -93,7 +93,7 @@ def random_states(
             if name.startswith("plane"):
                 tensor.random_(0, 256, generator=generator)
             else:
-                # a residual is about 2^-bits of its vector
+                # A residual is about 2^-bits of its vector.
                 share = 1.0 if name == "scales" else 2.0**-quantizer.code_bits
                 tensor.uniform_(0.5 * norm * share, 1.5 * norm * share, generator=generator)
                 tensor.view(batch, kv_heads, -1)[:, :, length:] = torch.nan
@@ -140,14 +140,14 @@ def relative_error(x, truth) -> float:
 
 
 def poison_scratch() -> None:
-    """Fills the memory between launches with NaN (and integers with noise): all of it must be written before read."""
+    """Fills scratch memory with NaN (integers with noise), to show that all of it is written before it is read."""
     for scratch in plan.SCRATCH.values():
         for tensor in scratch.tensors.values():
             tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.random_()
 
 
 def check(query, states, portable=None, **options) -> tuple[float, float]:
-    """Relative error of the kernels and of torch in the query's dtype, both against the fp32 reference."""
+    """Relative errors of the kernels and of torch in the query's dtype, both against the fp32 reference."""
     poison_scratch()
     out = kernels.attention(query, states, portable=portable, **options)
     truth = reference.attention(query.float(), states, **options)
@@ -159,7 +159,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 
 def copies(nbytes: float) -> tuple[int, int]:
-    """How many buffer sets to rotate through and how often, so that a graph is long enough."""
+    """The number of buffer sets to rotate through, and how often, for a graph that is long enough."""
     count = int(min(16, max(2, -(-ROTATED_BYTES // nbytes))))
     return count, max(1, 8 // count)
 
@@ -189,7 +189,7 @@ def used_bytes(states) -> int:
 
 
 def attention_us(sets, query, mask, *launches) -> float:
-    """Time of a call, or of those of its launches alone."""
+    """Time of a call, or of only the given `launches` of it."""
     options = {"scaling": query.shape[-1] ** -0.5, "attention_mask": mask}
     for states in sets:
         kernels.attention(query, states, **options)
@@ -212,8 +212,8 @@ def scores_table(shape, form: str = "4 bits QJL") -> None:
 
 def layer_step_us(shape, make_layer) -> tuple[float, float]:
     """
-    Append of one token and attention, through `update` and torch's attention, at successive lengths: the GPU's time,
-    and from start to end with a host that launches one by one.
+    Times of appending one token and attending, through `update` and torch's attention, at successive lengths: GPU time
+    alone, and time from start to end with a host that launches one by one.
     """
     batch, heads, kv_heads, dim, kv_len = shape
     layer, states = make_layer(), random(batch, kv_heads, kv_len, dim)
@@ -223,7 +223,7 @@ def layer_step_us(shape, make_layer) -> tuple[float, float]:
     def step():
         F.scaled_dot_product_attention(query, *layer.update(token, token), enable_gqa=True)
 
-    # cuDNN makes a plan for every length, which takes it 40 ms
+    # cuDNN makes a plan for every length, which takes 40 ms.
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         times_ms = [call_ms(step)[0] for _ in range(40)]
         return graph_us([step], inner=8), statistics.median(times_ms[10:]) * 1e3
@@ -253,7 +253,7 @@ def main() -> None:
             error, plain = check(query, sets[0], scaling=dim**-0.5, attention_mask=mask)
             if not error <= 2 * plain:
                 raise AssertionError(f"{name} {form}: error {error:.1e}, and torch's is {plain:.1e}")
-            # codes + combine is what the baseline does
+            # Codes + combine is what the baseline does.
             part, whole = attention_us(sets, query, mask, *kernels.LAUNCHES[1:]), attention_us(sets, query, mask)
             rate = used_bytes(sets[0]) / part * 1e6
             cells = name, form, f"{best:.1f}", f"{part:.1f}", f"{best / part:.2f}", f"{rate / 1e12:.2f}"

@@ -1,17 +1,17 @@
 """
-What a whole decode step costs through each cache: host time, GPU time, memory, and what fits.
+Measure a whole decode step through each cache: host time, GPU time, memory, and the largest batch.
 
     python examples/benchmark_generate.py
     python examples/benchmark_generate.py --contexts 8192 --batches 1 --caches dynamic turboquant-4
     python examples/benchmark_generate.py --static
     python examples/benchmark_generate.py --loop --contexts 8192 32768 131072 --batches 1
 
-With `--static` the caches have a static capacity, and `generate` compiles the step by itself (CUDA graphs). With
-`--loop` whole requests are timed by the wall clock, from the prompt on, as a streamer sees their tokens: "turboquant"
-through `custom_generate=hf_turboquant.generate`, "dynamic" through `generate`, "static" through `generate`, compiled.
+With `--static` the caches have a static capacity, and `generate` compiles the step itself (CUDA graphs). With `--loop`
+whole requests are timed by the wall clock, from the prompt on, as a streamer sees their tokens: "turboquant" through
+`custom_generate=hf_turboquant.generate`, "dynamic" through `generate`, "static" through `generate`, compiled.
 
-The model has random weights in the shape of Llama-3.1-8B: speed does not depend on what they are. Caches are filled
-with random states layer by layer, which is what a prefill leaves; the prefill itself is timed apart.
+The model has random weights in the shape of Llama-3.1-8B, because speed does not depend on the weights. Caches are
+filled with random states layer by layer, as a prefill leaves them; the prefill itself is timed separately.
 """
 
 import argparse
@@ -74,7 +74,7 @@ STATIC_COLUMNS = (
     "batch × context", "cache", "step (ms)", "GPU busy (ms)", "between kernels (ms)", "kernels", "first steps (s)",
     "graphs", "peak memory (GB)", "cache (GB)",
 )  # fmt: skip
-# arguments of `generate`
+# Arguments of `generate`.
 LOOP_CACHES = {
     "dynamic": lambda config: {"past_key_values": DynamicCache(config=config)},
     "static": lambda config: {"cache_implementation": "static"},
@@ -84,16 +84,16 @@ LOOP_COLUMNS = (
     "batch × context", "cache", "first request: first token (s)", "then to full speed (s)", "first token (s)",
     "step (ms)", "ideal, fp16 KV (ms)", "ideal, codes (ms)", "of fp16 ideal", "peak memory (GB)",
 )  # fmt: skip
-# a longer one means that the GPU waits for the host
+# A longer gap between kernels means that the GPU waits for the host.
 HOST_GAP_US = 20
-# at a time, of all sequences together
+# Tokens filled at a time, of all sequences together.
 FILLED_TOKENS = 2**18
 COLUMNS = ("batch × context", "cache", "step (ms)", "host (ms)", "GPU busy (ms)", "peak memory (GB)", "cache (GB)")
 
 
 def fill(cache, config, batch: int, context: int) -> None:
-    """Random keys and values of `context` tokens in every layer, as a prefill leaves them."""
-    # a large batch piece by piece: its states beside the cache would take the room of the cache
+    """Fills every layer with random keys and values of `context` tokens, as a prefill leaves them."""
+    # A large batch is filled in pieces, because its states would take memory that the cache needs.
     piece = max(1, FILLED_TOKENS // batch)
     for layer_idx in range(config.num_hidden_layers):
         for start in range(0, context, piece):
@@ -102,7 +102,7 @@ def fill(cache, config, batch: int, context: int) -> None:
             cache.update(keys, values, layer_idx)
             layer = cache.layers[layer_idx]
             if isinstance(layer, TurboQuantLayer):
-                # what attention would do: show a query
+                # Show the layer a query, as attention would.
                 layer.settle(keys[:, :, -64:].repeat_interleave(4, dim=1))
 
 
@@ -114,7 +114,7 @@ def cache_bytes(cache) -> int:
 
 @dataclass
 class Entry:
-    """A cache of [`decode`]: wall and host times of its steps (ms), what it holds and the most it took (bytes)."""
+    """A cache of [`decode`]: wall and host times of its steps (ms), bytes held and peak memory (bytes)."""
 
     make: Callable
     cache: object = None
@@ -123,7 +123,7 @@ class Entry:
     peak: int = 0
 
     def measure(self, work: Callable[[], None]) -> None:
-        """Does `work`, and counts its memory for this cache."""
+        """Does `work` and counts its memory towards this cache."""
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         work()
@@ -142,18 +142,18 @@ class Entry:
 @torch.inference_mode()
 def decode(model, makers: dict, batch: int, context: int, steps: int, query_length: int):
     """
-    Steps of `query_length` tokens after `context`, by the caches in turns: the host of a GPU is faster at times.
+    Times steps of `query_length` tokens after `context`. Caches take turns, because the host's speed varies over time.
 
     Returns:
-        By name of the cache: median time of a step (ms) and what the host needs of it, GPU time, peak memory without
-        the other caches (GB), and bytes of the cache (GB).
+        By name of the cache: median time of a step (ms), the host's part of it, GPU time, peak memory without the
+        other caches (GB), and size of the cache (GB).
     """
     entries = {name: Entry(make) for name, make in makers.items()}
     weights = torch.cuda.memory_allocated()
     token = torch.randint(0, model.config.vocab_size, (batch, query_length), device="cuda")
     for entry in entries.values():
         entry.measure(lambda entry=entry: entry.fill(model.config, batch, context))
-        # only steps count
+        # Only steps count.
         entry.peak = 0
     for _ in range(steps):
         for entry in entries.values():
@@ -172,7 +172,7 @@ def decode(model, makers: dict, batch: int, context: int, steps: int, query_leng
 
 
 def attempt(work: Callable, model, groups: list[dict], *args):
-    """Name and cells of every cache of every group, as `work` gives them, or what went wrong."""
+    """Name and cells of every cache of every group, as `work` returns them, or the error."""
     for makers in groups:
         try:
             rows = work(model, makers, *args)
@@ -185,8 +185,8 @@ def attempt(work: Callable, model, groups: list[dict], *args):
 
 class Clock(StoppingCriteria):
     """
-    Notes the time of every step; `generate` waits for the GPU before the next. Starts a profiler after the first one,
-    which is not compiled and does other work.
+    Records the time of every step; `generate` waits for the GPU before the next one. Starts a profiler after the first
+    step, which is not compiled and does other work.
     """
 
     def __init__(self, profiler: profile | None = None):
@@ -202,7 +202,7 @@ class Clock(StoppingCriteria):
 
 
 def generate(model, cache, ids: torch.Tensor, tokens: int, profiler=None) -> tuple[torch.Tensor, list[float]]:
-    """Goes on from a filled cache: the ids and the times of all steps but the first, which is not compiled."""
+    """Generates from a filled cache; returns ids and the times of all steps but the first, which is not compiled."""
     clock = Clock(profiler)
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     ids = model.generate(
@@ -212,8 +212,8 @@ def generate(model, cache, ids: torch.Tensor, tokens: int, profiler=None) -> tup
 
 
 def gpu_times(events) -> tuple[float, float, int]:
-    """Of a profile: ms in which the GPU worked, ms between kernels that follow at once, number of kernels."""
-    # what torch.compile marks as its own is a range around kernels that are counted already
+    """From a profile: ms in which the GPU worked, ms of short gaps between kernels, number of kernels."""
+    # Events that torch.compile adds are ranges around kernels that are counted already.
     own = (e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith("#"))
     ranges = sorted((event.time_range.start, event.time_range.end) for event in own)
     busy_us = sum(stop - start for start, stop in ranges)
@@ -223,7 +223,7 @@ def gpu_times(events) -> tuple[float, float, int]:
 
 @torch.inference_mode()
 def decode_static(model, makers: dict, batch: int, context: int, tokens: int) -> dict[str, tuple[str, ...]]:
-    """A compiled step of `generate` after `context` tokens: wall time, GPU time, compilation, memory."""
+    """Times a compiled step of `generate` after `context` tokens: wall time, GPU time, compilation, memory."""
     (name, make_cache), *_ = makers.items()
     torch.compiler.reset()
     counters.clear()
@@ -233,7 +233,7 @@ def decode_static(model, makers: dict, batch: int, context: int, tokens: int) ->
     ids = torch.randint(0, model.config.vocab_size, (batch, context + 1), device="cuda")
     start = time.perf_counter()
     ids, times_s = generate(model, cache, ids, tokens)
-    # compilation, and what CUDA graphs run before they are captured
+    # Compilation, and the steps that run before CUDA graphs are captured.
     first_s = time.perf_counter() - start - sum(times_s[len(times_s) // 4 :])
     peak = torch.cuda.max_memory_allocated()
     profiler = profile(activities=[ProfilerActivity.CUDA])
@@ -255,7 +255,7 @@ def decode_static(model, makers: dict, batch: int, context: int, tokens: int) ->
 
 
 class Times(BaseStreamer):
-    """Appends every token to a list, and when it came (s) to another."""
+    """Appends every token to one list and its arrival time (s) to another."""
 
     def __init__(self):
         self.tokens: list[int] = []
@@ -270,7 +270,7 @@ class Times(BaseStreamer):
 
 
 def request(model, ids: torch.Tensor, tokens: int, chunk: int | None, options: dict) -> list[float]:
-    """Generates `tokens` tokens a sequence: seconds to the first one, then from each to the next."""
+    """Generates `tokens` tokens per sequence; returns seconds to the first, then from each to the next."""
     streamer = Times()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -278,38 +278,38 @@ def request(model, ids: torch.Tensor, tokens: int, chunk: int | None, options: d
         ids, attention_mask=torch.ones_like(ids), streamer=streamer, max_new_tokens=tokens, min_new_tokens=tokens,
         do_sample=False, pad_token_id=0, prefill_chunk_size=chunk, **options,
     )  # fmt: skip
-    # the first entry is the prompt
+    # The first entry is the prompt.
     return [streamer.times_s[1] - start, *(stop - start for start, stop in pairwise(streamer.times_s[1:]))]
 
 
 def loop(model, makers: dict, batch: int, context: int, tokens: int, chunk: int | None, bandwidth: float):
-    """Two requests, the second on what the first has left: see `LOOP_COLUMNS`."""
+    """Times two requests, the second of which reuses what the first left: see `LOOP_COLUMNS`."""
     (name, options), *_ = makers.items()
     config = model.config
     ids = torch.randint(3, config.vocab_size, (batch, context), device="cuda")
     torch.compiler.reset()
     torch.cuda.reset_peak_memory_stats()
-    # cuDNN makes a plan for every length, which only a static one does not pay for in each step
+    # cuDNN makes a plan for every length; only a static length avoids that cost in each step.
     with sdpa_kernel([CUDNN, FLASH, EFFICIENT] if name == "static" else [FLASH, EFFICIENT]):
         first = request(model, ids, tokens, chunk, options(config))
         peak = torch.cuda.max_memory_allocated()
         again = request(model, ids, tokens, chunk, options(config))
-    # the memory of the next cache is its own
+    # Release the cache, so that the next one does not share its memory.
     release(model)
-    # of all 200 tokens: what the host does between two may come now and then
+    # Mean over all tokens and not a median, because the host may do work only between some of them.
     step_s = sum(again[4:]) / len(again[4:])
     ready_s = sum(first[1:4]) - 3 * step_s
     if name == "static":
-        # compilation comes at the second and third step, and once more where the guards want it
+        # Compilation happens at the second and third step, and again if guards fail.
         ready_s = sum(first[1:]) - (tokens - 1) * step_s
-    # an embedding is looked up, and all else read once a step
+    # Embeddings are looked up; all other weights are read once per step.
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     numbers = (
         batch * (context + tokens / 2) * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     )
     full_s = (weights + 2 * numbers) / bandwidth
     bits = name.rpartition("-")[2]
-    # codes, and the two-byte norms of a vector: two of keys, one of values
+    # Codes, and the two-byte norms of each vector: two for keys, one for values.
     codes_s = (weights + numbers * (int(bits) / 8 + 3 / config.head_dim)) / bandwidth if bits.isdigit() else None
     cells = (
         f"{first[0]:.2f}",
@@ -326,7 +326,7 @@ def loop(model, makers: dict, batch: int, context: int, tokens: int, chunk: int 
 
 @torch.inference_mode()
 def prefill(model, makers: dict, context: int) -> dict[str, tuple[str]]:
-    """Median time of a prefill of one sequence; caches take turns, and first prefills, which compile, do not count."""
+    """Median time of a prefill of one sequence; caches take turns, and first prefills, which compile, don't count."""
     ids = torch.randint(0, model.config.vocab_size, (1, context), device="cuda")
     times_ms = {name: [] for name in makers}
     for _ in range(9):
@@ -349,7 +349,7 @@ def fits(model, make_cache, batch: int, context: int) -> bool:
 
 
 def largest_batch(model, make_cache, context: int, start: int) -> int:
-    """The largest batch, in steps of an eighth, that decodes."""
+    """The largest batch, searched in steps of an eighth, that decodes without running out of memory."""
     batch = start
     while fits(model, make_cache, batch, context):
         batch += max(1, batch // 8)
@@ -359,25 +359,25 @@ def largest_batch(model, make_cache, context: int, start: int) -> int:
 
 
 def arguments() -> tuple[argparse.Namespace, dict]:
-    """What was typed, and the makers of the caches by name."""
+    """The parsed arguments, and functions that make the caches, by name."""
     parser = argparse.ArgumentParser(description="Steps of an 8B-shaped model through each cache, on a GPU.")
     parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--caches", nargs="+", choices={**CACHES, **STATIC_CACHES, **LOOP_CACHES})
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--query-length", type=int, default=1, help="tokens of a step, as of another turn of a chat")
+    parser.add_argument("--query-length", type=int, default=1, help="tokens of a step, as in a later turn of a chat")
     parser.add_argument(
-        "--in-turns", action="store_true", help="caches, all in memory at once, step and prefill in turns"
+        "--in-turns", action="store_true", help="keep all caches in memory and let them step and prefill in turns"
     )
     parser.add_argument("--max-tokens", type=int, default=2**18, help="skip larger batch × context")
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192], help="contexts whose prefill is timed")
-    parser.add_argument("--static", type=int, nargs="?", const=64, default=0, help="compiled steps, so many tokens")
-    parser.add_argument("--loop", type=int, nargs="?", const=200, default=0, help="whole requests, so many tokens")
+    parser.add_argument("--static", type=int, nargs="?", const=64, default=0, help="time this many compiled steps")
+    parser.add_argument("--loop", type=int, nargs="?", const=200, default=0, help="time requests of this many tokens")
     parser.add_argument("--chunk", type=int, help="with --loop, tokens of a piece of the prefill")
     parser.add_argument("--largest-batch", type=int, default=0, help="find the largest batch at this context")
     args = parser.parse_args()
     caches = LOOP_CACHES if args.loop else STATIC_CACHES if args.static else CACHES
-    # offloading is for memory, not for speed: only where it is asked for
+    # Offloading saves memory, not time: it runs only if requested.
     names = args.caches or [name for name in caches if "offloaded" not in name]
     if not set(names) <= set(caches):
         parser.error(f"--caches must be of {list(caches)}, got {names}")
@@ -412,8 +412,8 @@ def main():
         work, sizes = loop, (args.loop, args.chunk, bandwidth)
         print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s, of which the ideals are made\n")
     print(head(*columns), flush=True)
-    # without the math backend: a fall-back to it would be an unfair baseline. cuDNN is the fastest at prefills, and
-    # makes a plan for every length, which takes it 40 ms of each step
+    # Without the math backend, which would be an unfair baseline. cuDNN is the fastest at prefills, but makes a plan
+    # for every length, which takes 40 ms in each step.
     with sdpa_kernel([CUDNN, FLASH, EFFICIENT] if args.static else [FLASH, EFFICIENT]):
         shapes = [(b, c) for b in args.batches for c in args.contexts if b * c <= args.max_tokens]
         for batch, context in track(shapes, description="decode steps", transient=True):

@@ -1,6 +1,6 @@
 """
-Check the kernel that quantises and appends against float64 mathematics, in every configuration; then time it, and the
-one that dequantises.
+Check the kernel that quantises and appends against float64 mathematics in every configuration, then time it and the
+kernel that dequantises.
 
     python examples/benchmark_quantize.py            # all checks, then the tables (one GPU)
     python examples/benchmark_quantize.py --no-check
@@ -23,7 +23,7 @@ from hf_turboquant.evaluation.benchmark import call_ms, copy_bandwidth, graph_us
 from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
 
-# `ops.quantize` is the function; the module of the same name holds the kernel
+# `ops.quantize` is the function; the module of the same name holds the kernel.
 kernels = import_module("hf_turboquant.ops.quantize")
 dequantize = import_module("hf_turboquant.ops.dequantize").dequantize
 
@@ -31,8 +31,8 @@ dequantize = import_module("hf_turboquant.ops.dequantize").dequantize
 @dataclass(frozen=True)
 class Case:
     """
-    One configuration: `pieces` are the lengths of successive appends; `conditioned` gives every head a mean and a scale
-    of its own, `per_head` a transform too.
+    One configuration: `pieces` are the lengths of successive appends; `conditioned` gives every head its own mean and
+    scale, `per_head` also its own transform.
     """
 
     role: str = "keys"
@@ -69,17 +69,17 @@ class Case:
 @dataclass
 class Disagreement:
     """
-    How far stored codes are from the mathematics.
+    How far stored codes deviate from the mathematics.
 
     Args:
-        codes (`float`): fraction of codes other than the reference's.
+        codes (`float`): fraction of codes that differ from the reference's.
         coordinate (`float`):
-            Largest excess of |αy - c[code]| over the nearest centroid's, times √head_dim, α the factor before rounding
-            that the codes of a vector fit best.
-        direction (`float`): largest lack of cosine against the best of all α, over what the best lacks of 1.
+            Largest excess of |αy - c[code]| over that of the nearest centroid, times √head_dim, where α is the factor
+            before rounding that best fits the codes of a vector.
+        direction (`float`): largest (best cosine - cosine) / (1 - best cosine), where the best is over all α.
         sign (`float`): largest |⟨sketch row, residual⟩| of a wrong sign, over |row| |residual| / √head_dim.
         scale (`float`): largest relative error of a scale or residual norm, given the codes.
-        error (`float`): squared error of the vectors read back, over that of the reference's, less one.
+        error (`float`): squared error of the dequantised vectors, over that of the reference's, minus one.
     """
 
     codes: float
@@ -106,7 +106,7 @@ def disagreement(states: torch.Tensor, quantizer: Quantizer, buffer) -> Disagree
     coordinate = direction = sign = 0.0
     scales = {"scales": norms}
     if quantizer.annealing is not None:
-        # no code and no sign is right by itself: only the error tells
+        # No single code or sign is right by itself: compare only the error.
         scales = _joint_scales(y, norms, chosen, (codes >> quantizer.code_bits).double() * 2 - 1, quantizer)
     else:
         coordinate, direction = _distances(y, chosen, quantizer)
@@ -142,7 +142,7 @@ def _distances(y: torch.Tensor, chosen: torch.Tensor, quantizer: Quantizer) -> t
 
 
 def _joint_scales(y, norms, chosen, signs, quantizer: Quantizer) -> dict[str, torch.Tensor]:
-    """The least-squares scales of codes and signs that are there, with ⟨ẑ, z⟩ = |z|²."""
+    """The least-squares scales of given codes and signs, with ⟨ẑ, z⟩ = |z|²."""
     parts = torch.stack([chosen, signs @ quantizer.sketch.double()], dim=-1)
     fitted = torch.linalg.lstsq(parts, y.unsqueeze(-1)).solution
     length = (y.unsqueeze(-1) * (parts @ fitted)).sum(-2)
@@ -152,7 +152,7 @@ def _joint_scales(y, norms, chosen, signs, quantizer: Quantizer) -> dict[str, to
 
 
 def check(case: Case, device: str = "cuda") -> Disagreement:
-    """Appends `case.pieces` to a buffer of random bytes by the kernel and compares all tokens at the end."""
+    """Appends `case.pieces` to a buffer of random bytes with the kernel, and compares all tokens at the end."""
     quantizer = case.quantizer(device)
     torch.manual_seed(0)
     states = torch.randn(case.batch, case.heads, sum(case.pieces), case.head_dim).to(device, case.dtype)
@@ -169,7 +169,7 @@ ROLES = (("keys", "qjl"), ("keys", "rescaled"), ("keys", "mse"), ("values", "res
 
 
 def matrix() -> list[Case]:
-    """Every role, estimator and width at every head_dim; the other options at three of each."""
+    """Every role, estimator and width at every head_dim; the other options with three of each."""
     every = [Case(role, nbits, e, d) for d in (64, 128) for role, e in ROLES for nbits in (2, 3, 4)]
     every += [Case(*row, d) for d in (80, 96, 192, 256) for row in (("keys", 4, "qjl"), ("keys", 3, "qjl"))]
     every += [Case("values", nbits, "rescaled", d) for d in (80, 96, 192, 256) for nbits in (2, 3, 4)]
@@ -180,7 +180,7 @@ def matrix() -> list[Case]:
 
 
 def check_or_explain(case: Case) -> Disagreement | str:
-    """One failure must not hide the others."""
+    """Runs [`check`] and returns failures as text, because one must not hide the others."""
     try:
         return check(case)
     except Exception as error:
@@ -189,12 +189,12 @@ def check_or_explain(case: Case) -> Disagreement | str:
 
 def check_all() -> bool:
     cases = matrix()
-    # kernels compile in parallel; Triton keeps them on disk for the timing below
+    # Kernels compile in parallel; Triton keeps them on disk for the timing below.
     with ProcessPoolExecutor(min(14, os.cpu_count()), get_context("spawn")) as pool:
         results = list(pool.map(check_or_explain, cases))
     passed = True
     for case, result in zip(cases, results, strict=True):
-        # 2^-8 is half a unit of bf16
+        # 2^-8 is half a unit in the last place of bf16.
         limits = {"coordinate": 1e-4, "direction": 0.1, "sign": 1e-4, "scale": 2**-8 + 1e-5, "error": 0.01}
         if isinstance(result, str) or any(getattr(result, name) > limit for name, limit in limits.items()):
             print("FAILED", case, result)
@@ -208,7 +208,7 @@ def check_all() -> bool:
 
 @dataclass
 class Layer:
-    """States, quantizers and buffers of one layer; `run` appends `tokens` at `length` by the function of that name."""
+    """States, quantizers and buffers of one layer; its methods append `tokens` at `length`, or read them back."""
 
     batch: int
     tokens: int
@@ -225,7 +225,7 @@ class Layer:
         self.buffers = [quantizer.new_buffer(*shape[:2]) for quantizer in self.quantizers]
         for buffer in self.buffers:
             buffer.reserve(self.length + self.tokens)
-        # what is written: codes and scales of the new tokens
+        # Codes and scales of the new tokens are written.
         written = sum(buffer.nbytes / buffer.capacity for buffer in self.buffers) * self.tokens
         self.nbytes = sum(x.nbytes for x in self.states) + written
 
@@ -243,7 +243,7 @@ class Layer:
         kernels.quantize_pair(self.states, self.quantizers, self.buffers)
 
     def dequantize(self) -> None:
-        """All of what `single` appended, to states of their dtype."""
+        """Dequantises everything that `single` appended, in the dtype of the states."""
         for state, quantizer, buffer in zip(self.states, self.quantizers, self.buffers, strict=True):
             dequantize(buffer, quantizer, state)
 
@@ -254,7 +254,7 @@ class Layer:
 
 
 def rows():
-    """Name, layers to go round and function of every row of the table."""
+    """Name, layers to rotate through and function of every row of the table."""
 
     def pair(nbits=4, estimator="qjl", head_dim=128, **options) -> tuple[Case, Case]:
         values = Case("values", nbits, "rescaled", head_dim, options.get("dtype", torch.bfloat16))
@@ -293,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-check", action="store_true", help="time only")
     parser.add_argument(
-        "--only", nargs="*", default=[""], metavar="TEXT", help="rows of the table that have such a text"
+        "--only", nargs="*", default=[""], metavar="TEXT", help="time only rows of the table whose name contains TEXT"
     )
     args = parser.parse_args()
     started = time.perf_counter()
@@ -307,9 +307,9 @@ def main() -> None:
             continue
         try:
             calls = [getattr(layer, function) for layer in layers]
-            # the reference is timed from start to end
+            # The reference is timed from start to end.
             us = graph_us(calls) if function != "torch" else 1e3 * median_ms(calls[0])
-            # the first calls compile
+            # The first calls compile.
             host_ms = statistics.median([call_ms(calls[0])[1] for _ in range(300)][100:])
             print(line(name, f"{us:.1f}", f"{layers[0].nbytes / us / 1e3:.0f}", f"{1e3 * host_ms:.0f}"), flush=True)
         except Exception as error:

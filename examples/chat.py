@@ -1,10 +1,10 @@
 """
-Chat with a model; one compressed cache holds the whole conversation, and only new tokens are read.
+Chat with a model: one compressed cache holds the whole conversation, so that the model reads only new tokens.
 
     python examples/chat.py
     python examples/chat.py --model Qwen/Qwen3-0.6B --nbits 3
 
-An empty line or the end of the input leaves.
+An empty line or the end of the input ends the chat.
 """
 
 import torch
@@ -15,7 +15,7 @@ from hf_turboquant import TurboQuantCache
 
 
 def common_length(first: torch.Tensor, second: torch.Tensor) -> int:
-    """How many leading tokens two sequences, each of shape `[tokens]`, have in common."""
+    """The number of leading tokens that two sequences, each of shape `[tokens]`, have in common."""
     length = min(len(first), len(second))
     return int((first[:length] == second[:length]).long().cumprod(0).sum())
 
@@ -25,14 +25,14 @@ def reply(model, tokenizer, messages: list[dict], cache, seen: torch.Tensor, max
     Lets the model answer the last message.
 
     Args:
-        seen (`torch.Tensor`): the tokens the cache has read, of shape `[tokens]`.
+        seen (`torch.Tensor`): the tokens in the cache, of shape `[tokens]`.
 
     Returns:
         All tokens so far, of shape `[tokens]`.
     """
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     inputs = inputs.to(model.device)
-    # an answer may read a little different when it is written down again: what differs is forgotten
+    # The chat template may write an answer a little differently: remove the tokens that differ.
     kept = common_length(seen, inputs["input_ids"][0])
     if cache.get_seq_length() > kept:
         cache.crop(kept - cache.get_seq_length())

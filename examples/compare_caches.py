@@ -1,5 +1,5 @@
 """
-The same text through several caches, side by side: what they write, how fast, in how many bytes.
+Generate from the same text through several caches and compare their output, speed and bytes.
 
     python examples/compare_caches.py
     python examples/compare_caches.py --caches dynamic turboquant:nbits=3,key_estimator=rescaled quanto:nbits=4
@@ -24,7 +24,7 @@ QUESTION = "Write a short article about the lighthouse for the visitors of the m
 
 
 class Clock(BaseStreamer):
-    """Keeps the time at which each token came."""
+    """Records the time at which each token came."""
 
     def __init__(self):
         self.times_s = []
@@ -37,7 +37,7 @@ class Clock(BaseStreamer):
 
     @property
     def step_s(self) -> float:
-        """The median step: the first entry is the prompt, and the first steps may compile kernels."""
+        """The median step, because the first entry is the prompt and the first steps may compile kernels."""
         steps_s = [after - before for before, after in pairwise(self.times_s[1:])]
         return statistics.median(steps_s) if steps_s else float("nan")
 
@@ -48,7 +48,7 @@ def main():
     arguments.add_argument("--question", default=QUESTION, help="asked below the prompt")
     arguments.add_argument("--max-new-tokens", type=int, default=128)
     default = ["dynamic", "turboquant:nbits=4"]
-    arguments.add_argument("--caches", nargs="+", default=default, help="the first is the measure")
+    arguments.add_argument("--caches", nargs="+", default=default, help="the others are compared with the first")
     args = arguments.parse_args()
     try:
         caches = [options for spec in args.caches for options in parse(spec)]

@@ -1,15 +1,15 @@
 """
-Compare what compressed caches cost a model at equal bytes: this one, and the integers of quanto and HQQ as
-transformers' `QuantizedCache` has them.
+Compare the quality of compressed caches at equal bytes: this one, and the integers of quanto and HQQ in transformers'
+`QuantizedCache`.
 
     pip install optimum-quanto hqq
     python examples/compare_quality.py --text book.txt --windows 12 --batch 12
     python examples/compare_quality.py --text book.txt reference --model first-model second-model --length 2048
 
-Windows are prefilled with their first half, the second half is fed in blocks of 64 and scored. Bits are counted per
-coordinate of a cached token, mean over the scored blocks: codes, scales, zero points and exact tokens, in the recent
-window and elsewhere; floats count 16 bits, as in a model in half precision. What does not grow with the tokens does not
-count.
+The first half of each window is the prefill; the second half is fed in blocks of 64 and scored. Bits are counted per
+coordinate of a cached token, as the mean over scored blocks: codes, scales, zero points and exact tokens, in the recent
+window and elsewhere. Floats count 16 bits, as in a model in half precision. Memory that does not grow with the tokens
+does not count.
 """
 
 import sys
@@ -29,13 +29,13 @@ BITS = {
     **{f"{nbits}": {"nbits": nbits} for nbits in (4, 3.5, 3, 2.5, 2)},
     "8 for keys, 4 for values": {"key_bits": 8, "value_bits": 4},
 }
-# what is exact weighs most in a short context: ours keep a window full, the integers empty theirs when it is. A block
-# of 64 is longer than the short windows: as with the integers, it sees itself exactly and the rest in codes
+# Exact tokens matter most in a short context: ours keep a full window, the integers empty theirs whenever it is full.
+# A block of 64 is longer than the short windows: as with the integers, it sees itself exactly and the rest in codes.
 WINDOWS = {"rescaled": (128, 32, 1), "qjl": (128, 1)}
 
 
 def all_of(options: dict) -> dict:
-    """With the default of what `candidates` goes through."""
+    """`options` with defaults for everything that `candidates` varies."""
     return {"key_estimator": TurboQuantConfig.key_estimator, **options}
 
 
@@ -46,7 +46,7 @@ def candidates() -> dict[str, dict]:
         for window in windows:
             for bits, option in BITS.items():
                 options = {**option, "key_estimator": estimator}
-                # the presets are among these rows
+                # The presets are among these rows.
                 preset = "".join(f"{name}: " for name in PRESETS if all_of(PRESETS[name]) == options and window == 128)
                 name = f"{preset}{estimator} {bits}" + (f", window {window}" if window != 128 else "")
                 found[name] = {**options, "residual_length": window}
@@ -58,13 +58,13 @@ def candidates() -> dict[str, dict]:
 
 
 def integers(config) -> dict[str, dict]:
-    """Names and options of transformers' integers that are installed: groups of 64 values, a scale and a zero point."""
+    """Names and options of transformers' installed integer caches: groups of 64 values, a scale and a zero point."""
     found = {}
     for window in (128, 32):
         for nbits in (4, 2):
             options = {"nbits": nbits, "residual_length": window, "q_group_size": 64}
             end = f", window {window}" if window != 128 else ""
-            # groups along the channels of a token, and keys along the tokens of a channel, as KIVI has them
+            # Groups along the channels of a token, or for keys along the tokens of a channel, as in KIVI.
             found[f"quanto int{nbits}{end}"] = {"cache": "quanto", **options}
             found[f"quanto int{nbits}, keys by channel{end}"] = {"cache": "quanto", **options, "axis_key": -1}
             found[f"HQQ int{nbits}{end}"] = {"cache": "hqq", **options, "axis_key": 1, "axis_value": 1}
@@ -86,7 +86,7 @@ def rows(qualities: dict[str, Quality]) -> str:
 
 
 def at_equal_bits(groups: dict[str, dict[str, Quality]], theirs: dict[str, Quality]) -> str:
-    """A markdown table: for each of `theirs` the best of every group of ours that takes no more bits."""
+    """A markdown table: for each of `theirs`, the best of every group of ours that takes no more bits."""
     cells = []
     for name, their in sorted(theirs.items(), key=lambda item: -item[1].bits):
         cells.append([name, f"{their.bits:.2f}", f"{their.kl:.4f}"])
@@ -98,7 +98,7 @@ def at_equal_bits(groups: dict[str, dict[str, Quality]], theirs: dict[str, Quali
 
 
 def beaten(ours: dict[str, Quality], theirs: dict[str, Quality]) -> list[str]:
-    """Those of `ours` that one of `theirs` betters with no more bits, each with the one that does most."""
+    """Those of `ours` that one of `theirs` beats with no more bits, each with the best one that does."""
     lines = []
     for name, q in ours.items():
         better = {other: their for other, their in theirs.items() if their.bits <= q.bits and their.kl < q.kl}
@@ -118,7 +118,7 @@ def main():
     arguments.add_argument("--windows", type=int, default=12, help="number of windows")
     arguments.add_argument("--batch", type=int, default=12, help="windows fed at a time")
     args = arguments.parse_args()
-    # keys by channel come in groups of 64 tokens, from the prefill on
+    # Keys by channel come in groups of 64 tokens, from the prefill on.
     if args.length % 128:
         arguments.error(f"--length must be a multiple of 128, two halves in blocks of 64, got {args.length}.")
     half = args.length // 2

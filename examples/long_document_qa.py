@@ -23,23 +23,23 @@ TEXT, CACHE = "text.txt", "cache"
 
 
 def encode(tokenizer, text: str, question: str) -> list[torch.Tensor]:
-    """Token ids, each of shape `[1, tokens]`, of what all questions share and of what follows it."""
+    """Token ids, each of shape `[1, tokens]`: the part that all questions share, and the rest."""
     content, mark = f"{text}\n\nAnswer from this text in one sentence. ", "<question>"
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": content + mark}]
         content = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # the last one: the text may hold the mark as well
+        # The last one, because the text may contain the mark as well.
         content, rest = content.rsplit(mark, 1)
     else:
         rest = "\n"
-    # apart, so that the shared tokens never depend on the question
+    # Tokenised separately, so that the shared tokens never depend on the question.
     pieces = content, question + rest
     return [tokenizer(piece, add_special_tokens=False, return_tensors="pt")["input_ids"] for piece in pieces]
 
 
 @torch.no_grad()
 def save(model, tokenizer, text: str, folder: Path) -> None:
-    """Reads the text through the model and writes it and its cache to `folder`."""
+    """Lets the model read the text, and writes the text and its cache to `folder`."""
     ids, _ = encode(tokenizer, text, "")
     cache = TurboQuantCache(model.config)
     start = time.perf_counter()
@@ -57,7 +57,7 @@ def save(model, tokenizer, text: str, folder: Path) -> None:
 
 
 def answer(model, tokenizer, folder: Path, question: str, max_new_tokens: int) -> None:
-    """Loads the cache and has the model read nothing but the question."""
+    """Loads the cache, so that the model reads only the question, and prints the answer."""
     start = time.perf_counter()
     cache = TurboQuantCache.from_pretrained(folder / CACHE, config=model.config, device=model.device)
     loaded_s = time.perf_counter() - start
@@ -73,8 +73,8 @@ def main():
     about = "Read a text once, save its compressed cache, ask about it from other processes."
     arguments = parser(f"{about} With no arguments: all of that with a short text, in a temporary folder.")
     arguments.add_argument("--text", type=Path, help="the text file to read (default: a text about a lighthouse)")
-    arguments.add_argument("--save", type=Path, metavar="DIR", help="where its cache goes")
-    arguments.add_argument("--load", type=Path, metavar="DIR", help="a saved cache to ask")
+    arguments.add_argument("--save", type=Path, metavar="DIR", help="folder to save its cache to")
+    arguments.add_argument("--load", type=Path, metavar="DIR", help="folder of a saved cache to ask about")
     arguments.add_argument("--question", action="append", help="may be given several times")
     arguments.add_argument("--max-new-tokens", type=int, default=48)
     args = arguments.parse_args()
@@ -98,7 +98,7 @@ def main():
         return
     with tempfile.TemporaryDirectory() as folder:
         save(model, tokenizer, text, Path(folder))
-        # a new process, to show that nothing is left over from this one
+        # A new process, to show that nothing of this one is needed.
         command = [sys.executable, __file__, "--load", folder, "--max-new-tokens", str(args.max_new_tokens)]
         command += [word for question in QUESTIONS for word in ("--question", question)]
         command += ["--model", args.model] if args.model else []

@@ -1,12 +1,12 @@
 """
-Does conditioning that was frozen early go stale? A prompt of 200 tokens, then 3,000 that the model samples or that come
-from another text; KL to the full cache by stretches of 400 tokens.
+Measure whether conditioning that was frozen early goes stale: KL to the full cache for every 400 tokens, over a prompt
+of 200 tokens and 3,000 more that the model samples or that come from another text.
 
     python examples/measure_drift.py --text book.txt
     python examples/measure_drift.py --text book.txt --then reference
 
-KL rises along a text whatever is frozen: at first most tokens are exact, later nearly all are codes. What drift adds is
-the difference from the same cache with statistics from the whole text, `whole`; `none` is not conditioned.
+KL rises along a text in any case: at first most tokens are exact, later nearly all are codes. Drift is the difference
+from the same cache with statistics of the whole text, `whole`; `none` is not conditioned.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ SETTINGS = {
     "qjl 4": {"nbits": 4},
     "qjl 3": {"nbits": 3},
     "rescaled 3": {"nbits": 3, "key_estimator": "rescaled"},
-    # more of the first tokens are codes
+    # A short window, so that more of the first tokens are codes.
     "qjl 3, window 32": {"nbits": 3, "residual_length": 32},
 }
 
@@ -32,13 +32,13 @@ def informed(model, ids: torch.Tensor, options: dict) -> TurboQuantCache:
     """An empty cache whose conditioning comes from `ids`, of shape `[1, tokens]`."""
     cache = TurboQuantCache(model.config, **options)
     model(ids, past_key_values=cache, logits_to_keep=1)
-    # tokens go, what was frozen stays
+    # Tokens are removed, but the frozen statistics stay.
     cache.crop(-ids.shape[1])
     return cache
 
 
 def caches(model, ids: torch.Tensor) -> dict[tuple[str, str], object]:
-    """Options or maker of every cache, by setting and statistics."""
+    """Options of every cache, or a function that makes it, by setting and statistics."""
     found = {}
     for name, options in SETTINGS.items():
         found[name, "prompt"] = options
@@ -49,12 +49,12 @@ def caches(model, ids: torch.Tensor) -> dict[tuple[str, str], object]:
 
 def drift(model, sequences: torch.Tensor, prompt: int, stretch: int, block: int) -> dict[tuple[str, str], torch.Tensor]:
     """
-    KL by stretches, mean over sequences: each has caches and statistics of its own.
+    Mean KL of every stretch over the sequences, each of which has its own caches and statistics.
 
     Args:
         model: a causal language model.
         sequences (`torch.Tensor`): token ids of shape `[sequences, length]`.
-        prompt (`int`): tokens of the prefill, from which `prompt` has its statistics.
+        prompt (`int`): tokens of the prefill, which give the statistics of `prompt`.
         stretch (`int`): tokens of a stretch, a multiple of `block`.
         block (`int`): tokens fed at a time.
 
@@ -66,14 +66,14 @@ def drift(model, sequences: torch.Tensor, prompt: int, stretch: int, block: int)
         makers = caches(model, ids)
         _, *qualities = measure(model, ids, list(makers.values()), block, 1, prompt, score_from=prompt)
         for key, quality in zip(makers, qualities, strict=True):
-            # the last stretch is one shorter: the last token has no next one
+            # The last stretch is one token shorter, because the last token has no next one.
             means = torch.stack([part.mean() for part in torch.tensor(quality.kls).split(stretch)])
             sums[key] = sums.get(key, 0) + means / len(sequences)
     return sums
 
 
 def rows(found: dict[tuple[str, str], torch.Tensor], prompt: int, stretch: int) -> str:
-    """A markdown table: stretches, the last against the first, and against the same stretch of `whole`."""
+    """A markdown table: all stretches, the last relative to the first and to the same stretch of `whole`."""
     starts = range(prompt, prompt + stretch * len(next(iter(found.values()))), stretch)
     columns = ["setting", "statistics", *(f"from {start:,}" for start in starts), "last : first", "last : whole's"]
     cells = [
@@ -91,7 +91,7 @@ def rows(found: dict[tuple[str, str], torch.Tensor], prompt: int, stretch: int) 
 def main():
     arguments = parser("KL along a text, of caches whose conditioning was frozen early.")
     arguments.add_argument("--text", required=True, help="text file that the prompts come from, or `reference`")
-    arguments.add_argument("--then", help="text that goes on in place of what the model samples")
+    arguments.add_argument("--then", help="text to continue with in place of the model's samples")
     arguments.add_argument("--sequences", type=int, default=4, help="prompts, one after the other in the text")
     arguments.add_argument("--prompt", type=int, default=200, help="tokens of a prompt")
     arguments.add_argument("--tokens", type=int, default=3000, help="tokens after the prompt")
@@ -108,7 +108,7 @@ def main():
         sequences = torch.cat([sequences, rest], dim=1)
     else:
         torch.manual_seed(0)
-        # sampled: a small model that takes the likeliest token repeats itself
+        # Sampled, because a small model repeats itself in greedy search.
         sampling = {"do_sample": True, "top_k": 50, "max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
         prompts = sequences.to(model.device)
         sequences = model.generate(prompts, attention_mask=torch.ones_like(prompts), **sampling)

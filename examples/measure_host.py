@@ -1,10 +1,10 @@
 """
-What a decode step costs the host, on a CPU and without a GPU: kernels are replaced by nothing.
+Measure the host time of a decode step on a CPU, without a GPU, by leaving out all kernels.
 
     python examples/measure_host.py
 
-Eager decoding of short contexts takes as long as the host needs to launch it. Here a tiny model of many layers takes
-steps through the code that runs on a GPU, but for the launches themselves; what they compute is garbage.
+Eager decoding of short contexts takes as long as the host needs to launch it. Here a tiny model with many layers runs
+the same code as on a GPU, except for the launches themselves; its results are meaningless.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from contextlib import ExitStack
 from unittest.mock import patch
 
-# before anything imports triton: its interpreter takes tensors on a CPU
+# Set before anything imports triton: its interpreter accepts tensors on a CPU.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
@@ -24,7 +24,7 @@ from hf_turboquant import TurboQuantCache
 
 
 def launches_left_out():
-    """Within it nothing is computed of codes."""
+    """Within this context no kernel runs."""
     stack = ExitStack()
     for name in ("attention_plan.Launcher.__call__", "quantize.run", "statistics.run"):
         stack.enter_context(patch(f"hf_turboquant.ops.{name}", lambda *_: None))
@@ -32,7 +32,7 @@ def launches_left_out():
 
 
 def prepare(layers: int) -> tuple[LlamaForCausalLM, dict]:
-    """A tiny model, and caches by name that have read a prompt of more than the exact tokens: there are codes."""
+    """A tiny model, and caches by name after a prompt long enough that some tokens are in codes."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     config = LlamaConfig(
@@ -60,7 +60,7 @@ def main() -> None:
     with launches_left_out(), torch.inference_mode():
         model, caches = prepare(args.layers)
         times_ms = {name: [] for name in caches}
-        # in turns: a machine is slower at times
+        # In turns, because the speed of a machine varies over time.
         for _ in range(args.steps):
             for name, cache in caches.items():
                 start = time.perf_counter()

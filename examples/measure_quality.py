@@ -39,13 +39,13 @@ def main():
     add("--window", type=int, default=2048, help="tokens in a window")
     add("--windows", type=int, default=4, help="number of windows")
     add("--block", type=int, default=32, help="tokens fed at a time")
-    add("--prefill", type=int, help="tokens of the first block (default: as the others)")
+    add("--prefill", type=int, help="tokens of the first block (default: those of --block)")
     add("--score-from", type=int, default=0, help="count blocks from this position on")
     add("--batch", type=int, default=4, help="windows fed at a time")
-    add("--bits", type=int, nargs="+", default=[4, 3, 2], help="of keys and of values")
+    add("--bits", type=int, nargs="+", default=[4, 3, 2], help="bits of keys and of values")
     add("--key-estimators", nargs="+", choices=KEY_ESTIMATORS, default=KEY_ESTIMATORS)
     add("--conditions", nargs="+", choices=CONDITIONS, default=["attention"])
-    add("--seed", type=int, default=0, help="of rotations and sketches")
+    add("--seed", type=int, default=0, help="seed of rotations and sketches")
     args = arguments.parse_args()
 
     names = "condition", "key_estimator", "nbits"

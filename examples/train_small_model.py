@@ -1,12 +1,12 @@
 """
-Train a small Qwen3-style model of bytes on the spot: a second model for measure_quality.py, with head_dim 128 and
-normalised queries and keys.
+Train a small Qwen3-style model of bytes, as a second model for measure_quality.py with head_dim 128 and normalised
+queries and keys.
 
     python examples/train_small_model.py small-qwen3 --text wikitext-2-valid.txt --minutes 1
     python examples/measure_quality.py --model small-qwen3 --text wikitext-2-valid.txt
 
-It learns from the sources of Python's standard library and from all of `--text` but its first 200,000 characters, which
-stay for measuring. A minute on an H100 is enough; a CPU takes hours.
+It learns from the sources of Python's standard library and from `--text` without its first 200,000 characters, which
+are kept for measuring. A minute on an H100 is enough; a CPU takes hours.
 """
 
 import argparse
@@ -19,29 +19,29 @@ import torch
 from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 HELD_OUT = 200_000
-# folders of the standard library that are no sources to learn from; pydoc_data is English, and left to measure on
+# Folders of the standard library not to learn from: other packages, and pydoc_data, which is kept for measuring.
 SKIPPED = {"site-packages", "dist-packages", "pydoc_data"}
 
 
 def training_bytes(text: Path | None) -> torch.Tensor:
-    """What the model learns from, as token ids of ByT5's tokenizer: byte + 3."""
+    """The training text as token ids of ByT5's tokenizer: byte + 3."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [path for path in sorted(library.rglob("*.py")) if not SKIPPED & set(path.parts)]
     parts = [path.read_bytes() for path in files]
     if text is not None:
-        # twice, because there is little of it
+        # Twice, because there is little of it.
         parts += 2 * [text.read_text(encoding="utf-8")[HELD_OUT:].encode()]
     return torch.frombuffer(bytearray(b"\n".join(parts)), dtype=torch.uint8).long() + 3
 
 
 def new_model(gain_spread: float) -> Qwen3ForCausalLM:
     """
-    Six million parameters.
+    Makes a new model of six million parameters.
 
     Args:
-        gain_spread (`float`): standard deviation of the logarithm of k_norm's gains at the start, q_norm has their
-            inverse; trained models have such uneven channels, and a minute of training does not bring them about. 0 is
-            the usual start.
+        gain_spread (`float`): standard deviation of the logarithm of k_norm's initial gains; q_norm has their inverse.
+            Trained models have such uneven channels, but a minute of training does not produce them. 0 is the usual
+            initialisation.
     """
     config = Qwen3Config(
         vocab_size=384, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
@@ -51,7 +51,7 @@ def new_model(gain_spread: float) -> Qwen3ForCausalLM:
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         for layer in model.model.layers:
-            # a rotary pair shares its gain, as far as what the pair says of positions goes
+            # Both channels of a rotary pair share a gain, so that gains of queries and keys cancel at any distance.
             gains = (gain_spread * torch.randn(64)).exp().repeat(2)
             layer.self_attn.k_norm.weight.mul_(gains)
             layer.self_attn.q_norm.weight.div_(gains)
@@ -60,9 +60,9 @@ def new_model(gain_spread: float) -> Qwen3ForCausalLM:
 
 def main():
     parser = argparse.ArgumentParser(description="Train a small model of bytes with head_dim 128 and q/k norm.")
-    parser.add_argument("folder", type=Path, help="where the model goes")
-    parser.add_argument("--text", type=Path, help="a text to learn from besides Python's library")
-    parser.add_argument("--gain-spread", type=float, default=1.0, help="unevenness of the gains of k_norm at the start")
+    parser.add_argument("folder", type=Path, help="folder to save the model to")
+    parser.add_argument("--text", type=Path, help="a text to learn from in addition to Python's library")
+    parser.add_argument("--gain-spread", type=float, default=1.0, help="unevenness of k_norm's initial gains")
     parser.add_argument("--minutes", type=float, default=1.0, help="time to train")
     parser.add_argument("--batch", type=int, default=32, help="sequences of 1,024 bytes in a step")
     args = parser.parse_args()
@@ -76,7 +76,7 @@ def main():
     generator = torch.Generator(device).manual_seed(0)
     start, step = time.perf_counter(), 0
     while (done := (time.perf_counter() - start) / (60 * args.minutes)) < 1:
-        # warm up, then a cosine that ends with the time
+        # Warm up, then follow a cosine that ends when the time is up.
         factor = min(1, step / 100, 0.02 + math.cos(math.pi / 2 * done) ** 2)
         optimizer.param_groups[0]["lr"] = 2e-3 * factor
         ids = data[torch.randint(len(data) - 1024, (args.batch, 1), device=device, generator=generator) + offsets]
@@ -90,7 +90,7 @@ def main():
             print(f"step {step}, {len(data):,} bytes, loss {loss.item():.3f} nats a byte", flush=True)
         step += 1
     print(f"{step} steps, {step * args.batch * 1024:,} bytes seen, last loss {loss.item():.3f}")
-    # two bytes a weight: it stays small
+    # Two bytes per weight keep the files small.
     model.eval().to(torch.bfloat16).save_pretrained(args.folder)
     ByT5Tokenizer().save_pretrained(args.folder)
 

@@ -1,6 +1,6 @@
 """TurboQuantCache: a KV cache for Hugging Face models in 2-4 bits."""
 
-# first: with a transformers that is too old or too new the others fail on what they don't find there
+# Imported first: with an unsupported transformers, the other imports would fail with a confusing error.
 from . import _supported, attention  # noqa: F401
 from .cache import TurboQuantCache
 from .config import TurboQuantConfig

@@ -2,7 +2,7 @@
 
 from importlib import metadata
 
-# as in setup.cfg; a test compares them
+# As in setup.cfg; a test compares them.
 LOWEST, TOO_NEW = (5, 17), (6, 0)
 
 

@@ -1,4 +1,4 @@
-"""Arena: everything that a layer of static capacity holds for its tokens, in one tensor."""
+"""Arena: one tensor with everything that a layer of static capacity holds for its tokens."""
 
 import json
 import math
@@ -13,15 +13,15 @@ from .quantizer import Quantizer
 from .states import LayerStates
 from .storage import TokenBuffer
 
-# of every tensor in an arena: what the widest loads of the kernels want, and a cache line
+# Alignment of every tensor in an arena: enough for the widest loads of the kernels and a cache line.
 ALIGNMENT_BYTES = 256
 
 
 def describe(config: TurboQuantConfig, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor) -> str:
     """
-    All that the contents of an arena depend on besides the tokens: equal descriptions have equal layouts.
+    Describes everything but the tokens that an arena depends on: equal descriptions have equal layouts.
 
-    A string, because `torch.compile` compares it before it runs what it compiled for another arena.
+    It is a string because `torch.compile` then guards on it before it reuses code compiled for another arena.
     """
     batch, heads = key_states.shape[:2]
     dims = {"keys": key_states.shape[3], "values": value_states.shape[3]}
@@ -30,24 +30,24 @@ def describe(config: TurboQuantConfig, layer_idx: int, key_states: torch.Tensor,
 
 
 def head_dims(description: str) -> dict[str, int]:
-    """Of keys and of values."""
+    """The head_dim of keys and of values."""
     return json.loads(description)[4]
 
 
 def new_arena(description: str, device: torch.device) -> torch.Tensor:
-    """An arena that holds no token: uint8, zero, and from then on at the same address."""
+    """Makes an arena that holds no tokens: uint8, all zero, at a fixed address."""
     layout = _layout(description, device)
-    # an ordinary tensor, also in inference mode: it is written to later, whatever mode that is in
+    # An ordinary tensor even in inference mode, because later writes may happen outside of it.
     with torch.inference_mode(False):
         arena = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
-    # CUDA graphs need not copy it, and its size is one with the description
+    # CUDA graphs need not copy it, and its size depends on the description alone.
     torch._dynamo.mark_static_address(arena)
     torch._dynamo.mark_static(arena)
     return arena
 
 
 def open_arena(arena: torch.Tensor, description: str) -> LayerStates:
-    """The states in `arena`, as views of it. Lengths are in `counters`; `kv_len` and those of buffers are bounds."""
+    """The states in `arena`, as views. Lengths are in `counters`; `kv_len` and buffer lengths are upper bounds."""
     layout = _layout(description, arena.device)
     tensors = {name: layout.view(arena, name) for name in layout.tensors}
 
@@ -74,7 +74,7 @@ def open_arena(arena: torch.Tensor, description: str) -> LayerStates:
 
 
 class _Layout:
-    """Where everything lies in an arena: offset, dtype and shape of every tensor by (part, name)."""
+    """The layout of an arena: offset, dtype and shape of every tensor by (part, name)."""
 
     def __init__(self, description: str, device: torch.device):
         options, layer_idx, batch, heads, dims, dtype = json.loads(description)
@@ -105,5 +105,5 @@ class _Layout:
         return arena[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
-# kept for good: a captured graph goes on reading the constants of the quantizers
+# Never freed, because captured graphs keep reading the constants of the quantizers.
 _layout = cache(_Layout)

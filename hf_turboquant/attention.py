@@ -12,11 +12,11 @@ from .traced import TracedStates
 
 NAME = "turboquant"
 
-# rows of queries whose logits are alive at a time where torch's own attention has no equivalent
+# Query rows whose logits are in memory at a time, if torch's own attention does not support the call.
 QUERY_TILE = 256
 
-# arguments of sparse attention (DSA, MiniMax M3) and of Inkling 2 that change what is attended to: passed over, they
-# would make a silently different model
+# Arguments of sparse attention (DSA, MiniMax M3) and of Inkling 2 that change what is attended to: ignoring them would
+# silently change the model.
 _SELECTIONS = {"indices", "block_indices", "sinks"}
 
 
@@ -36,8 +36,8 @@ def turboquant_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Attends straight from the codes where the layer's cache is quantised, and exactly everywhere else: the first
-    prefill, layers that are not compressed, models without a cache.
+    Attends straight from the codes if the layer's cache is quantised, and exactly otherwise: in the first prefill, in
+    layers that are not compressed, and in models without a cache.
 
     Args:
         query (`torch.Tensor`): of shape `[batch, num_attention_heads, query_length, head_dim]`.
@@ -62,7 +62,7 @@ def turboquant_attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query_length = query.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    # as with sdpa: a missing mask means plain causal attention, and one query sees everything
+    # As with sdpa: a missing mask means plain causal attention, and a single query sees everything.
     is_causal = bool(is_causal) and attention_mask is None and query_length > 1
     if position_bias is not None:
         attention_mask = create_position_bias_mask(position_bias, attention_mask, is_causal, query, key)
@@ -92,13 +92,13 @@ _uncompiled_forward = torch.compiler.disable(turboquant_attention_forward)
 
 
 def _registered_forward(module, query, key, *args, **kwargs):
-    # a graph that looked into handles would be compiled anew at every step
+    # A graph that looked into handles would be compiled again at every step.
     hide = torch.compiler.is_compiling() and isinstance(key, QuantizedStates)
     return (_uncompiled_forward if hide else turboquant_attention_forward)(module, query, key, *args, **kwargs)
 
 
 def _exact_attention(query, key, value, sinks, output_attentions, scaling, attention_mask, is_causal, softcap):
-    """Softcap, attention sinks or probabilities on plain tensors, some query rows at a time."""
+    """Attention with softcap, attention sinks or probabilities on plain tensors, some query rows at a time."""
     groups, length, kv_len = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     outputs, weights = [], []
@@ -124,14 +124,14 @@ def _probabilities(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Te
     if sinks is not None:
         sinks = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
-    # rows that may attend to nothing have no probabilities
+    # Rows that may attend to nothing get zero probabilities.
     return torch.where(logits.amax(-1, keepdim=True) == -torch.inf, 0.0, logits.softmax(-1))
 
 
 def turboquant_mask(*args, config=None, **kwargs) -> torch.Tensor | None:
     """
-    The mask of `sdpa`; that of `eager` for models without sdpa: they may add it to logits of their own making, and a
-    boolean one would mask nothing there.
+    The mask of `sdpa`, or of `eager` for models without sdpa: they may add the mask to logits that they compute
+    themselves, where a boolean one would mask nothing.
     """
     model = MODEL_MAPPING.get(type(config), None) or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     function = sdpa_mask if getattr(model, "_supports_sdpa", True) else eager_mask
@@ -139,6 +139,6 @@ def turboquant_mask(*args, config=None, **kwargs) -> torch.Tensor | None:
 
 
 def register() -> None:
-    """Makes `attn_implementation="turboquant"` known to transformers, with its mask: without one, masks get lost."""
+    """Registers `attn_implementation="turboquant"` and its mask with transformers, which would else drop masks."""
     ALL_ATTENTION_FUNCTIONS.register(NAME, _registered_forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, turboquant_mask)

@@ -29,14 +29,14 @@ class TurboQuantCache(DynamicCache):
     `model.generate(**inputs, past_key_values=TurboQuantCache(model.config))`.
 
     Full-attention layers are compressed; linear-attention, sliding-window, shared and other layers keep the layer that
-    transformers gives them. `print(cache)` tells which are which, `cache.memory()` what they hold.
+    transformers gives them. `print(cache)` shows which are which, `cache.memory()` how many bytes they hold.
 
     Args:
         config (`PreTrainedConfig`, *optional*):
             The model's config; multimodal configs are fine. Without one, every layer the model updates is compressed.
         offloading (`bool`, defaults to `False`), offload_only_non_sliding (`bool`, defaults to `False`):
-            As in `DynamicCache`: tokens wait in pinned host memory, those of the next layer are fetched while one
-            computes. Needs a CUDA GPU.
+            As in `DynamicCache`: tokens stay in pinned host memory, and the next layer's are fetched while the current
+            layer computes. Needs a CUDA GPU.
         **options: see [`TurboQuantConfig`].
 
     Raises:
@@ -69,7 +69,7 @@ class TurboQuantCache(DynamicCache):
         if config is None:
             self.layer_class_to_replicate = self._next_layer
         for index, layer in enumerate(self.layers):
-            # other subclasses of DynamicLayer bring windows or states of their own
+            # Other subclasses of DynamicLayer have windows or states of their own.
             if type(layer) is DynamicLayer or (type(layer) is StaticLayer and index not in self.skipped):
                 self.layers[index] = self._layer(index)
             elif type(layer) is LinearAttentionAndFullAttentionLayer and index not in self.skipped:
@@ -97,30 +97,30 @@ class TurboQuantCache(DynamicCache):
     @classmethod
     def from_preset(cls, config: PreTrainedConfig | None, preset: str, **options) -> "TurboQuantCache":
         """
-        A cache with the options of a preset and `options`, those of the constructor, over them: see
+        Makes a cache with the options of a preset; `options`, as for the constructor, override them. See
         [`TurboQuantConfig.from_preset`].
 
         Raises:
-            `ValueError`: there is no such preset, or as the constructor.
+            `ValueError`: there is no such preset, or the constructor raises it.
         """
-        # for its words where there is no such preset
+        # Raises the error for an unknown preset.
         TurboQuantConfig.from_preset(preset)
         return cls(config, **{**PRESETS[preset], **options})
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Fetches the next offloaded layer, from `layer_idx` on and around, on a stream of its own."""
+        """Fetches the next offloaded layer on a separate stream: the first from `layer_idx` on, wrapping around."""
         current, updated = torch.cuda.current_stream(), self.layers[layer_idx - 1]
         before = dict(vars(updated))
-        # before transformers 5.20 nothing waits here: neither for copies to the CPU that are still under way, nor for
-        # readers of the memory that the new copies take
+        # Before transformers 5.20 nothing waits here, neither for copies to the CPU still in progress nor for readers
+        # of the memory that the new copies reuse.
         self.prefetch_stream.wait_stream(current)
         super().prefetch(layer_idx, only_non_sliding)
         if any(value is not before.get(name) for name, value in vars(updated).items()):
-            # an only layer fetches itself, and reads at once
+            # A model's only layer fetches itself and reads at once.
             current.wait_stream(self.prefetch_stream)
 
     def _await_copies(self) -> None:
-        # whoever reads outside of `update` does not wait for the prefetch stream
+        # Reads outside of `update` do not wait for the prefetch stream by themselves.
         if self.offloading:
             torch.cuda.synchronize()
 
@@ -151,13 +151,13 @@ class TurboQuantCache(DynamicCache):
     def save_pretrained(self, folder: str | Path) -> None:
         """
         Writes all tokens to `folder`, for [`from_pretrained`]: codes, exact tokens and the layers that are not
-        compressed. Rotations come from the seed again and take no room.
+        compressed. Rotations are not saved, because the seed determines them.
 
         Args:
             folder (`str` or `Path`): new, empty, or a saved cache, which is replaced.
 
         Raises:
-            `ValueError`: `folder` holds something else, or a layer cannot be saved. Nothing is written then.
+            `ValueError`: `folder` holds something else, or a layer cannot be saved. Nothing is written in that case.
         """
         self._await_copies()
         save_cache(self, folder)
@@ -170,22 +170,23 @@ class TurboQuantCache(DynamicCache):
         device: torch.device | str | None = None,
     ) -> "TurboQuantCache":
         """
-        The cache that [`save_pretrained`] wrote, with its own options.
+        Loads the cache that [`save_pretrained`] wrote, with the options it was saved with.
 
         Args:
-            folder (`str` or `Path`): what was saved.
-            config (`PreTrainedConfig`, *optional*): the config of the model that goes on with it, to be compared.
-            device (`torch.device` or `str`, defaults to the CPU): of the model.
+            folder (`str` or `Path`): the saved cache.
+            config (`PreTrainedConfig`, *optional*):
+                The config of the model that will use the cache, to check that it is the same model.
+            device (`torch.device` or `str`, defaults to the CPU): the model's device.
 
         Raises:
-            `ValueError`: `folder` is no saved cache, was changed or cut off, has another format, or comes from
-                another model than `config`'s.
+            `ValueError`: `folder` is not a saved cache, was changed or truncated, has another format, or comes from
+                a model other than `config`'s.
         """
         _check_config(config)
         return load_cache(cls, folder, config, device)
 
     def memory(self) -> MemoryReport:
-        """Bytes held, counted from the stored tensors, against those of a `DynamicCache`."""
+        """Counts the bytes of the stored tensors and compares them with those of a `DynamicCache`."""
         return sum((layer_memory(layer) for layer in self.layers), MemoryReport())
 
     def __repr__(self) -> str:
@@ -197,7 +198,7 @@ class TurboQuantCache(DynamicCache):
         return "\n".join([f"TurboQuantCache({head}", *lines]) + ")"
 
 
-# the signature that help() and notebooks show, with the defaults where they stand
+# help() and notebooks show this signature, so that every option appears with its default.
 TurboQuantCache.__signature__ = inspect.Signature(
     [
         inspect.Parameter(

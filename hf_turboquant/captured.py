@@ -1,4 +1,4 @@
-"""Decode steps of one token through a model: captured as CUDA graphs, with all that they read in static memory."""
+"""Decode steps of one token through a model, captured as CUDA graphs that read only static memory."""
 
 import logging
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from .static import TurboQuantStaticLayer
 
 logger = logging.getLogger(__name__)
 
-# layers that count in device memory alone, and those whose memory at least stays where it is
+# The first kind counts tokens in device memory alone; the memory of the second at least keeps its address.
 COUNTED_ON_DEVICE = TurboQuantStaticLayer, StaticLayer
 STATIC = *COUNTED_ON_DEVICE, StaticSlidingLayer, LinearAttentionLayer
 
 
 def fingerprint(model, cache: Cache) -> tuple:
-    """What a captured step takes for granted: where weights and tokens lie, and how the model computes."""
+    """What a captured step relies on: the addresses of weights and tokens, and how the model computes."""
     weights = (*model.parameters(), *model.buffers())
     tokens = (x for layer in cache.layers for x in _tensors(layer))
     modes = model.config._attn_implementation, model.training, torch.is_inference_mode_enabled()
@@ -35,19 +35,19 @@ def _tensors(layer) -> list[torch.Tensor]:
 
 class Graph:
     """
-    A CUDA graph of `run`, which returns a tensor: always the same one. `cache` is the one that it appends to: of what
-    `run` does on the host to count its tokens, capturing leaves nothing, and every replay does it again.
+    A CUDA graph of `run`, which returns a tensor, always the same one. `run` appends to `cache`: its token counts on
+    the host are restored after the capture, and every replay updates them.
     """
 
     def __init__(self, run: Callable[[], torch.Tensor], cache: Cache):
         lengths = [getattr(layer, "cumulative_length_int", None) for layer in cache.layers]
         self.graph = torch.cuda.CUDAGraph()
         try:
-            # other threads, of streamers for example, may use the GPU meanwhile
+            # Other threads, such as those of streamers, may use the GPU meanwhile.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.out = run()
         except BaseException:
-            # torch leaves its generator waiting for the end of the capture
+            # torch leaves its generator waiting for the end of the capture.
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
             raise
@@ -57,7 +57,7 @@ class Graph:
                     layer.cumulative_length_int = length
 
     def replay(self, cache: Cache) -> torch.Tensor:
-        """One step; raises a `ValueError` where the cache has no room for it."""
+        """Runs one step; raises a `ValueError` if the cache has no capacity left for it."""
         ours = [layer for layer in cache.layers if isinstance(layer, TurboQuantStaticLayer)]
         for layer in ours:
             layer.find_room(1)
@@ -71,7 +71,7 @@ class Graph:
 
     @staticmethod
     def warm(run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """`run` on another stream, as torch wants it before a capture: libraries make themselves ready there."""
+        """Calls `run` on another stream, as torch requires before a capture, so that libraries initialise there."""
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -89,32 +89,32 @@ class Graph:
 
 class Steps:
     """
-    Steps over one cache. The first one of its kind runs as it is, the second is captured, all others replay that.
+    Steps over one cache. The first step of its kind runs eagerly, the second is captured, all others replay it.
 
-    What `prepare_inputs_for_generation` makes for a step, the mask above all, is made within the graph where the cache
-    counts in device memory and nothing but the token and its position differs from step to step; else before each
-    step, as `generate` does, and copied to where the graph reads it.
+    The inputs that `prepare_inputs_for_generation` makes for a step, above all the mask, are made within the graph if
+    the cache counts in device memory and nothing but the token and its position differs from step to step. Otherwise
+    they are made before each step, as `generate` does, and copied to where the graph reads them.
 
     Args:
-        fingerprint (`tuple`): of model and cache; with another one these steps are of no use.
+        fingerprint (`tuple`): of model and cache; if it changes, these steps cannot be used.
     """
 
     def __init__(self, fingerprint: tuple):
         self.fingerprint = fingerprint
-        # what a graph reads, and its shapes
+        # What a graph reads, and its shapes.
         self.static: dict | None = None
         self.shapes: tuple | None = None
-        # by what the host knows of sliding layers; `None` before the second step of a kind
+        # By the state of sliding layers on the host; `None` before the second step of a kind.
         self.graphs: dict[tuple, Graph | None] = {}
         self.failed = False
         self.finish()
 
     def finish(self) -> None:
-        """Lets go of everything that is not needed for the next request."""
+        """Releases everything that the next request does not need."""
         self.model = self.cache = self.name = self.model_kwargs = None
 
     def start(self, model, name: str, model_kwargs: dict) -> None:
-        """After a prefill; `model_kwargs` as `generate` has them for the next step, the cache under `name`."""
+        """Starts after a prefill, with `generate`'s `model_kwargs` for the next step and the cache under `name`."""
         self.model, self.name, self.model_kwargs = model, name, model_kwargs
         self.cache = cache = model_kwargs[name]
         kinds = {type(layer) for layer in cache.layers}
@@ -153,7 +153,7 @@ class Steps:
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
 
     def _at_start(self, input_ids: torch.Tensor) -> dict:
-        """Token, position, and a mask for the whole room: which of its tokens are there yet, the cache knows."""
+        """Token, position, and a mask for the whole capacity; the cache knows which of its tokens exist yet."""
         static = {"input_ids": input_ids[:, -1:]}
         position, mask = (self.model_kwargs.get(key) for key in ("position_ids", "attention_mask"))
         if position is not None:
@@ -164,7 +164,7 @@ class Steps:
         return static
 
     def _load(self, inputs: dict) -> None:
-        """Copies `inputs` to static memory; where its shapes change, to another, and nothing is captured any more."""
+        """Copies `inputs` to static memory; if shapes change, to new memory, and all captured graphs are dropped."""
         leaves, spec = tree_flatten(inputs)
         shapes = spec, [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves]
         if shapes != self.shapes:
@@ -189,7 +189,7 @@ class Steps:
 
     def _captured(self) -> torch.Tensor:
         sliding = (layer for layer in self.cache.layers if isinstance(layer, StaticSlidingLayer))
-        # a full window rolls
+        # A full window rolls.
         kind = tuple(layer.cumulative_length_int >= layer.max_cache_len for layer in sliding)
         if kind not in self.graphs:
             self.graphs[kind] = None
@@ -198,10 +198,10 @@ class Steps:
             try:
                 self.graphs[kind] = Graph(self._run, self.cache)
             except Exception as error:
-                # whatever it is that a model does and no graph can hold
+                # The model does something that no graph can hold.
                 self.failed = True
                 while error.__context__ is not None:
-                    # torch says after that only that the capture has failed
+                    # The last error says only that the capture failed; its context is the cause.
                     error = error.__context__
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 logger.warning("Steps of %s go on uncaptured: %s", type(self.model).__name__, reason[0])

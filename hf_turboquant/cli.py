@@ -1,4 +1,4 @@
-"""The command `hf-turboquant`: estimate memory from a config, evaluate quality on a model, time its caches."""
+"""The command `hf-turboquant`: estimates memory from a config, evaluates quality on a model, times its caches."""
 
 import argparse
 import dataclasses
@@ -15,16 +15,16 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; what a user can mend is one line on stderr and exit code 2."""
+    """Runs one command; errors that the user can fix give one line on stderr and exit code 2."""
     args = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
-            # names that transformers is about to change: not for the user of a command to mend
+            # transformers warns of names that it will change, which the user of a command cannot fix.
             warnings.simplefilter("ignore", FutureWarning)
             args.run(args)
         return 0
     except BrokenPipeError:
-        # whoever read our output has enough; without this, python complains again while it shuts down
+        # The reader of our output has closed the pipe; without this, Python complains again while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
     except RuntimeError as error:
-        # torch has a type of its own for GPUs, and words for CPUs
+        # torch has its own error type on GPUs, but only a message on CPUs.
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
         message = "out of memory. Take shorter contexts, a smaller batch or another --device."
@@ -44,19 +44,19 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-turboquant", description="TurboQuant KV caches: see, measure, decide.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    # what several commands take
+    # Arguments that several commands share.
     shape, place = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     shape.add_argument("model", metavar="MODEL", help="a Hub name, a local folder or a config.json")
-    shape.add_argument("--batch", type=_positive, default=1, help="sequences, each of that many tokens")
+    shape.add_argument("--batch", type=_positive, default=1, help="number of sequences, each that long")
     shape.add_argument("--nbits", type=number, nargs="+", default=[4, 3, 2])
     shape.add_argument("--key-estimator", choices=KEY_ESTIMATORS, default=TurboQuantConfig.key_estimator)
     shape.add_argument("--json", action="store_true", help="print everything as json")
     place.add_argument("--dtype", help="such as bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")
-    place.add_argument("--device", help="cuda where there is one, else cpu, by default")
+    place.add_argument("--device", help="default: cuda if there is one, else cpu")
 
     about = "memory of the cache, from the config alone"
     estimate = commands.add_parser("estimate", help=about, parents=[shape])
-    estimate.add_argument("--budget", type=parse_bytes, metavar="BYTES", help="for the cache alone, such as 24G")
+    estimate.add_argument("--budget", type=parse_bytes, metavar="BYTES", help="memory for the cache alone, such as 24G")
     contexts = {"type": _positive, "nargs": "+", "metavar": "TOKENS"}
     estimate.add_argument("--contexts", **contexts, default=[8192, 32768, 131072])
     estimate.set_defaults(run=_estimate)
@@ -74,13 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="a Hub name or a local folder")
     text = "a text file, hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub, or Python's own reference (default)"
     add("--text", default="reference", help=text)
-    add("--out", default="evaluation", help="folder of results.json and plots; an interrupted run goes on from there")
+    add("--out", default="evaluation", help="folder of results.json and plots; an interrupted run resumes from it")
     add("--parts", nargs="+", help="quality, needle, fidelity, claims (default: all)")
     add("--caches", nargs="+", metavar="SPEC", help="such as turboquant:nbits=4/3 quanto:nbits=4 (default: all)")
-    add("--window", type=_positive, help="quality: tokens of a window")
+    add("--window", type=_positive, help="quality: tokens in a window")
     add("--windows", type=_positive, help="quality: number of windows")
     add("--block", type=_positive, help="quality: tokens fed at a time")
-    add("--prefill", type=_positive, help="quality: tokens of the first block")
+    add("--prefill", type=_positive, help="quality: tokens in the first block")
     add("--score-from", type=_natural, help="quality: count blocks from this position on")
     add("--needle-lengths", type=_positive, nargs="+", help="tokens of the haystacks")
     add("--needle-depths", type=float, nargs="+", help="where the needles are, 0 to 1")
@@ -94,7 +94,7 @@ def _estimate(args) -> None:
     from .estimate import MAX_CONTEXT, Estimate
     from .evaluation.load import load_config
 
-    # that some kernels are missing does not matter to shapes
+    # Missing kernels do not affect shapes.
     logging.set_verbosity_error()
     estimate = Estimate.from_config(load_config(args.model))
     options = {f"{nbits} bits": {"nbits": nbits, "key_estimator": args.key_estimator} for nbits in args.nbits}
@@ -146,7 +146,7 @@ def _notes(estimate, compressed: list[int], context: int, row: dict[str, int], s
 
 
 def _evaluate(args) -> None:
-    # before anything else: whether this can run at all is known at once
+    # Imported first, to fail at once if a dependency is missing.
     from .evaluation import load, run
 
     given = {name: value for name, value in vars(args).items() if value is not None}

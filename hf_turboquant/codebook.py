@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import betainc, betaln
 from scipy.stats import beta
 
-# codebooks up to this width are read by kernels as int8 levels times one scale
+# Kernels read codebooks up to this width as int8 levels times one scale.
 MAX_GRID_BITS = 4
 
 
@@ -45,7 +45,7 @@ def lloyd_max(nbits: int, head_dim: int) -> Codebook:
         f(t) = Γ(d/2) / (√π Γ((d-1)/2)) · (1 - t²)^((d-3)/2)         (TurboQuant, lemma 1)
 
     Up to 4 bits the values are rounded to the int8 grid that the kernels read, at the scale that costs least
-    (under .5 % of the distortion).
+    (under 0.5 % of the distortion).
 
     Raises:
         `ValueError`: `nbits` is not 1 to 8 or `head_dim` is under 16.
@@ -58,7 +58,7 @@ def lloyd_max(nbits: int, head_dim: int) -> Codebook:
     if nbits > MAX_GRID_BITS:
         return _build(half, head_dim)
     offset = 0.5 if nbits == 4 else 0.0
-    # the largest level may be anything the int8 grid holds: scan for the scale that costs least
+    # The largest level may be anything that the int8 grid holds: scan for the scale that costs least.
     candidates = [half[-1] / (top + offset) for top in np.linspace(96, 127, 512)]
     books = []
     for scale in candidates:
@@ -74,7 +74,7 @@ def _build(half, head_dim, levels=None, offset=0.0, scale=1.0) -> Codebook:
     boundaries = (values[1:] + values[:-1]) / 2
     count = len(values)
     if offset:
-        # sign and magnitude: codes 0-7 are the positive values, 8-15 their negatives; -(l + 1/2) = ~l + 1/2
+        # Sign and magnitude: codes 0-7 are the positive values, 8-15 their negatives; -(l + 1/2) = ~l + 1/2.
         ranks_to_codes = np.concatenate([np.arange(count - 1, count // 2 - 1, -1), np.arange(count // 2)])
         levels = np.concatenate([levels, ~levels])
     else:
@@ -88,7 +88,7 @@ def _build(half, head_dim, levels=None, offset=0.0, scale=1.0) -> Codebook:
 
 
 def _lloyd_max_half(count: int, head_dim: int, tolerance: float = 1e-10) -> np.ndarray:
-    # start where the optimum is as count grows: points of density f^(1/3), itself a beta density
+    # Start at the optimum for large counts: points of density f^(1/3), which is a beta density too.
     exponent = (head_dim - 3) / 6 + 1
     quantiles = 0.5 + (np.arange(count) + 0.5) / (2 * count)
     half = 2 * beta.ppf(quantiles, exponent, exponent) - 1
@@ -107,9 +107,9 @@ def _cell_integrals(half: np.ndarray, head_dim: int) -> tuple[np.ndarray, np.nda
     """∫ f and ∫ t f over the cell of each positive value; the cells meet in the middle and end at 0 and 1."""
     edges = np.concatenate([[0.0], (half[1:] + half[:-1]) / 2, [1.0]])
     a = (head_dim - 1) / 2
-    # (1 + t) / 2 follows Beta(a, a); the upper tail keeps its precision where the cumulative function would not
+    # (1 + t) / 2 follows Beta(a, a); the upper tail keeps precision that the cumulative function would lose.
     upper_tail = betainc(a, a, (1 - edges) / 2)
-    # d/dt (1 - t²)^a = -(d - 1) t (1 - t²)^((d-3)/2) gives the first moment in closed form
+    # d/dt (1 - t²)^a = -(d - 1) t (1 - t²)^((d-3)/2) gives the first moment in closed form.
     normaliser = np.exp(-betaln(0.5, a))
     upper_moment = normaliser / (head_dim - 1) * (1 - edges**2) ** a
     return upper_tail[:-1] - upper_tail[1:], upper_moment[:-1] - upper_moment[1:]

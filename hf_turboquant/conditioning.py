@@ -1,4 +1,4 @@
-"""Conditioning: a mean and a scale for every channel of the keys, so that bits go where queries look."""
+"""Conditioning: a mean and a scale for every key channel, so that channels with large queries get small errors."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -12,24 +12,24 @@ from . import ops
 from .ops.reference_statistics import energy, fill
 from .quantizer import Quantizer
 
-# fewer tokens than this tell too little about the ones to come
+# Statistics of fewer tokens predict too little about later tokens.
 MIN_TOKENS = 64
-# statistics of so many tokens, evenly spaced, are as good as those of all, and take little memory
+# A sample of this many evenly spaced tokens is as good as all of them and takes little memory.
 MAX_TOKENS = 4_096
-# with fewer tokens than this, statistics are those to be expected of so many
+# With fewer tokens than this, the mean is extrapolated to this many positions.
 HORIZON = 2_048
-# a channel counts as if it had at least this part of the average energy: keeps scales within a factor of ten
+# Every channel counts as having at least this fraction of the average energy: keeps scales within a factor of ten.
 MIN_ENERGY = 1e-4
 
 
 def energy_of_queries(query: torch.Tensor, valid: torch.Tensor | None, heads: int) -> torch.Tensor:
     """
-    Sum of squares of queries by KV head and channel, fp32 `[heads, head_dim]`.
+    Sum of squared queries for each KV head and channel, fp32 `[heads, head_dim]`.
 
     Args:
         query (`torch.Tensor`): of shape `[batch, num_attention_heads, query_length, head_dim]`.
         valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, query_length]`; false for padding.
-        heads (`int`): KV heads: the query heads of one are neighbours.
+        heads (`int`): number of KV heads; the query heads of one KV head are consecutive.
     """
     query, valid = _sample(query, valid)
     return energy(fill(query, valid).unflatten(1, (heads, -1)))
@@ -45,15 +45,15 @@ def condition(
     backend: str = "auto",
 ) -> tuple[Quantizer, str | torch.Tensor]:
     """
-    The quantizer of keys with a mean μ and a scale t per KV head and channel: y = Π t (k - μ), queries Π q / t.
+    Gives the quantizer of keys a mean μ and a scale t per KV head and channel: y = Π t (k - μ), queries Π q / t.
 
-    Scores don't change: q·μ is one number for all keys, and (q / t)·(t k) = q·k. The error of a score is proportional
-    to (Σ_c E q_c² / t_c²) (Σ_c t_c² E k_c²), smallest where t_c⁴ = E q_c² / E k_c² (Cauchy-Schwarz), k centred. Both
-    expectations come from the tokens at hand; padding does not count, nor do sinks, which stay exact.
+    Scores don't change: q·μ is the same for all keys, and (q / t)·(t k) = q·k. The error of a score is proportional to
+    (Σ_c E q_c² / t_c²) (Σ_c t_c² E k_c²), for centred k, and smallest if t_c⁴ = E q_c² / E k_c² (Cauchy-Schwarz). Both
+    expectations are over the tokens so far, without padding and without sinks, which stay exact.
 
-    Rotary embeddings turn the mean of slow pairs of channels as positions go on. Where there are fewer than `HORIZON`
-    tokens, μ is the mean over so many positions, and what leaves it counts as energy: see `future_mean` in
-    `ops.reference_statistics`.
+    Rotary embeddings slowly rotate the mean of low-frequency pairs of channels as positions advance. With fewer than
+    `HORIZON` tokens, μ is the expected mean over that many positions, and the deviation from it counts as energy: see
+    `future_mean` in `ops.reference_statistics`.
 
     Args:
         quantizer (`Quantizer`): without mean and scale.
@@ -62,18 +62,18 @@ def condition(
         valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, tokens]`; false for padding.
         frequencies (`list[float]`, *optional*): ω of each pair of channels: see [`rotary_frequencies`].
         first (`int`): position of the first of `keys`.
-        backend (`str`): who computes: see [`TurboQuantConfig`].
+        backend (`str`): `"auto"`, `"triton"` or `"torch"`: see [`TurboQuantConfig`].
 
     Returns:
-        The quantizer and what it does, for [`outcome`]. Nothing waits for the device here, but for the first layer's
-        copy of what positions come to.
+        The quantizer, and what [`outcome`] needs to name the outcome. Nothing here waits for the device, except when
+        the first layer copies the rotations of its positions there.
     """
     if keys.shape[0] * keys.shape[2] < MIN_TOKENS:
         return quantizer, "none"
     stop, step = first + keys.shape[2], _step(keys)
-    # one mask may serve all sequences
+    # All sequences may share one mask.
     keys, valid = _sample(keys, None if valid is None else valid.expand(keys.shape[0], -1))
-    # an embedding of more channels than these is that of something else
+    # An embedding of more channels than the keys have does not belong to them.
     turned = frequencies and stop < HORIZON and 2 * len(frequencies) <= keys.shape[3]
     turns = _turns(tuple(frequencies), first, stop, step, keys.device) if turned else None
     mean, scale, found = ops.channel_statistics(keys, query_energy, valid, turns, MIN_TOKENS, MIN_ENERGY, backend)
@@ -82,8 +82,8 @@ def condition(
 
 def outcome(found: str | torch.Tensor) -> str:
     """
-    What [`condition`] came to: `"attention"` (mean and scale), `"center"` (mean: no query was seen, or the statistics
-    are degenerate) or `"none"` (under 64 tokens, or keys that are not finite). Waits for the device.
+    The outcome of [`condition`]: `"attention"` (mean and scale), `"center"` (mean only: no query was seen, or the
+    statistics are degenerate) or `"none"` (under 64 tokens, or keys that are not finite). Waits for the device.
     """
     if isinstance(found, str):
         return found
@@ -91,23 +91,23 @@ def outcome(found: str | torch.Tensor) -> str:
     return "attention" if scaled else "center" if centred else "none"
 
 
-# the layers of a model ask for the same, on each of its devices
+# All layers of a model on one device need the same tensors.
 @lru_cache(maxsize=32)
 def _turns(frequencies: tuple[float, ...], first: int, stop: int, step: int, device) -> tuple[torch.Tensor, ...]:
-    """Of every pair e^(-iωp) at the positions, `[positions, pairs]`, and (e^(iωH) - 1) / (iωH), `[pairs]`."""
+    """For every pair, e^(-iωp) at the positions, `[positions, pairs]`, and (e^(iωH) - 1) / (iωH), `[pairs]`."""
     angles = np.arange(first, stop, step)[:, None] * np.array(frequencies)
     half = HORIZON * np.array(frequencies) / 2
-    # a sine over its angle, for ω = 0 too
+    # sinc (a sine over its angle) also handles ω = 0.
     turns = np.exp(-1j * angles), np.exp(1j * half) * np.sinc(half / np.pi)
     return tuple(torch.from_numpy(turn.astype(np.complex64)).to(device) for turn in turns)
 
 
 def valid_tokens(attention_mask: torch.Tensor | None, kv_len: int) -> torch.Tensor | None:
-    """Boolean of shape `[batch, kv_len]`: the tokens that the last query may attend to; `None` where all count."""
+    """Boolean of shape `[batch, kv_len]`: the tokens that the last query may attend to; `None` if all count."""
     if attention_mask is None or attention_mask.dim() != 4 or attention_mask.shape[-1] < kv_len:
         return None
     last = attention_mask[:, 0, -1, :kv_len]
-    # additive masks hide with the dtype's lowest value or -inf
+    # Additive masks hide tokens with the dtype's lowest value or -inf.
     return last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
 
 
@@ -122,19 +122,19 @@ def _step(states: torch.Tensor) -> int:
 
 
 def head_dim(text_config: PreTrainedConfig) -> int:
-    """Dimensions of a head, also where the config leaves them to be derived."""
+    """Dimensions of a head, derived if the config does not give them."""
     return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
 
 
 def rotary_frequencies(config: PreTrainedConfig, layer_idx: int) -> list[float] | None:
     """
-    By how many radians each pair of channels turns from one position to the next; `None` where the config doesn't tell.
+    Radians by which each pair of channels rotates from one position to the next; `None` if the config does not tell.
     """
     text = config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = getattr(text, "layer_types", None) or ()
     kind = kinds[layer_idx] if layer_idx < len(kinds) else None
-    # one for every type of layer, or one for all
+    # Either one entry per type of layer, or one for all.
     by_kind = isinstance(rope.get(kind), dict)
     parameters = rope[kind] if by_kind else rope
     try:
@@ -144,5 +144,5 @@ def rotary_frequencies(config: PreTrainedConfig, layer_idx: int) -> list[float] 
         width = int(head_dim(text) * parameters.get("partial_rotary_factor", 1.0))
         return [parameters["rope_theta"] ** (-i / width) for i in range(0, width, 2)]
     except (AttributeError, KeyError, TypeError, ValueError):
-        # no such embedding, or one that only the model's code understands
+        # There is no such embedding, or only the model's code understands it.
         return None

@@ -1,4 +1,4 @@
-"""All options of the cache in one place, checked once."""
+"""All options of the cache, in one place and checked once."""
 
 import math
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ SKETCHES = ("orthogonal", "gaussian")
 ROTATIONS = ("hadamard", "haar")
 CONDITIONS = ("attention", "center", "none")
 BACKENDS = ("auto", "triton", "torch")
-# of keys and of values
+# Choices for `key_bits` and `value_bits`.
 BITS = (2, 3, 4, 8)
-# of both: half a bit is a bit more for the keys
+# Choices for `nbits`: a half means that keys get one bit more than values.
 NBITS = (2, 2.5, 3, 3.5, 4, 8)
-# that the kernels read and write; the torch reference takes all
+# Widths that the kernels read and write; the torch reference supports all.
 KERNEL_BITS = (2, 3, 4)
 
 PRESETS = {
@@ -41,43 +41,43 @@ class TurboQuantConfig:
 
     Args:
         nbits (`int` or `float`, defaults to 4):
-            Bits per coordinate of keys and values, sketch included; one or two two-byte scales per vector come on top.
-            2, 3, 4 or 8; 2.5 gives the keys 3 bits and the values 2, 3.5 gives them 4 and 3. 8 bits run on the torch
-            reference only.
+            Bits per coordinate of keys and values, including the sketch but not the one or two two-byte scales per
+            vector. 2, 3, 4 or 8; 2.5 gives the keys 3 bits and the values 2, 3.5 gives them 4 and 3. 8 bits run on the
+            torch reference only.
         key_bits, value_bits (`int`, *optional*):
-            Bits of the keys or the values alone, whatever `nbits` says: 2, 3, 4 or 8.
+            Bits of the keys or the values alone: 2, 3, 4 or 8. They override `nbits`.
         key_estimator (`str`, defaults to `"qjl"`):
             `"qjl"`: `key_bits - 1` bits of codes and the 1-bit QJL sketch (Algorithm 2 of TurboQuant, arXiv
-            2504.19874), chosen together where the sketch is orthogonal: the least error at 2 and 3 bits. `"rescaled"`
-            spends all bits on the codes (EDEN, arXiv 2105.08339): one scale less per key, and faster to quantise on a
-            CPU. Both give unbiased scores. `"mse"` is Algorithm 1 as printed. 8 bits have no sketch.
+            2504.19874), chosen together if the sketch is orthogonal; has the least error at 2 and 3 bits. `"rescaled"`
+            spends all bits on the codes (EDEN, arXiv 2105.08339), needs one scale less per key, and quantises faster
+            on a CPU. Both give unbiased scores. `"mse"` is Algorithm 1 as printed. 8 bits have no sketch.
         value_estimator (`str`, defaults to `"rescaled"`):
             `"rescaled"` or `"mse"`.
         sketch (`str`, defaults to `"orthogonal"`):
-            `"orthogonal"`, or `"gaussian"` with the nearest codes: what Algorithm 2 prints.
+            `"orthogonal"`, or `"gaussian"` with the nearest codes, as printed in Algorithm 2.
         rotation (`str`, defaults to `"hadamard"`):
             `"hadamard"` (randomised) or `"haar"` (uniform over all rotations).
         condition (`str`, defaults to `"attention"`):
-            What the first tokens teach the quantiser of keys, frozen when the first token is quantised: `"attention"`
-            takes a mean and a scale per channel from keys and queries, `"center"` the mean, `"none"` nothing. See
-            `conditioning`.
+            What the quantiser of keys learns from the first tokens, frozen when the first token is quantised:
+            `"attention"` takes a mean and a scale per channel from keys and queries, `"center"` the mean only,
+            `"none"` nothing. See `conditioning`.
         residual_length (`int`, defaults to 128):
-            Length of the recent window: so many of the latest tokens stay in the model's dtype.
+            Length of the recent window: the number of latest tokens that stay in the model's dtype.
         sink_length (`int`, defaults to 4):
-            So many of the first tokens stay in the model's dtype.
+            The number of first tokens that stay in the model's dtype.
         skip_layers (`tuple[int, ...]`, defaults to `()`):
             Layers kept in full precision; negative indices count from the last layer.
         max_cache_len (`int`, *optional*):
-            Room for so many tokens is taken at once, and `generate` compiles decode steps, on GPUs with CUDA graphs,
-            but for the torch reference. Without it the cache grows with its tokens, and steps are not compiled.
+            Capacity in tokens, allocated at once. `generate` then compiles decode steps (on GPUs with CUDA graphs),
+            except with the torch reference. Without it the cache grows with its tokens and steps are not compiled.
         seed (`int`, defaults to 0):
             Seed of rotations and sketches.
         backend (`str`, defaults to `"auto"`):
-            `"triton"` runs the kernels and raises where it cannot, `"torch"` the reference, `"auto"` the kernels where
-            they can run.
+            `"triton"` runs the kernels and raises an error where it cannot, `"torch"` runs the reference, `"auto"` runs
+            the kernels where they can run.
 
     Raises:
-        `ValueError`: an option is out of range; the message says what must hold, what came and what to do.
+        `ValueError`: an option is out of range. The message says what is required, what was given and what to do.
     """
 
     nbits: int | float = 4
@@ -98,12 +98,12 @@ class TurboQuantConfig:
     @classmethod
     def from_preset(cls, preset: str, **options) -> "TurboQuantConfig":
         """
-        The options of a preset, with `options` over them. The README has what each costs and saves.
+        Returns the options of a preset, overridden by `options`. The README lists what each preset costs and saves.
 
         Args:
-            preset (`str`): `"quality"`, `"balanced"` or `"small"`, of 4, 3 and 2 bits; `"cautious"`, of 8 bits for
+            preset (`str`): `"quality"`, `"balanced"` or `"small"`, with 4, 3 and 2 bits; `"cautious"`, with 8 bits for
                 keys and 4 for values; `"paper"` for the literal settings of the TurboQuant paper (no conditioning, no
-                exact tokens), which are worse, with the `nbits` given beside it.
+                exact tokens), which are worse; it uses the `nbits` given in `options`.
 
         Raises:
             `ValueError`: there is no such preset, or an option is out of range.

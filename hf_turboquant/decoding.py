@@ -1,4 +1,4 @@
-"""One request: a prefill, then steps, each of whose tokens is looked at while the next step is under way."""
+"""One request: a prefill, then steps; the host looks at each token while the next step runs."""
 
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
@@ -9,30 +9,30 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .captured import Steps, fingerprint
 
-# by cache, those that were captured over it
+# For each cache, the steps that were captured over it.
 _steps: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def run(
     model, input_ids, name, returned, streamer, logits_processor, stopping_criteria, generation_config, model_kwargs
 ):
-    """One request over the cache in `model_kwargs[name]`; `returned` is whether somebody sees it afterwards."""
+    """One request over the cache in `model_kwargs[name]`; `returned` tells whether the caller sees it afterwards."""
     cache = model_kwargs[name]
     before = int(cache.get_seq_length())
-    # chunks of a prefill would be compiled
+    # Otherwise chunks of a prefill would be compiled.
     generation_config.disable_compile = True
     try:
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         logits = outputs.logits[:, -1].clone()
-        # those of all tokens of the prompt take much memory, where a model makes them
+        # Some models return logits of all prompt tokens, which take much memory.
         del outputs
         steps, mark = _steps.pop(cache, None), fingerprint(model, cache)
         if steps is None or steps.fingerprint != mark:
             steps = Steps(mark)
         steps.start(model, name, model_kwargs)
         ahead = _can_crop(cache) or not returned
-        # experts are computed in another way than in the prefill
+        # Experts are computed differently in decoding than in the prefill.
         with model._optimize_model_for_decode():
             ids, scores, raw_logits, surplus = _decode(
                 steps, logits, input_ids, logits_processor, stopping_criteria, generation_config, streamer, ahead
@@ -53,15 +53,15 @@ def run(
 
 def _decode(steps, logits, ids, logits_processor, stopping_criteria, config, streamer, ahead):
     """
-    Chooses tokens until all sequences have ended. With `ahead`, the next step is under way while the host looks at the
-    token that it reads: the GPU never waits for that.
+    Chooses tokens until all sequences have ended. With `ahead`, the next step is launched before the host looks at the
+    token that it reads, so that the GPU never waits for the host.
 
     Args:
         logits (`torch.Tensor`): after the prompt, of shape `[batch, vocab_size]`.
 
     Returns:
-        Token ids of shape `[batch, tokens]`, what is recorded of scores and logits, and how many tokens the cache has
-        got too many.
+        Token ids of shape `[batch, tokens]`, the recorded scores and logits, and the number of tokens by which the
+        cache is too long.
     """
     scores = () if config.return_dict_in_generate and config.output_scores else None
     raw_logits = () if config.return_dict_in_generate and config.output_logits else None
@@ -85,7 +85,7 @@ def _decode(steps, logits, ids, logits_processor, stopping_criteria, config, str
             tokens = tokens * unfinished + pad * (1 - unfinished)
         ids = torch.cat([ids, tokens[:, None]], dim=-1)
         host.mark()
-        # a step that is known to be the last one is not even begun
+        # A step whose token would exceed the limit is not even launched.
         begun = ahead and (max_length is None or ids.shape[1] < max_length)
         if begun:
             logits = steps(ids)
@@ -101,20 +101,20 @@ def _decode(steps, logits, ids, logits_processor, stopping_criteria, config, str
 
 
 class _Beside:
-    """A stream beside the current one, for looks at what was there when `mark` was called; without a GPU, nothing."""
+    """A second stream, to read results from before `mark` without waiting for later work; does nothing on a CPU."""
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.marked: torch.cuda.Event | None = None
 
     def mark(self) -> None:
-        """What was launched until now is what will be looked at."""
+        """Marks everything launched until now as what will be looked at."""
         if self.stream is not None:
             self.marked = torch.cuda.current_stream().record_event()
 
     @contextmanager
     def looks(self):
-        """Within it, waiting for the GPU is waiting for what was marked; the current stream goes on behind it."""
+        """Within this context, waiting for the GPU means waiting for marked work only; later work goes on meanwhile."""
         if self.stream is None:
             yield
             return
@@ -125,12 +125,12 @@ class _Beside:
 
 
 def _can_crop(cache: Cache) -> bool:
-    """Whether tokens can be taken back that nobody has asked layers to remember."""
+    """Whether tokens can be removed without having told the layers in advance to remember earlier states."""
     return cache.is_croppable and not any(hasattr(layer, "record_past") for layer in cache.layers)
 
 
 def _roll_back(cache: Cache, length: int) -> None:
-    """Takes from a cache what a request that failed has left in it, also where only some of its layers have got it."""
+    """Removes the tokens that a failed request left in a cache, even if only some layers have received them."""
     if length == 0:
         cache.reset()
     elif _can_crop(cache):

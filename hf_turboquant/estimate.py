@@ -1,4 +1,4 @@
-"""The memory of a model's cache, from its config alone: no weights are made or read."""
+"""Estimates the memory of a model's cache from its config alone, without making or reading weights."""
 
 import copy
 import warnings
@@ -12,7 +12,7 @@ from .cache import TurboQuantCache
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
 
-# nobody waits for an answer beyond this
+# The search for the longest context stops here.
 MAX_CONTEXT = 2**40
 KINDS = {
     "DynamicLayer": "full attention",
@@ -32,10 +32,10 @@ class LayerCost:
 
     Args:
         kind (`str`): in words, see `KINDS`.
-        token_bytes (`int`): of every token, in the model's dtype.
-        state_bytes (`int`): whatever the context: the state of linear attention.
-        window (`int`, *optional*): so many tokens are kept; all of them without one.
-        shapes (`tuple`): (num_key_value_heads, head_dim) of keys and of values, `()` where the layer has none.
+        token_bytes (`int`): bytes of every token, in the model's dtype.
+        state_bytes (`int`): bytes that do not depend on the context: the state of linear attention.
+        window (`int`, *optional*): the number of tokens that are kept; without one, all of them.
+        shapes (`tuple`): (num_key_value_heads, head_dim) of keys and of values; `()` if the layer has none.
     """
 
     kind: str
@@ -75,8 +75,8 @@ class Estimate:
     @classmethod
     def from_config(cls, config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> "Estimate":
         """
-        Asks the model itself: it is made on the `meta` device, where tensors have shapes but no memory, and reads one
-        token and then two; what a token adds and what stays are read off the cache.
+        Runs the model itself on the `meta` device, where tensors have shapes but no memory, with one token and then
+        with two. The caches show what each token adds and what is constant.
 
         Raises:
             `ValueError`: transformers cannot make or run the model from this config.
@@ -99,7 +99,7 @@ class Estimate:
                     kind=KINDS.get(type(second).__name__, type(second).__name__),
                     token_bytes=token_bytes,
                     state_bytes=layer_memory(first).full_bytes - token_bytes,
-                    # the token that attends is not among those kept
+                    # The window includes the current token, which the layer need not keep.
                     window=None if window is None else window - 1,
                     shapes=tuple((states.shape[1], states.shape[3]) for states in keys_values),
                 )
@@ -112,14 +112,14 @@ class Estimate:
         return sum(layer.state_bytes for layer in self.layers)
 
     def compressed(self, **options) -> list[int]:
-        """The layers that a [`TurboQuantCache`] with these options compresses: asked of the cache itself."""
+        """The layers that a [`TurboQuantCache`] with these options compresses, according to the cache itself."""
         layers = TurboQuantCache(self.config, **options).layers
         return [index for index, layer in enumerate(layers) if isinstance(layer, TurboQuantLayer)]
 
     def full_bytes(self, context: int, batch: int = 1, fp8: bool = False) -> int:
         """
-        Keys and values of a `DynamicCache`, without the states of linear attention; with `fp8`, one byte for every
-        coordinate of the layers that a `TurboQuantCache` compresses.
+        Bytes of keys and values in a `DynamicCache`, without the states of linear attention. With `fp8`, the layers
+        that a `TurboQuantCache` compresses take one byte per coordinate.
         """
         size, shrunk = self.dtype.itemsize, self.compressed() if fp8 else ()
         return batch * sum(
@@ -128,12 +128,12 @@ class Estimate:
 
     def memory(self, context: int, batch: int = 1, **options) -> MemoryReport:
         """
-        What `cache.memory()` says after a prefill of `context` tokens: real layers reserve real buffers, on the `meta`
-        device.
+        What `cache.memory()` reports after a prefill of `context` tokens: real layers reserve their buffers on the
+        `meta` device.
 
         Args:
-            context (`int`), batch (`int`): tokens of each sequence, and sequences.
-            **options: of [`TurboQuantConfig`].
+            context (`int`), batch (`int`): tokens of each sequence, and number of sequences.
+            **options: see [`TurboQuantConfig`].
         """
         cache, total, known = TurboQuantCache(self.config, **options), MemoryReport(), {}
         for layer, cost in zip(cache.layers, self.layers, strict=True):
@@ -143,15 +143,15 @@ class Estimate:
                 total += other + MemoryReport(other_bytes=held, full_bytes=held)
                 continue
             if cost not in known:
-                # layers alike but for their index hold the same
+                # Layers that differ only in their index hold the same.
                 known[cost] = _filled(TurboQuantLayer(layer.config, 0), cost, context, batch, self.dtype)
             total += other + known[cost]
         return total
 
     def longest_context(self, budget_bytes: int, batch: int = 1, **options) -> int:
         """
-        Tokens that fit the budget, spare capacity included; without options, through a `DynamicCache`. `MAX_CONTEXT`
-        where the cache does not grow.
+        Tokens that fit the budget, spare capacity included; without options, in a `DynamicCache`. `MAX_CONTEXT` if the
+        cache does not grow.
         """
 
         def fits(context: int) -> bool:
@@ -159,33 +159,33 @@ class Estimate:
                 return self.memory(context, batch, **options).total_bytes <= budget_bytes
             return self.full_bytes(context, batch) + batch * self.state_bytes <= budget_bytes
 
-        # the number of contexts that fit is the longest of them
+        # The number of contexts that fit is the longest of them.
         return bisect(range(1, MAX_CONTEXT + 1), False, key=lambda context: not fits(context))
 
 
 def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> DynamicCache:
-    """The cache of `tokens` tokens of one sequence, on the `meta` device."""
+    """The cache after `tokens` tokens of one sequence, on the `meta` device."""
     text = copy.deepcopy(config.get_text_config(decoder=True))
-    # some models look for padding in the tokens, which have no values here
+    # Some models look for padding in the tokens, which have no values here.
     text.pad_token_id = None
-    # and Gemma 3n draws a threshold from values too
+    # Gemma 3n computes a threshold from values too.
     if getattr(text, "activation_sparsity_pattern", None):
         text.activation_sparsity_pattern = [0.0] * text.num_hidden_layers
     with torch.device("meta"):
-        # the default of mixtures of experts checks for a dtype that a GPU would like
+        # The default for mixtures of experts checks for a dtype that suits a GPU.
         model = AutoModel.from_config(text, dtype=dtype, experts_implementation="batched_mm").eval()
     cache = DynamicCache(config=config)
-    # state space models have another name for it
+    # State space models have another name for the cache.
     name = "cache_params" if text.model_type in ("mamba", "mamba2") else "past_key_values"
     with torch.no_grad(), warnings.catch_warnings():
-        # newer releases of transformers call the argument `cache`
+        # Newer releases of transformers name the argument `cache`.
         warnings.simplefilter("ignore", FutureWarning)
         model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True, **{name: cache})
     return cache
 
 
 def _filled(layer: TurboQuantLayer, cost: LayerCost, context: int, batch: int, dtype: torch.dtype) -> MemoryReport:
-    """The report of a layer that has read `context` tokens at once."""
+    """The report of a layer after a prefill of `context` tokens."""
     states = [torch.empty(batch, heads, 0, dim, dtype=dtype, device="meta") for heads, dim in cost.shapes]
     layer.lazy_initialization(*states)
     exact = layer.config.sink_length + layer.config.residual_length
@@ -196,5 +196,5 @@ def _filled(layer: TurboQuantLayer, cost: LayerCost, context: int, batch: int, d
     layer.length = context
     learned = {"attention": 2, "center": 1, "none": 0}[layer.config.condition]
     (heads, dim), _ = cost.shapes
-    # mean and scale of every channel, in fp32
+    # Conditioning adds the mean and scale of every channel, in fp32.
     return layer_memory(layer) + MemoryReport(constants_bytes=learned * heads * dim * 4)

@@ -19,10 +19,10 @@ from .decoding import run
 logger = logging.getLogger(__name__)
 
 OPTIONS = tuple(field.name for field in fields(TurboQuantConfig))
-# room is taken in pieces of so many tokens: a request that is a little longer finds enough
+# Capacity is rounded up to a multiple of this, so that a slightly longer request can reuse the cache.
 ROOM_TOKENS = 256
 
-# by model, the cache of its last request, for the next one like it, and the key of what it is like
+# For each model, the cache of its last request and the key that a request must have to reuse it.
 _kept: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -34,23 +34,23 @@ def _say(message: str) -> None:
 def generate(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
     """
     `model.generate(**inputs, custom_generate=hf_turboquant.generate, max_new_tokens=200, nbits=4)`: greedy search and
-    sampling over a [`TurboQuantCache`], on a GPU by steps that are captured as a CUDA graph.
+    sampling over a [`TurboQuantCache`], on a GPU with steps captured as a CUDA graph.
 
-    `generate` prepares everything and calls this in place of its own loop; all its arguments mean what they do there,
-    and those of [`TurboQuantConfig`] are those of the cache, `max_cache_len` the least room. A cache may be given
-    instead, of any kind; steps are captured over those of static capacity. The next request of a batch like this takes
-    the memory and the graph over. What is neither greedy search nor sampling goes on in transformers' own loop.
+    `generate` prepares everything and calls this in place of its own loop. All of its arguments keep their meaning;
+    those of [`TurboQuantConfig`] configure the cache, and `max_cache_len` is its least capacity. You may pass a cache
+    of any kind instead; steps are captured if its capacity is static. The next request with the same batch size reuses
+    the memory and the graph. Anything but greedy search and sampling is passed on to transformers' own loop.
 
     Args:
         model (`PreTrainedModel`), input_ids (`torch.LongTensor` of shape `[batch, tokens]`): as `generate` passes them.
         logits_processor, stopping_criteria, generation_config, **model_kwargs: as `generate` has prepared them.
 
     Returns:
-        As `generate`: token ids of shape `[batch, tokens]`, or a `GenerateDecoderOnlyOutput`.
+        As `generate` does: token ids of shape `[batch, tokens]`, or a `GenerateDecoderOnlyOutput`.
 
     Raises:
-        `ValueError`: options come with a cache, or as [`TurboQuantCache`]. A cache that was given is then as before,
-            where it can be cropped.
+        `ValueError`: options come together with a cache, or [`TurboQuantCache`] raises it. A cache that was passed is
+            then restored, if it can be cropped.
     """
     lost = _lost_arguments()
     options = {name: model_kwargs.pop(name) for name in OPTIONS if name in model_kwargs}
@@ -74,24 +74,24 @@ def generate(model, input_ids, logits_processor, stopping_criteria, generation_c
     returned, key = not own or generation_config.return_dict_in_generate, None
     if own:
         prompt = model_kwargs["inputs_embeds"] if model_kwargs.get("inputs_embeds") is not None else input_ids
-        # the last token is never read
+        # The last token is never fed to the model.
         room = prompt.shape[1] + generation_config.max_length - input_ids.shape[1] - 1
         key, model_kwargs[name] = _take_cache(model, options, input_ids.shape[0], room)
     cache = model_kwargs[name]
     with torch.cuda.device_of(input_ids):
         out = run(model, input_ids, name, returned, lost.get("streamer"), **prepared, model_kwargs=model_kwargs)
-    # one that grows gains nothing from being kept
+    # Keeping a cache that grows would gain nothing.
     if not returned and cache.is_compileable:
         _kept[model] = key, cache
     return out
 
 
 def release(model) -> None:
-    """Frees what is kept for the next request to `model`: the cache of the last one, and its graphs."""
+    """Frees what is kept for the next request to `model`: the cache of the last request and its graphs."""
     _kept.pop(model, None)
 
 
-# `generate` takes from its keywords those that stand here, before it looks for ones that nobody knows
+# `generate` accepts the keywords listed here before it rejects unknown ones.
 generate.__signature__ = inspect.Signature(
     [
         *list(inspect.signature(generate).parameters.values())[:-1],
@@ -110,9 +110,9 @@ generate.__signature__ = inspect.Signature(
 
 def _lost_arguments() -> dict:
     """
-    The keywords of the call of `generate` that led here. transformers (5.17 to 5.24) hands neither `streamer` nor
-    `tokenizer`, `assistant_model` and `synced_gpus` to a callable, and says nothing: whoever listens to a streamer
-    would wait for ever. They are still in the frame of the decorator around `generate`.
+    The keywords of the call of `generate` that led here. transformers (5.17 to 5.24) silently drops `streamer`,
+    `tokenizer`, `assistant_model` and `synced_gpus` when it calls a callable, so that a consumer of the streamer would
+    wait for ever. They are still in the frame of the decorator around `generate`.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -130,7 +130,7 @@ def _stop_strings(tokenizer, stop_strings) -> StopStringCriteria:
 
 
 def _is_our_choice(cache: Cache | None, options: dict, config) -> bool:
-    """Whether the cache is one that `generate` has made because nobody said which."""
+    """Whether `generate` made the cache itself because the caller passed none."""
     own = type(cache) in (DynamicCache, EncoderDecoderCache) and not getattr(cache, "_is_user_defined", False)
     own = own and config.cache_implementation is None
     if options and not own:
@@ -142,13 +142,13 @@ def _is_our_choice(cache: Cache | None, options: dict, config) -> bool:
 
 
 def _growing(model, options: dict, made: Cache) -> Cache:
-    """A cache that grows, in place of the one that `generate` has made."""
+    """A cache that grows, to replace the one that `generate` made."""
     cache = TurboQuantCache(model.config, **{**options, "max_cache_len": None})
     return EncoderDecoderCache(cache, made.cross_attention_cache) if type(made) is EncoderDecoderCache else cache
 
 
 def _not_ours(model, mode, config, name, lost) -> str | None:
-    """What this loop does not do of what is asked for, or `None`."""
+    """The requested feature that this loop does not support, or `None`."""
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return mode.value.replace("_", " ")
     if model.config.is_encoder_decoder:
@@ -161,7 +161,7 @@ def _not_ours(model, mode, config, name, lost) -> str | None:
 
 
 def _hand_back(model, mode, reason, input_ids, lost, prepared, model_kwargs):
-    """Goes on in transformers' own loop."""
+    """Continues in transformers' own loop."""
     method = GENERATION_MODES_MAPPING[mode]
     if "/" in method:
         raise ValueError(
@@ -179,19 +179,19 @@ def _hand_back(model, mode, reason, input_ids, lost, prepared, model_kwargs):
 
 def _take_cache(model, options: dict, batch: int, room: int) -> tuple[tuple, TurboQuantCache]:
     """
-    A cache without tokens, with `room` for so many: that of the last request, or a new one; where no graph can be
-    captured, one that grows. And the key under which it is kept.
+    Returns an empty cache with a capacity of `room` tokens, that of the last request or a new one; if no graph can be
+    captured, one that grows. Also returns the key under which it is kept.
     """
     config = TurboQuantConfig(**options)
     room = max(room, config.max_cache_len or 1)
-    # what is made in inference mode cannot be written to elsewhere
+    # Tensors made in inference mode cannot be written to outside of it.
     mode = torch.is_inference_mode_enabled()
     key = batch, replace(config, max_cache_len=None), model.dtype, model.device, mode
     kept_key, cache = _kept.pop(model, (None, None))
     if kept_key == key and room <= cache.options.max_cache_len <= 2 * room + ROOM_TOKENS:
         cache.reset()
         return key, cache
-    # the old memory goes first
+    # Free the old memory first.
     del cache
     if Graph.runs_on(model):
         try:
@@ -199,6 +199,6 @@ def _take_cache(model, options: dict, batch: int, room: int) -> tuple[tuple, Tur
                 model.config, **{**options, "max_cache_len": -(-room // ROOM_TOKENS) * ROOM_TOKENS}
             )
         except ValueError as error:
-            # some layers have no static kind
+            # Some layers have no static kind.
             _say(f"`hf_turboquant.generate` goes on without CUDA graphs: {error}")
     return key, TurboQuantCache(model.config, **{**options, "max_cache_len": None})

@@ -20,10 +20,10 @@ class TurboQuantHybridLayer(LinearAttentionAndFullAttentionLayer, TurboQuantLaye
         number_of_states (`int`, defaults to 1): conv and recurrent states that the layer holds.
     """
 
-    # the base class names DynamicLayer in each of its methods, so all of them come here to name TurboQuantLayer
+    # The base class calls DynamicLayer by name in each of its methods, so all of them are overridden here.
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int, number_of_states: int = 1):
-        # first, because the other constructor resets the layer
+        # This one first, because the other constructor resets the layer.
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         TurboQuantLayer.__init__(self, config, layer_idx)
 
@@ -42,12 +42,12 @@ class TurboQuantHybridLayer(LinearAttentionAndFullAttentionLayer, TurboQuantLaye
         TurboQuantLayer.reset(self)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As `TurboQuantLayer.crop`, where the recurrent part can be rolled back; it raises where it cannot."""
+        """As `TurboQuantLayer.crop`; raises an error if the recurrent part cannot be rolled back."""
         LinearAttentionLayer.crop(self, tokens_to_remove)
         TurboQuantLayer.crop(self, tokens_to_remove)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        # transformers' own layer repeats and selects only its keys and values, and fails at the next token
+        # transformers' own layer repeats and selects only its keys and values, and then fails at the next token.
         mapped = [
             {index: state if state is None else function(state) for index, state in states.items()}
             for states in (self.conv_states, self.recurrent_states)
@@ -60,7 +60,7 @@ class TurboQuantHybridLayer(LinearAttentionAndFullAttentionLayer, TurboQuantLaye
         TurboQuantLayer.reorder_cache(self, beam_idx)
 
     def offload(self) -> None:
-        """Moves codes and exact tokens to the CPU; recurrent states stay: they are read before the next update."""
+        """Moves codes and exact tokens to the CPU; recurrent states stay, because they are read before an update."""
         TurboQuantLayer.offload(self)
 
     def prefetch(self) -> None:

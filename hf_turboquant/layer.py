@@ -1,4 +1,4 @@
-"""TurboQuantLayer: exact sinks and recent window, codes for everything between them."""
+"""TurboQuantLayer: exact sinks and an exact recent window, with codes for all tokens between them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +22,8 @@ class TurboQuantLayer(DynamicLayer):
     """
     The keys and values of one full-attention layer.
 
-    The first `sink_length` tokens and the last `residual_length` stay exact; a token is quantised once, when it
-    leaves that recent window, and never again.
+    The first `sink_length` tokens and the last `residual_length` tokens stay exact. A token is quantised once, when it
+    leaves the recent window.
 
     Args:
         config (`TurboQuantConfig`): options of the cache.
@@ -33,7 +33,7 @@ class TurboQuantLayer(DynamicLayer):
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.config = config
         self.layer_idx = layer_idx
-        # of the rotary embedding of the keys, where the model's config tells: see `conditioning.condition`
+        # Of the rotary embedding of the keys, if the model's config defines one: see `conditioning.condition`.
         self.frequencies: list[float] | None = None
         super().__init__()
         self.reset()
@@ -51,35 +51,35 @@ class TurboQuantLayer(DynamicLayer):
         self.quantizers: dict[str, Quantizer] = {}
         self.codes: dict[str, TokenBuffer] = {}
         self.exact: SlotBuffer | None = None
-        # the tokens of the last update, while they wait for their query
+        # The tokens of the last update, while they wait for their query.
         self.pending: dict[str, torch.Tensor] | None = None
-        # what conditioning came to, perhaps on the device only; None until the first token is quantised
+        # The outcome of conditioning, possibly on the device only; None until the first token is quantised.
         self.found: str | torch.Tensor | None = None
         self.query_energy: torch.Tensor | None = None
-        # whether tokens wait on the CPU between updates
+        # Whether tokens are kept on the CPU between updates.
         self.is_offloaded = False
-        # what the last step returned: its token may be nowhere else
+        # What the last step returned: its token may not be stored anywhere else yet.
         self.step: LayerStates | None = None
-        # what launches on the buffers share, and the states that fitted them last
+        # What launches on the same buffers share, and the description of the last states that passed the check.
         self.plans = Plans()
         self.checked: tuple | None = None
 
     @property
     def condition(self) -> str | None:
-        """What conditioning came to: see [`conditioning.outcome`]. `None` until the first token is quantised."""
+        """The outcome of conditioning: see [`conditioning.outcome`]. `None` until the first token is quantised."""
         if self.found is not None:
             self.found = outcome(self.found)
         return self.found
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """The keys held: a handle, or a plain tensor as long as nothing is quantised; `None` before the first token."""
+        """The keys held: a handle, or a plain tensor while nothing is quantised; `None` before the first token."""
         self.come_to_rest()
         return self._states()[0] if self.is_initialized else None
 
     @property
     def values(self) -> torch.Tensor | None:
-        """The values held, as `keys`."""
+        """The values held, in the same form as `keys`."""
         self.come_to_rest()
         return self._states()[1] if self.is_initialized else None
 
@@ -92,7 +92,7 @@ class TurboQuantLayer(DynamicLayer):
         self._refuse(states)
 
     def _refuse(self, states) -> None:
-        # the constructor of the base class sets both to None
+        # The constructor of the base class sets both to None.
         if states is not None:
             raise ValueError("A TurboQuantLayer holds codes: its keys and values cannot be assigned. Use `update`.")
 
@@ -115,24 +115,24 @@ class TurboQuantLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Appends new tokens and returns what attention shall read.
+        Appends new tokens and returns what attention reads.
 
         Args:
             key_states, value_states (`torch.Tensor`): of shape `[batch, num_key_value_heads, tokens, head_dim]`; keys
                 and values may differ in head_dim.
 
         Returns:
-            Keys and values of all tokens, as [`QuantizedStates`] or, where all of them are exact, as plain tensors. The
-            first prefill and a chunk longer than the recent window are attended to exactly.
+            Keys and values of all tokens, as [`QuantizedStates`] or, if all of them are exact, as plain tensors.
+            Attention reads the first prefill, and any chunk longer than the recent window, exactly.
 
         Raises:
-            `ValueError`: the states don't fit what the layer holds. The layer is left as it was.
+            `ValueError`: the states don't fit what the layer holds. The layer is left unchanged.
         """
         if torch.compiler.is_compiling():
             return self._untraced_update(key_states, value_states)
         return self._update(key_states, value_states)
 
-    # lengths change with every step: a graph with them in it would be compiled anew each time
+    # Lengths change with every step: a graph that contained them would be compiled again each time.
     @torch.compiler.disable
     def _untraced_update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         return self._update(key_states, value_states)
@@ -156,13 +156,13 @@ class TurboQuantLayer(DynamicLayer):
             return handles
         if before > 0 and key_states.shape[2] == 1:
             return self._step(key_states, value_states)
-        # what attention reads of a long chunk takes memory: before anything changes
+        # Allocate what attention reads of a long chunk first: if memory runs out, nothing has changed yet.
         long_chunk = before > 0 and 0 < self.config.residual_length < key_states.shape[2]
         exact = self._exact_with_chunk(states) if long_chunk else None
         try:
             self._store(states)
         except BaseException:
-            # a smaller batch may come next
+            # A smaller batch may come next.
             if fresh:
                 TurboQuantLayer.reset(self)
             raise
@@ -174,14 +174,15 @@ class TurboQuantLayer(DynamicLayer):
 
     def settle(self, query: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
         """
-        Stores the tokens of the last update, if they wait for the query that attends to them.
+        Stores the tokens of the last update if they wait for the query that attends to them.
 
-        The first ones wait because conditioning looks at queries, the one of a step to be stored by attention.
+        The first tokens wait because conditioning needs queries; the token of a decode step waits because attention
+        stores it.
 
         Args:
             query (`torch.Tensor`, *optional*): of shape `[batch, num_attention_heads, query_length, head_dim]`; without
-                it, keys are centred only.
-            attention_mask (`torch.Tensor`, *optional*): what the query saw; tells padding from tokens.
+                it, keys are only centred.
+            attention_mask (`torch.Tensor`, *optional*): the mask of that query; distinguishes padding from tokens.
         """
         if self.step is not None:
             self.step.settle()
@@ -192,14 +193,14 @@ class TurboQuantLayer(DynamicLayer):
         valid = valid_tokens(attention_mask, kv_len)
         before = self.query_energy
         if query is not None:
-            # in the first prefill queries are padded as keys are; later ones are tokens
+            # In the first prefill queries are padded like keys; later queries are all tokens.
             known = valid if query.shape[2] == kv_len else None
             energy = energy_of_queries(query, known, self.pending["keys"].shape[1])
             self.query_energy = energy if before is None else energy + before
         try:
             self._store(self.pending, valid)
         except BaseException:
-            # a query seen twice would count twice
+            # The query will be seen again, and must not count twice.
             self.query_energy = before
             raise
         self.pending = None
@@ -207,21 +208,21 @@ class TurboQuantLayer(DynamicLayer):
             self.offload()
 
     def come_to_rest(self) -> None:
-        """Has all tokens stored, and those that were offloaded back on the layer's device."""
+        """Stores all waiting tokens and brings offloaded ones back to the layer's device."""
         self.settle()
         if self.is_offloaded and torch.cuda.is_available():
-            # a copy may be under way on another stream
+            # A copy may be in progress on another stream.
             torch.cuda.synchronize()
         self.prefetch()
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         """Quantises what leaves the recent window and writes the rest to the exact slots."""
-        # nobody differentiates through a cache: without this, buffers would keep every graph alive
+        # Nobody differentiates through a cache; without detach, buffers would keep every autograd graph alive.
         states = {role: states[role].detach() for role in ROLES}
         sinks, window = self.config.sink_length, self.config.residual_length
         before, after = self.length, self.length + states["keys"].shape[2]
         quantized = sinks + self.codes["keys"].length
-        # everything that can fail for want of memory comes first; codes beyond a buffer's length don't count
+        # Everything that can run out of memory comes first; codes beyond a buffer's length are ignored.
         self.exact.reserve(min(after, sinks + window), limit=sinks + window)
         if after - window > quantized:
             quantizers, found = self._conditioned(states, valid)
@@ -235,7 +236,7 @@ class TurboQuantLayer(DynamicLayer):
         self.length = after
 
     def _step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One token more, which pushes one out of the recent window or none; what attention reads then."""
+        """Appends one token, which pushes at most one out of the recent window; returns what attention reads."""
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
         sinks, window, quantized = self.config.sink_length, self.config.residual_length, self.codes["keys"].length
@@ -244,7 +245,7 @@ class TurboQuantLayer(DynamicLayer):
         if not leaving:
             self.exact.reserve(min(self.length + 1, sinks + window), limit=sinks + window)
         else:
-            # buffers have room for whole blocks
+            # Buffers grow by whole blocks.
             if quantized % BLOCK == 0:
                 for buffer in self.codes.values():
                     buffer.reserve(quantized + 1)
@@ -252,7 +253,7 @@ class TurboQuantLayer(DynamicLayer):
                 quantizers, found = self._conditioned({"keys": key_states, "values": value_states}, None)
         states = self._read(leaving)
         states.quantizers, states.newest = quantizers, (key_states, value_states)
-        # what is offloaded moves before attention reads it
+        # Offloaded tensors move before attention reads them, so the token must be stored now.
         if self.is_offloaded or not states.quantized:
             states.settle()
         if found is not self.found:
@@ -264,7 +265,7 @@ class TurboQuantLayer(DynamicLayer):
         return _handles(states) if states.quantized else tuple(self._exact(role) for role in ROLES)
 
     def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
-        """The tokens at positions `start` to `stop`: from the recent window, then from the new ones."""
+        """The tokens at positions `start` to `stop`, taken from the recent window and then from `states`."""
         pieces = self.exact.pieces(role, start, min(self.length, stop))
         if stop > self.length:
             pieces.append(states[:, :, max(start - self.length, 0) : stop - self.length])
@@ -272,8 +273,8 @@ class TurboQuantLayer(DynamicLayer):
 
     def _conditioned(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None):
         """
-        The quantizers, with what they learn, once, from all tokens so far but the sinks (they are all still exact), and
-        what conditioning came to.
+        Returns the quantizers, conditioned once on all tokens so far except the sinks (all are still exact), and the
+        outcome of conditioning.
         """
         if self.found is not None:
             return self.quantizers, self.found
@@ -281,7 +282,7 @@ class TurboQuantLayer(DynamicLayer):
             return self.quantizers, "none"
         sinks, keys = self.config.sink_length, new["keys"]
         valid = None if valid is None else valid[:, sinks:]
-        # ordinary tensors, like all constants, whatever mode the first prefill runs in
+        # Constants must be ordinary tensors even if the first prefill runs in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             tokens = (torch.cat([self._exact("keys"), keys], dim=2) if self.length else keys)[:, :, sinks:]
             plain = replace(self.quantizers["keys"], mean=None, scale=None)
@@ -293,7 +294,7 @@ class TurboQuantLayer(DynamicLayer):
         self.quantizers, self.found, self.query_energy = quantizers, found, None
 
     def _exact(self, role: str) -> torch.Tensor:
-        """All tokens, while none is quantised."""
+        """All tokens, as long as none is quantised."""
         return self.exact[role][:, :, : self.length]
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -331,7 +332,7 @@ class TurboQuantLayer(DynamicLayer):
                     f"{expected}, got {got} at layer {self.layer_idx}. Use a new cache or `reset()` for another "
                     "batch, and `batch_repeat_interleave` or `batch_select_indices` to change the batch of this one."
                 )
-        # steps are alike
+        # Steps have the same shapes: the next one can skip the check.
         self.checked = given
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -340,7 +341,7 @@ class TurboQuantLayer(DynamicLayer):
         return _handles(self._read())
 
     def _read(self, leaving: int | None = None) -> LayerStates:
-        """What attention reads now, or with one token more and `leaving` more of them in codes."""
+        """What attention reads now or, with `leaving`, after one more token, with `leaving` more tokens quantised."""
         window, quantized = self.config.residual_length, self.codes["keys"].length + (leaving or 0)
         states = self._read_from(self.exact.tensors, quantized, window, quantized % window if window else 0)
         if leaving is not None:
@@ -349,12 +350,12 @@ class TurboQuantLayer(DynamicLayer):
         return states
 
     def _exact_with_chunk(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The sinks held so far and behind them the new tokens, which may fill further sinks."""
+        """The sinks held so far, followed by the new tokens, which may fill the remaining sinks."""
         sinks = min(self.length, self.config.sink_length)
         return {role: torch.cat([self.exact[role][:, :, :sinks], states[role]], dim=2) for role in ROLES}
 
     def _states_with_chunk(self, before: int, exact: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Handles that read the tokens before the chunk from the sinks and codes, and the chunk itself exactly."""
+        """Handles that read earlier tokens from the sinks and codes, and the chunk itself exactly."""
         sinks = self.config.sink_length
         if before <= sinks:
             return tuple(exact[role] for role in ROLES)
@@ -372,7 +373,7 @@ class TurboQuantLayer(DynamicLayer):
         return sum(buffer.nbytes for buffer in (*self.codes.values(), self.exact))
 
     def measure(self) -> None:
-        """Brings lengths to the host: here they are always there."""
+        """Fetches lengths to the host; in this class they are always there."""
 
     def get_seq_length(self) -> int:
         """Number of tokens held."""
@@ -380,13 +381,13 @@ class TurboQuantLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """
-        Removes the last `-tokens_to_remove` tokens. Those that were quantised meanwhile are gone from the codes; exact
-        ones that stay are as exact as before.
+        Removes the last `-tokens_to_remove` tokens from the codes and the exact slots. The remaining tokens are
+        unchanged: exact tokens stay exact, quantised ones stay quantised.
         """
         if not self.is_initialized:
             return
         self.settle()
-        # transformers' own layer decides what the argument means: it changed between releases
+        # Ask transformers' own layer what the argument means: this changed between releases.
         positions = DynamicLayer()
         positions.lazy_initialization(torch.empty(0, device="meta"), torch.empty(0, device="meta"))
         positions.keys = positions.values = torch.empty(1, 1, self.length, 1, device="meta")
@@ -396,7 +397,7 @@ class TurboQuantLayer(DynamicLayer):
             self.codes[role].length = min(self.codes[role].length, max(self.length - self.config.sink_length, 0))
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies `function` to every tensor of tokens; all of them change or none."""
+        """Applies `function` to every tensor of tokens; either all of them change or none."""
         if not self.is_initialized:
             return
         self.come_to_rest()
@@ -405,13 +406,13 @@ class TurboQuantLayer(DynamicLayer):
             self.offload()
 
     def _replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        # handles that are out keep what they read
+        # Handles returned earlier keep the tensors they read.
         buffers = [buffer.snapshot() for buffer in (*self.codes.values(), self.exact)]
         for buffer in buffers:
             buffer.map(function)
         self.codes = dict(zip(ROLES, buffers, strict=False))
         self.exact = buffers[-1]
-        # they would keep the old buffers alive
+        # Old plans would keep the old buffers alive.
         self.plans = Plans()
         self.checked = None
 
@@ -429,17 +430,17 @@ class TurboQuantLayer(DynamicLayer):
 
     def offload(self) -> None:
         """
-        Moves codes and exact tokens to pinned host memory, on the current stream; tokens that wait for their query
-        follow when they are stored.
+        Moves codes and exact tokens to pinned host memory on the current stream. Tokens that wait for their query are
+        moved when they are stored.
         """
         self.is_offloaded = self.is_initialized
         if self.is_offloaded and self.pending is None:
             self.settle()
-            # a copy that nobody waits for lands in pinned memory
+            # A non-blocking copy to the CPU goes to pinned memory.
             self._replace(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Moves codes and exact tokens back to the layer's device, on the current stream."""
+        """Moves codes and exact tokens back to the layer's device on the current stream."""
         if self.is_offloaded and self.exact["keys"].device != self.device:
             self._replace(lambda tensor: tensor.to(self.device, non_blocking=True))
 

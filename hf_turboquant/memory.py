@@ -1,4 +1,4 @@
-"""MemoryReport: what a cache holds, counted from its tensors."""
+"""MemoryReport: the bytes of a cache, counted from its tensors."""
 
 from dataclasses import dataclass, fields
 
@@ -16,7 +16,7 @@ class MemoryReport:
         codes_bytes (`int`): packed codes and sketch signs of the tokens held.
         scales_bytes (`int`): scales and residual norms of the tokens held.
         exact_bytes (`int`): sinks and recent window.
-        slack_bytes (`int`): allocated for tokens to come.
+        slack_bytes (`int`): allocated for later tokens.
         constants_bytes (`int`): rotations, sketches and codebooks; independent of the sequence length.
         other_bytes (`int`): layers that are not compressed.
         full_bytes (`int`): what a `DynamicCache` holds for the same tokens.
@@ -56,9 +56,9 @@ class MemoryReport:
 
 
 def layer_memory(layer) -> MemoryReport:
-    """The report of one layer of a cache, of whatever kind."""
-    # a compressed layer has its tokens in buffers: its own tensors are recurrent states, tokens not yet stored, and
-    # what conditioning came to
+    """The report of one layer of a cache, of any kind."""
+    # A compressed layer has its tokens in buffers. Its own tensors are recurrent states and tokens not yet stored; the
+    # arena and the outcome of conditioning are left out.
     own = {name: value for name, value in vars(layer).items() if name not in ("arena", "found", "provisional")}
     held = _tensor_bytes(own)
     if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:

@@ -1,10 +1,10 @@
 """
-Codes <-> bytes, exactly and with no wasted bit.
+Packs codes into bytes and unpacks them, exactly and without wasted bits.
 
-A code of b bits is cut into fields of 8, 4, 2 and 1 bits, widest first (3 = 2 + 1), the lowest bits of the code in the
-widest field. Fields of one width form a plane. Tokens come in blocks of 128; within a
-block keys lie token by token (scores read a key's row), values lie dimension by dimension along the tokens (the
-weighted sum reads a dimension's row). Shapes of one block, D = head_dim:
+A code of b bits is split into fields of 8, 4, 2 and 1 bits, widest first (3 = 2 + 1); the lowest bits of the code are
+in the widest field. Fields of one width form a plane. Tokens come in blocks of 128. Within a block, keys are stored
+token by token (scores read a key's row) and values dimension by dimension along the tokens (the weighted sum reads a
+dimension's row). Shapes of one block, D = head_dim:
 
     field    keys          values         bytes of one vector
     8 bits   [128, D]      [D, 128]       D
@@ -24,8 +24,8 @@ Values (word j, four bytes little-endian, of the row of dim d):
     1 bit    row d holds dims d and d + D/2. The token at position p of the 2-bit plane has, in nibble p div 2,
              bit 2 + p mod 2 for dim d and bit p mod 2 for dim d + D/2
 
-With these orders a kernel turns a 32-bit word into matrix operands by byte look-ups alone; the 1-bit plane is shaped
-so that one of its words belongs to two words of the 2-bit plane.
+These orders let a kernel turn a 32-bit word into matrix operands by byte look-ups alone. The 1-bit plane is shaped so
+that each of its words belongs to two words of the 2-bit plane.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Field:
-    """Where the `width`-bit fields of one block `[128, head_dim]` go: a permutation, as a view and back."""
+    """The positions of the `width`-bit fields of one block `[128, head_dim]`, as a permutation of axes."""
 
     width: int
     split: Callable[[int], tuple[int, ...]]  # the block seen with one axis for each index of the bit picture
@@ -47,7 +47,7 @@ class Field:
     flip: int | None = None  # the axis that runs backwards
 
 
-# the axes of a split are named after the bit pictures above: t = token, r = row, h = half of the tokens or dims,
+# The axes of a split are named after the bit pictures above: t = token, r = row, h = half of the tokens or dims,
 # b = byte, i = position, j = word, o = quarter of the tokens (o = 2 oh + ol, i = 2 ih + il)
 _KEYS = {
     8: Field(8, lambda d: (128, d, 1), (0, 1, 2), lambda d: (128, d)),

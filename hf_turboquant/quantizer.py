@@ -1,4 +1,4 @@
-"""Quantizer: what it takes to turn the keys or the values of one layer into codes and back."""
+"""Quantizer: everything needed to encode and decode the keys or the values of one layer."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +14,7 @@ from .search import ANNEALINGS, MAX_SEARCHED_BITS, STRETCHES, Annealing
 from .sketch import sketch_matrix
 from .storage import TokenBuffer
 
-# a two-byte scale costs under .1 % of the distortion up to 4 bits, but 6 % of it at 8
+# Rounding scales to two bytes adds under 0.1 % to the distortion up to 4 bits, but 6 % at 8.
 TWO_BYTE_SCALE_BITS = 4
 
 
@@ -34,30 +34,31 @@ class Quantizer:
     and x̂ = A⁻¹ ẑ + μ. Scores need no x̂: ⟨q, x̂⟩ = ⟨A⁻ᵀ q, ẑ⟩ + ⟨q, μ⟩, and softmax ignores the last term.
 
     Algorithms 1 and 2 take the codes nearest to y and, with the Gaussian sketch, the signs of S r, r = y - c[codes].
-    Rescaled codes are, of the nearest to αy for all `stretches` α, those with the largest cosine.
+    For rescaled codes, αy is rounded to the nearest levels for every α in `stretches`, and the codes with the largest
+    cosine win.
 
     With the orthogonal sketch, codes and signs are chosen together: levels in one orthonormal basis and signs in
-    another are an additive vector quantiser. Given the signs the best codes are a rounding, given the codes the best
-    signs are those of S (y - c); `annealing` alternates between both, softly at first. (s, ρ) are the least-squares
-    scales of the two parts, multiplied so that ⟨ẑ, z⟩ = |z|². At 2 and 3 bits, and at 4 from head_dim 128 on, the bit
-    of the sketch is then worth more than another bit of codes.
+    another form an additive vector quantiser. Given the signs, the best codes come from rounding; given the codes, the
+    best signs are those of S (y - c). `annealing` alternates between both, softly at first. (s, ρ) are the
+    least-squares scales of the two parts, multiplied so that ⟨ẑ, z⟩ = |z|². At 2 and 3 bits, and at 4 from head_dim
+    128 on, the bit of the sketch is then worth more than another bit of codes.
 
-    Rescaled and jointly chosen codes stay unbiased whatever the search finds: what ẑ has beside z has no preferred
-    direction under a random rotation.
+    Rescaled and jointly chosen codes stay unbiased whatever the search finds: under a random rotation, the component
+    of ẑ that is orthogonal to z has no preferred direction.
 
     Args:
-        role (`str`): `"keys"` or `"values"`; also the packing layout.
+        role (`str`): `"keys"` or `"values"`; also selects the packing layout.
         nbits (`int`): bits of one coordinate, sketch included.
         estimator (`str`): `"qjl"`, `"rescaled"` or `"mse"`.
         codebook (`Codebook`): of `code_bits` bits.
         centroids, boundaries, ranks_to_codes (`torch.Tensor`): the codebook on the device, fp32, fp32, uint8.
         transform (`torch.Tensor` of shape `[1 or num_key_value_heads, head_dim, head_dim]`, fp32): A.
-        dual (`torch.Tensor`, same shape, fp32): A⁻ᵀ, what queries go through.
+        dual (`torch.Tensor`, same shape, fp32): A⁻ᵀ, applied to queries.
         sketch (`torch.Tensor` of shape `[head_dim, head_dim]`, fp32, *optional*): κS or S/√d, with `"qjl"` only.
         mean (`torch.Tensor` of shape `[1 or num_key_value_heads, 1, head_dim]`, fp32, *optional*): μ; `None` is zero.
-        scale (`torch.Tensor`, same shape, fp32, *optional*): a factor of every channel, before A: see `conditioning`.
-        stretches (`tuple[float, ...]`): factors of y of which the best is taken before rounding, see above.
-        annealing (`Annealing`, *optional*): how codes and signs are chosen together, where they are.
+        scale (`torch.Tensor`, same shape, fp32, *optional*): one factor per channel, before A: see `conditioning`.
+        stretches (`tuple[float, ...]`): factors of y to try before rounding, see above.
+        annealing (`Annealing`, *optional*): how codes and signs are chosen together, if they are.
     """
 
     role: str
@@ -78,8 +79,8 @@ class Quantizer:
     @classmethod
     def create(cls, config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device=None) -> "Quantizer":
         """
-        The quantizer of one layer: the same for equal (`config.seed`, `layer_idx`, `role`, `head_dim`), whatever the
-        device and process. Caches share it.
+        The quantizer of one layer: equal for equal (`config.seed`, `layer_idx`, `role`, `head_dim`) on every device
+        and in every process. Caches share it.
 
         Raises:
             `ValueError`: `head_dim` is under 16 or not a multiple of 8.
@@ -105,12 +106,12 @@ class Quantizer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the constants, those that are one tensor counted once."""
+        """Bytes of the constants; a tensor that serves as several of them counts once."""
         tensors = {id(t): t.nbytes for t in self.__dict__.values() if isinstance(t, torch.Tensor)}
         return sum(tensors.values())
 
     def buffer_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of one block of everything that is stored: see `packing` for the planes."""
+        """Dtype and shape of one block of every stored tensor: see `packing` for the planes."""
         shapes = {
             name: (torch.uint8, shape) for name, shape in plane_shapes(self.nbits, self.role, self.head_dim).items()
         }
@@ -125,19 +126,19 @@ class Quantizer:
         return TokenBuffer(self.buffer_shapes(), BLOCK, batch, heads, self.transform.device)
 
 
-# a prefill of another sequence finds what the last one made: drawing matrices takes longer than quantising with them
+# Kept for the prefill of the next sequence, because drawing matrices takes longer than quantising with them.
 @lru_cache(maxsize=1024)
 def _create(nbits, estimator, sketch, rotation, seeds, role, head_dim, device) -> Quantizer:
     joint = estimator == "qjl" and sketch == "orthogonal"
     if joint and nbits > MAX_SEARCHED_BITS:
-        # a sketch has nothing to add to 8 bits
+        # A sketch would not improve 8 bits.
         joint, estimator = False, "rescaled"
     code_bits = nbits - (estimator == "qjl")
     codebook = lloyd_max(code_bits, head_dim)
     plane_shapes(nbits, role, head_dim)
-    # numpy draws the same stream on every machine; torch's generators differ between devices
+    # numpy draws the same stream on every machine; torch's generators differ between devices.
     generator = np.random.default_rng(seeds)
-    # ordinary tensors, also if the first prefill runs in inference mode
+    # Ordinary tensors even if the first prefill runs in inference mode.
     with torch.inference_mode(False):
         matrix = _tensor(rotation_matrix(rotation, head_dim, generator)[None], device)
         return Quantizer(
@@ -149,7 +150,7 @@ def _create(nbits, estimator, sketch, rotation, seeds, role, head_dim, device) -
             boundaries=_tensor(codebook.boundaries, device),
             ranks_to_codes=torch.from_numpy(codebook.ranks_to_codes).to(device),
             transform=matrix,
-            # the inverse transpose of a rotation is itself
+            # A rotation is its own inverse transpose.
             dual=matrix,
             sketch=_tensor(sketch_matrix(sketch, head_dim, generator), device) if estimator == "qjl" else None,
             stretches=STRETCHES if estimator == "rescaled" and nbits <= MAX_SEARCHED_BITS else (),

@@ -1,4 +1,4 @@
-"""Saving: a cache as a folder of one safetensors and one json file; no pickle, nothing half written or half read."""
+"""Saves a cache as a folder of one safetensors and one json file: no pickle, nothing half written or half read."""
 
 import hashlib
 import json
@@ -25,39 +25,39 @@ from .static import TurboQuantStaticLayer
 
 FORMAT, FORMAT_VERSION = "hf_turboquant cache", 3
 HEADER, TENSORS = "cache.json", "cache.safetensors"
-# what a saved cache says of its model, to be told from another
+# What a saved cache records of its model, to recognise it.
 MODEL_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
 MODEL_FIELDS += ("head_dim", "vocab_size", "layer_types")
-# what makes a layer and tells it from others of its kind; and what a layer has from its first tokens on
+# Arguments that make a layer and distinguish it from others of its kind; then what it has from its first tokens on.
 ARGUMENTS = ("sliding_window", "number_of_states", "max_cache_len")
 FIRST_TOKENS = {"dtype", "device", "indexer_dtype", "indexer_device"}
 FIRST_TOKENS |= {"batch_size", "num_heads", "k_head_dim", "v_head_dim"}
-# the layers that can be saved: ours and those of transformers; what models bring along may keep anything
+# Only our layers and those of transformers can be saved; layers that models define may keep anything.
 _THEIRS = {*cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values(), *cache_utils.STATIC_LAYER_TYPE_MAPPING.values()}
 _THEIRS = {kind for kind in _THEIRS if kind.__module__ == cache_utils.__name__}
 _OURS = {TurboQuantLayer, TurboQuantStaticLayer, TurboQuantHybridLayer, StaticSlidingLayer}
 SAVED_LAYERS = {kind.__name__: kind for kind in _THEIRS | _OURS}
-# what conditioning leaves of itself in the keys' quantiser, by its outcome
+# What each outcome of conditioning adds to the keys' quantiser.
 CONDITIONED = {"center": {"mean"}, "attention": {"mean", "scale"}}
 
 
 def save_cache(cache, folder: str | Path) -> None:
-    """[`TurboQuantCache.save_pretrained`]: everything goes to a folder beside `folder`, which then takes its name."""
+    """[`TurboQuantCache.save_pretrained`]: writes to a new folder beside `folder`, then renames it to `folder`."""
     folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {HEADER, TENSORS}):
         raise ValueError(
             f"`folder` must be new, empty or a saved cache, got {folder}, which holds something else. Name another."
         )
     if folder.exists() and any(folder.iterdir()):
-        # raises unless it is ours
+        # Raises unless it is ours.
         _read_header(folder)
     tensors: dict[str, torch.Tensor] = {}
     layers = [_encode(_state(layer, index), f"layers.{index}", tensors) for index, layer in enumerate(cache.layers)]
-    # the package imports this file before it knows its version
+    # The package imports this file before it defines its version.
     from . import __version__
 
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "hf_turboquant": __version__}
-    # negative indices need a model to count from its end
+    # Negative indices could not be resolved without a model.
     header["options"] = {**asdict(cache.options), "skip_layers": sorted(cache.skipped)}
     header |= {"model": cache.model_fields, "layers": layers}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def save_cache(cache, folder: str | Path) -> None:
         header["tensors_sha256"] = _tensors_sha256(new)
         header["sha256"] = _sha256(header)
         (new / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
-        # safetensors makes files that only their owner can read
+        # safetensors makes files that only their owner can read.
         shutil.copymode(new / HEADER, new / TENSORS)
         if folder.exists():
             folder.rename(old)
@@ -82,7 +82,7 @@ def save_cache(cache, folder: str | Path) -> None:
 
 @torch.inference_mode(False)
 def load_cache(cls, folder: str | Path, config: PreTrainedConfig | None, device: torch.device | str | None):
-    """[`TurboQuantCache.from_pretrained`]. Tensors are ordinary ones, whatever mode this is called in."""
+    """[`TurboQuantCache.from_pretrained`]. Makes ordinary tensors, even in inference mode."""
     folder, device = Path(folder), torch.device(device or "cpu")
     header = _read_header(folder)
     if header["format_version"] < FORMAT_VERSION:
@@ -95,10 +95,10 @@ def load_cache(cls, folder: str | Path, config: PreTrainedConfig | None, device:
             raise ValueError(f"{TENSORS} must have the sha256 {header['tensors_sha256']}, got {found}")
         tensors = load_file(folder / TENSORS)
         options = TurboQuantConfig(**header["options"])
-        # layers come from the folder: a capacity would ask for the model's config to make them
+        # The layers come from the folder: with a capacity, the cache would need the model's config to make them.
         cache = cls(None, **asdict(replace(options, max_cache_len=None)))
         cache.options, cache.model_fields = options, header["model"] and dict(header["model"])
-        # one layer after the other goes to the device
+        # Layers go to the device one by one.
         cache.layers = [
             _new_layer(options, index, **_decode(state, tensors, device))
             for index, state in enumerate(header["layers"])
@@ -111,8 +111,8 @@ def load_cache(cls, folder: str | Path, config: PreTrainedConfig | None, device:
 
 
 def model_fields(config: PreTrainedConfig) -> dict:
-    """What tells a model from another, as json has it."""
-    # not by attribute: where layers differ, the config refuses to name one value for all of them
+    """The fields that distinguish a model from others, as json represents them."""
+    # Not by attribute: if layers differ, the config refuses to give one value for all of them.
     text = config.get_text_config(decoder=True).to_dict()
     return json.loads(json.dumps({name: text.get(name) for name in MODEL_FIELDS}, default=str))
 
@@ -123,7 +123,7 @@ def _check_model(cache, folder: Path, config: PreTrainedConfig) -> None:
 
     fields, count = model_fields(config), len(DynamicCache(config=config).layers)
     compared = [(name, held, fields.get(name)) for name, held in (cache.model_fields or {}).items()]
-    # fields come and go between releases of transformers
+    # Fields come and go between releases of transformers.
     compared = [pair for pair in compared if None not in pair] + [("number of layers", len(cache.layers), count)]
     if len(cache.layers) == count:
         pairs = zip(cache.layers, type(cache)(config, **asdict(cache.options)).layers, strict=True)
@@ -137,7 +137,7 @@ def _check_model(cache, folder: Path, config: PreTrainedConfig) -> None:
 
 
 def _state(layer, index: int) -> dict:
-    """Kind, fields and tokens of a layer, once all of these have come to where the layer keeps them."""
+    """Kind, fields and tokens of a layer, after all of them have been stored where the layer keeps them."""
     if SAVED_LAYERS.get(type(layer).__name__) is not type(layer):
         raise ValueError(
             f"Every layer must be one of {sorted(SAVED_LAYERS)} to be saved, got {type(layer).__name__} at "
@@ -147,7 +147,7 @@ def _state(layer, index: int) -> dict:
     if isinstance(layer, TurboQuantLayer):
         layer.come_to_rest()
         layer.measure()
-        # of a recurrent part all; the rest is tokens or made anew
+        # Everything of a recurrent part; the rest is tokens or is made again.
         kept = {"frequencies", *vars(cache_utils.LinearAttentionLayer())}
         fields = {name: value for name, value in fields.items() if name in kept}
         tokens = _tokens(layer) if layer.is_initialized else None
@@ -155,16 +155,16 @@ def _state(layer, index: int) -> dict:
 
 
 def _tokens(layer: TurboQuantLayer) -> dict:
-    """What `_restore` takes."""
+    """The arguments of `_restore`."""
     length, quantized = layer.length, layer.codes["keys"].length
     condition, provisional = layer.condition, getattr(layer, "provisional", None)
-    # a static layer knows before the first code what would hold for it
+    # A static layer knows before the first code how it would be conditioned.
     provisional = outcome(provisional) if condition is None and provisional is not None else None
-    # where statistics were degenerate, what is there changes nothing
+    # If the statistics were degenerate, the mean and scale held change nothing.
     kept = CONDITIONED.get(condition or provisional, ())
 
     def stored(role: str) -> dict[str, torch.Tensor]:
-        # in the order of the sequence; slots that hold no token stay behind
+        # In sequence order, without the slots that hold no token.
         sinks, buffer = min(layer.config.sink_length, length), layer.codes[role]
         exact = [*layer.exact.pieces(role, 0, sinks), *layer.exact.pieces(role, sinks + quantized, length)]
         codes = {name: tensor[:, :, : -(-quantized // buffer.block)] for name, tensor in buffer.tensors.items()}
@@ -183,9 +183,9 @@ def _tokens(layer: TurboQuantLayer) -> dict:
 
 
 def _new_layer(options: TurboQuantConfig, index: int, kind: str, fields: dict, tokens: dict | None):
-    """A layer in the state that `_state` told; `ValueError` if that contradicts itself or the options."""
+    """Makes a layer from what `_state` returned; raises a `ValueError` if that contradicts itself or the options."""
     kind, given = SAVED_LAYERS[kind], {name: fields[name] for name in ARGUMENTS if name in fields}
-    # the window of a layer of static capacity is that capacity
+    # The window of a layer of static capacity is that capacity.
     theirs = {"sliding_window": given.get("max_cache_len"), **given}
     layer = kind(options, index, **given) if issubclass(kind, TurboQuantLayer) else kind(**theirs)
     for name, value in fields.items():
@@ -193,7 +193,7 @@ def _new_layer(options: TurboQuantConfig, index: int, kind: str, fields: dict, t
             raise ValueError(f"{kind.__name__} must have a field `{name}`, and has none in this transformers")
         setattr(layer, name, value)
     if options.max_cache_len is not None:
-        # CUDA graphs need not copy what stays where it is
+        # CUDA graphs need not copy tensors with a static address.
         for tensor in tree_leaves(fields):
             if isinstance(tensor, torch.Tensor):
                 torch._dynamo.mark_static_address(tensor)
@@ -216,7 +216,7 @@ def _restore(layer, length, quantized, stored, condition, provisional, learned, 
         expected["exact"] = layer.dtype, (batch, heads, length - quantized, layer.exact[role].shape[3])
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored[role].items()}
         _must(found == expected, f"tokens of {role}", found)
-        # another machine's rounding passes, another stream does not
+        # Tolerates the rounding of another machine, but not another random stream.
         probes = zip(constants[role], _probe(layer.quantizers[role]), strict=True)
         same = all(abs(held - made) < 1e-3 for held, made in probes)
         _must(same, f"rotation and codebook of {role}", "others from the same seed")
@@ -240,7 +240,7 @@ def _restore(layer, length, quantized, stored, condition, provisional, learned, 
 
 
 def _probe(quantizer) -> list[float]:
-    """A few sums that change with any number of the rotation, the sketch or the codebook: a rough checksum."""
+    """A rough checksum: a few sums that depend on every number of the rotation, the sketch and the codebook."""
     x = torch.arange(1, quantizer.head_dim + 1, dtype=torch.float64).cos()
     matrices = [m.double().cpu() for m in (quantizer.transform[0], quantizer.sketch) if m is not None]
     centroids = quantizer.centroids.double().cpu()
@@ -253,13 +253,13 @@ def _must(holds: bool, what: str, got) -> None:
 
 
 def _encode(tree, name: str, tensors: dict[str, torch.Tensor]):
-    """`tree` as json; its tensors go to `tensors` by name."""
+    """Encodes `tree` as json and adds its tensors to `tensors` by name."""
     if isinstance(tree, dict):
         return {key: _encode(value, f"{name}.{key}", tensors) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_encode(value, f"{name}.{index}", tensors) for index, value in enumerate(tree)]
     if isinstance(tree, torch.Tensor):
-        # a copy, because safetensors refuses tensors that share memory
+        # A copy, because safetensors refuses tensors that share memory.
         tensors[name] = tree.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
         return f"$tensor {name}"
     if isinstance(tree, (torch.dtype, torch.device)):
@@ -271,20 +271,20 @@ def _encode(tree, name: str, tensors: dict[str, torch.Tensor]):
 
 def _decode(tree, tensors: dict[str, torch.Tensor], device: torch.device):
     if isinstance(tree, dict):
-        # recurrent states are counted; json has no integers for keys
+        # Recurrent states have integer keys, which json turns into strings.
         return {int(k) if k.isdigit() else k: _decode(value, tensors, device) for k, value in tree.items()}
     if isinstance(tree, list):
         return [_decode(value, tensors, device) for value in tree]
     what, _, name = tree.partition(" ") if isinstance(tree, str) else (None, None, None)
     if what == "$tensor":
-        # out of the file's memory, where tensors may begin at odd bytes
+        # A copy, because tensors in the file's memory may begin at odd bytes.
         return tensors[name].to(device, copy=True)
     return getattr(torch, name) if what == "$dtype" else device if what == "$device" else tree
 
 
 @contextmanager
 def _refusing(folder: Path) -> Iterator[None]:
-    """What wrong contents lead to becomes one error; a machine out of memory or without a device keeps its own."""
+    """Turns all errors from wrong contents into one; errors for lack of memory or a device stay as they are."""
     try:
         yield
     except (ValueError, OSError, LookupError, TypeError, AttributeError, SafetensorError) as error:

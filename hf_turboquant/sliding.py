@@ -6,14 +6,14 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 
 class StaticSlidingLayer(StaticSlidingWindowLayer):
     """
-    As `StaticSlidingWindowLayer`. Its step over a full window makes an index on the host, which torch.compile takes for
-    a constant, and which no graph can copy to the device.
+    Like `StaticSlidingWindowLayer`, whose step over a full window makes an index on the host. torch.compile treats that
+    as a constant, but a plain CUDA graph cannot copy it to the device.
     """
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As there; states are of shape `[batch, num_key_value_heads, tokens, head_dim]`."""
+        """As in the base class; states have shape `[batch, num_key_value_heads, tokens, head_dim]`."""
         full = self.is_initialized and self.cumulative_length_int >= self.max_cache_len
         if torch.compiler.is_compiling() or not full or key_states.shape[2] != 1:
             return super().update(key_states, value_states, *args, **kwargs)

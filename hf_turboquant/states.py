@@ -14,7 +14,7 @@ from .storage import TokenBuffer, ring_runs
 
 logger = logging.getLogger(__name__)
 
-# what can be asked of a handle without reading a single code
+# What a handle can answer without reading a single code.
 _METADATA = {
     getattr(torch.Tensor, name).__get__
     for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_nested")
@@ -27,24 +27,25 @@ _METADATA = {
 @dataclass(eq=False)
 class LayerStates:
     """
-    What attention reads of one layer, as of one update: exact sinks, then the codes, then exact recent tokens.
+    What attention reads of one layer after one update: exact sinks, then the codes, then exact recent tokens.
 
-    Exact tokens lie in slots: the sinks in the first `sink_length`, the recent ones behind them in a ring of `ring`
+    Exact tokens are in slots: the sinks in the first `sink_length` slots, then the recent tokens in a ring of `ring`
     slots, the oldest of them at ring slot `phase`.
 
     Args:
         quantizers (`dict[str, Quantizer]`), codes (`dict[str, TokenBuffer]`):
-            By role, `"keys"` and `"values"`. How many codes there are, `quantized` says.
+            By role, `"keys"` and `"values"`. `quantized` is the number of codes to read.
         exact (`dict[str, torch.Tensor]`): by role, of shape `[batch, num_key_value_heads, slots, head_dim]`.
-        kv_len (`int`), quantized (`int`): tokens in all, and those in codes.
-        backend (`str`): who computes: see [`TurboQuantConfig`].
+        kv_len (`int`), quantized (`int`): the number of all tokens, and of those in codes.
+        backend (`str`): `"auto"`, `"triton"` or `"torch"`: see [`TurboQuantConfig`].
         counters (`torch.Tensor`, *optional*):
-            With a static capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 2]`: of keys and
-            of values, the tokens in all and those quantised. `kv_len` and `quantized` are their bounds then.
-        plans (`Plans`, *optional*): of the layer, for the launches.
+            With a static capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 2]`: for keys
+            and for values, the number of all tokens and of quantised ones. `kv_len` and `quantized` are upper bounds
+            in that case.
+        plans (`Plans`, *optional*): the layer's plans for launches.
         newest (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
-            Key and value of the last token, of shape `[batch, num_key_value_heads, 1, head_dim]`, while they are
-            nowhere else: the kernels append them on their way to attention, everything else by [`settle`].
+            Key and value of the last token, of shape `[batch, num_key_value_heads, 1, head_dim]`, while they are not
+            stored yet: the attention kernels append them, all other readers call [`settle`] first.
         leaving (`int`): tokens that `newest` pushes out of the recent window: 1 or 0.
     """
 
@@ -63,7 +64,7 @@ class LayerStates:
     leaving: int = 0
 
     def measured(self) -> "LayerStates":
-        """The same states with their lengths on the host: waits for the device if they are not there yet."""
+        """The same states with their lengths on the host; waits for the device if they are only there."""
         if self.counters is None:
             return self
         if self.counters.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -84,7 +85,7 @@ class LayerStates:
         return replace(self, kv_len=kv_len, quantized=quantized, phase=phase, counters=None)
 
     def settle(self) -> None:
-        """Appends the newest token, if attention has not done so."""
+        """Appends the newest token if attention has not done so."""
         if self.newest is not None:
             before = replace(self, kv_len=self.kv_len - 1, quantized=self.quantized - self.leaving, newest=None)
             ops.append(before, *self.newest)
@@ -96,7 +97,7 @@ class LayerStates:
         return self.sink_length + self.quantized
 
     def exact_runs(self) -> list[tuple[int, slice]]:
-        """The exact tokens as (position of the first, slots), a few runs in the order of the sequence."""
+        """The exact tokens as a few runs (position of the first token, slots) in sequence order."""
         sinks = min(self.sink_length, self.kv_len)
         runs = [(0, slice(0, sinks))] if sinks else []
         position = self.recent_start
@@ -110,7 +111,7 @@ class LayerStates:
         return batch, heads, self.kv_len, head_dim
 
     def same_tokens(self, other: "LayerStates") -> bool:
-        """Whether both read the same tensors: cross-attention asks a layer for its keys and its values one by one."""
+        """Whether both read the same tensors: cross-attention asks a layer for keys and values separately."""
         return (
             (self.kv_len, self.phase) == (other.kv_len, other.phase)
             and self.exact is other.exact
@@ -138,11 +139,11 @@ class LayerStates:
 @dataclass(frozen=True, eq=False)
 class ExactStates:
     """
-    All tokens of a layer while none is quantised, and the layer waits for the query that attends to them.
+    All tokens of a layer while none is quantised and the layer waits for the query that attends to them.
 
     Args:
         exact (`dict[str, torch.Tensor]`): by role, of shape `[batch, num_key_value_heads, kv_len, head_dim]`.
-        observe (`Callable`): told the query and the attention mask, or `None` twice if they cannot be seen.
+        observe (`Callable`): called with the query and the attention mask, or with `None` twice if they are unknown.
     """
 
     exact: dict[str, torch.Tensor]
@@ -159,17 +160,17 @@ class ExactStates:
 class QuantizedStates(torch.Tensor):
     """
     Stands for the keys or the values of a layer: a tensor of shape `[batch, num_key_value_heads, kv_len, head_dim]`
-    in the model's dtype, of which only the codes exist, or whose quantising waits for the query that attends to it.
-    Valid until the layer's next update.
+    in the model's dtype, of which only the codes exist, or which is quantised once a query has attended to it. Valid
+    until the layer's next update.
 
-    Shape, dtype and device are answered as they are. `scaled_dot_product_attention` with both handles runs on the
-    codes; the repetition of KV heads that transformers may do before it (index, expand, reshape) yields a handle
-    again. Any other operation works on the dequantised tensor, made for that operation alone.
+    Shape, dtype and device are those of that tensor. `scaled_dot_product_attention` with both handles runs on the
+    codes; repeating KV heads as transformers may do before it (index, expand, reshape) returns a handle. Any other
+    operation runs on a dequantised tensor, made for that operation alone.
 
     Args:
         states (`LayerStates` or `ExactStates`): what the layer holds.
         role (`str`): `"keys"` or `"values"`.
-        repeats (`int`): every head stands for so many consecutive query heads.
+        repeats (`int`): number of consecutive query heads that share each head.
         shape (`tuple[int, ...]`, *optional*): while heads are being repeated, the shape of that step.
     """
 
@@ -185,7 +186,7 @@ class QuantizedStates(torch.Tensor):
 
     @property
     def shape(self) -> torch.Size:
-        """As of a tensor; asked for several times a step, so not by way of `__torch_function__`."""
+        """Shape of the tensor; read several times a step, so it bypasses `__torch_function__`."""
         return self._shape
 
     def dequantize(self) -> torch.Tensor:
@@ -224,7 +225,7 @@ class QuantizedStates(torch.Tensor):
             if call is not None:
                 call["states"].observe(call["query"], call["attention_mask"])
         elif func is torch.Tensor.to and isinstance(args[0], cls):
-            # models that share a layer's states move them to where they are already
+            # Models that share a layer's states move them to the device that they are already on.
             like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
             if like.to(*args[1:], **kwargs) is like:
                 return args[0]
@@ -236,7 +237,7 @@ class QuantizedStates(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        # reached where torch's C++ side skips the function override
+        # Reached where torch's C++ side skips the function override.
         return _call_plain(func, args, kwargs or {})
 
     def _repeat_step(self, func, args) -> "QuantizedStates | None":
@@ -264,7 +265,7 @@ class QuantizedStates(torch.Tensor):
 
 
 def are_pair(key, value) -> bool:
-    """Whether these are the handles of the keys and the values of the same tokens, as they came from the cache."""
+    """Whether these are the handles of the keys and values of the same tokens, as the cache returned them."""
     if not isinstance(key, QuantizedStates) or not isinstance(value, QuantizedStates):
         return False
     if key.role != "keys" or value.role != "values":
@@ -284,14 +285,14 @@ def _attention_call(
     """Arguments of `ops.attention` for a call of torch's attention, or `None` if only plain tensors will do."""
     if not are_pair(key, value):
         return None
-    # torch aligns `is_causal` with the first key, so with codes it never means what a cache means
+    # torch aligns `is_causal` with the first key, which is never what a caller with cached tokens needs.
     codes = isinstance(key.states, LayerStates)
     if (codes and (dropout_p or is_causal)) or isinstance(query, QuantizedStates) or query.dim() != 4:
         return None
-    # while heads are being repeated
+    # Heads are being repeated.
     if len(key.shape) != 4:
         return None
-    # torch lets all queries share a single head of keys
+    # torch lets all query heads share a single KV head.
     if not enable_gqa and key.shape[1] not in (1, query.shape[1]):
         return None
     return {
@@ -313,7 +314,7 @@ def _log_dequantize(operation: str) -> None:
 
 
 def _call_plain(func, args, kwargs):
-    """`func` with plain tensors in place of the handles: whoever waits for a query learns that none was seen."""
+    """Calls `func` with plain tensors in place of handles; layers that wait for a query are told that none was seen."""
 
     def plain(handle: QuantizedStates) -> torch.Tensor:
         if isinstance(handle.states, ExactStates):
@@ -323,7 +324,7 @@ def _call_plain(func, args, kwargs):
         return handle.dequantize()
 
     def replaced(item):
-        # most arguments are no trees, and looking for handles in trees takes longer than the rest
+        # Most arguments are not trees, and searching a tree takes longer than everything else here.
         if isinstance(item, (tuple, list, dict)):
             return tree_map_only(QuantizedStates, plain, item)
         return plain(item) if isinstance(item, QuantizedStates) else item

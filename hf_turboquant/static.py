@@ -1,4 +1,4 @@
-"""TurboQuantStaticLayer: a layer of static capacity, whose decode step asks the host for nothing."""
+"""TurboQuantStaticLayer: a layer of static capacity, whose decode step needs nothing from the host."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,10 @@ from .states import LayerStates, QuantizedStates
 from .storage import SlotBuffer
 from .traced import TracedStates, append, seq_length
 
-# of the arena; made anew with it
+# Attributes that are views of the arena and are made again with it.
 _VIEWS = {"states", "quantizers", "codes", "exact"}
 
-# so many tokens are a step: a token of a compiled model, or those that a draft proposes
+# Most tokens of a step: one token of a compiled model, or those that a draft proposes.
 STEP_TOKENS = 16
 
 _NOT_COMPILED = (
@@ -26,36 +26,37 @@ _NOT_COMPILED = (
 
 class TurboQuantStaticLayer(TurboQuantLayer):
     """
-    As [`TurboQuantLayer`], with room for `config.max_cache_len` tokens, taken at once and kept by `reset`.
+    Like [`TurboQuantLayer`], with a capacity of `config.max_cache_len` tokens, allocated at once and kept by `reset`.
 
-    Steps of one token, or a few, do the same work at every length and find both lengths in device memory, so that
-    `torch.compile` and CUDA graphs can take them, and nobody waits where neither does; all other updates go the way of
-    the base class, which needs the lengths on the host. There, `most_tokens` bounds them meanwhile: whoever replays a
-    graph tells by `count`, and `measure` fetches them.
+    Steps of one or a few tokens do the same work at every length and read both lengths from device memory, so that
+    `torch.compile` and CUDA graphs can hold them, and eager steps need not wait for the device. All other updates use
+    the base class, which needs the lengths on the host. Between them `most_tokens` is an upper bound on the host:
+    callers that replay a graph must call `count`, and `measure` fetches the exact lengths.
 
     Args:
-        config (`TurboQuantConfig`): with `max_cache_len`.
+        config (`TurboQuantConfig`): must have a `max_cache_len`.
         layer_idx (`int`): index of the layer in the model; seeds its rotations.
     """
 
-    # here too: a compiled step checks what it has read, and looking up an inherited one takes longer than all the rest
+    # Repeated here because guards of a compiled step check it, and looking up an inherited attribute takes longer than
+    # all other checks.
     is_sliding = False
-    # the memory, and what is in it
+    # The memory, and a description of its contents.
     arena: torch.Tensor | None = None
     description: str | None = None
     states: LayerStates | None = None
-    # what conditioning would come to if the next token were quantised
+    # The outcome that conditioning would have if the next token were quantised.
     provisional: str | torch.Tensor | None = None
-    # no more tokens than these, with those of steps, which the length on the host does not have yet
+    # Upper bound of the tokens, including those of steps that the length on the host does not include yet.
     most_tokens: int = 0
-    # whether those of the next step are counted already, by `get_mask_sizes`
+    # Whether `get_mask_sizes` has already counted the tokens of the next step.
     announced: bool = False
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.max_cache_len = config.max_cache_len
-        # a longer chunk would be attended to after its own tokens have left the window
+        # Attention would read a longer chunk after some of its own tokens have left the window.
         self.step_tokens = max(1, min(STEP_TOKENS, config.residual_length))
-        # the torch reference asks the device for lengths, which no CUDA graph can
+        # The torch reference fetches lengths from the device, which a CUDA graph cannot do.
         self.is_compileable = config.backend != "torch" and {config.key_bits, config.value_bits} <= set(KERNEL_BITS)
         super().__init__(config, layer_idx)
 
@@ -63,10 +64,10 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         return f"{super().__repr__()[:-1]}, room for {self.max_cache_len:,} tokens)"
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Takes the memory, or takes it over from the sequence before; states are of shape `[batch, heads, T, D]`."""
+        """Allocates the memory, or reuses the previous sequence's; states have shape `[batch, heads, T, D]`."""
         device, description = key_states.device, describe(self.config, self.layer_idx, key_states, value_states)
         if self.arena is None or (self.description, self.arena.device) != (description, device):
-            # the old memory goes first
+            # Free the old memory first.
             self.arena = self.states = self.description = None
             self.arena, self.description = new_arena(description, device), description
         self._open()
@@ -78,7 +79,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         ops.warm(self.states)
 
     def _open(self) -> None:
-        """Makes views of the arena, with no token in them."""
+        """Makes views of the arena that hold no tokens yet."""
         self.states = open_arena(self.arena, self.description)
         self.quantizers = self.states.quantizers
         self.codes = {role: buffer.snapshot() for role, buffer in self.states.codes.items()}
@@ -88,7 +89,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.exact = SlotBuffer.over(self.states.exact, block=1, length=0, sinks=sinks, ring=ring)
 
     def __getstate__(self) -> dict:
-        # copies of views would no longer be views of the copied arena
+        # Copies of views would not be views of the copied arena.
         return {name: value for name, value in vars(self).items() if name not in _VIEWS}
 
     def __setstate__(self, state: dict) -> None:
@@ -103,11 +104,11 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        As [`TurboQuantLayer.update`]. A step, of a few tokens after the first ones, returns handles of `max_cache_len`
-        tokens, of which those that are not there yet are not seen.
+        Like [`TurboQuantLayer.update`]. A step (a few tokens after the first update) returns handles of
+        `max_cache_len` tokens; attention ignores those that do not exist yet.
 
         Raises:
-            `ValueError`: as there, or there is no room. The layer is left as it was.
+            `ValueError`: as there, or the capacity is used up. The layer is left unchanged.
         """
         step = self.is_initialized and self.pending is None and key_states.shape[2] <= self.step_tokens
         if torch.compiler.is_compiling() and step:
@@ -130,8 +131,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def count(self, tokens: int) -> None:
         """
-        Keeps the bound on the host after a step of `tokens` that the device has been given; whoever replays a CUDA
-        graph, in which no Python runs, calls it. What is captured is not counted: it has not been run.
+        Updates the bound on the host after a step of `tokens` was launched. Callers that replay a CUDA graph must call
+        it, because no Python runs within the graph. Captured steps are not counted: they have not run.
         """
         if self._is_capturing():
             return
@@ -144,8 +145,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def find_room(self, tokens: int) -> None:
         """
-        Before a step that has not been announced: raises a `ValueError` where there is no room for its tokens, and
-        waits for the length only where the bound leaves none.
+        Checks the capacity before a step that has not been announced: raises a `ValueError` if its tokens do not fit,
+        and waits for the exact length only if the bound says that they may not.
         """
         if self.announced or self._is_capturing():
             return
@@ -178,7 +179,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         super()._store(states, valid)
         if self.found is None:
-            # the next token may be quantised by a compiled step: what is known by then has to do
+            # A compiled step may quantise the next token: condition now on the tokens known so far.
             none = {role: self.exact[role][:, :, :0] for role in ROLES}
             _, self.provisional = self._conditioned(none, valid)
         self._write_lengths()
@@ -190,7 +191,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         return self.quantizers, found
 
     def _condition(self, mean: torch.Tensor | None, scale: torch.Tensor | None) -> None:
-        """Writes mean and scale to the arena; without them, those that change nothing."""
+        """Writes mean and scale to the arena; `None` stands for zero and one, which change nothing."""
         held = self.states.quantizers["keys"]
         if held.mean is not None:
             held.mean.copy_(torch.zeros_like(held.mean) if mean is None else mean)
@@ -198,7 +199,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     @torch.compiler.disable(reason=_NOT_COMPILED)
     def measure(self) -> None:
-        """Fetches the lengths from the device: steps change them there alone."""
+        """Fetches the lengths from the device: steps update only the copy there."""
         if not self.is_initialized:
             return
         states = self.states.measured()
@@ -217,7 +218,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     @property
     def condition(self) -> str | None:
-        """As [`TurboQuantLayer.condition`]: the step that quantised the first token may not have been looked at."""
+        """As [`TurboQuantLayer.condition`], after fetching lengths: a step may have quantised the first token."""
         self.measure()
         return super().condition
 
@@ -226,23 +227,23 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         return super()._states()
 
     def get_seq_length(self) -> int | torch.Tensor:
-        """Number of tokens held: as with transformers' static layers in device memory, once there are any."""
+        """Number of tokens held; once there are any, a tensor on the device, as in transformers' static layers."""
         if not self.is_initialized or self.pending is not None:
             return super().get_seq_length()
         if torch.compiler.is_compiling():
             return seq_length(self.arena, self.description)
-        # a copy: the next step counts on
+        # A copy, because the next step changes the counter.
         return self.states.counters[0, 0, 0].to(torch.int64)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of the mask of the next update, and the first one's position; all that there may be for a step."""
+        """Columns of the next update's mask (for a step, the whole capacity), and the position of the first column."""
         if not self.is_initialized or query_length > self.step_tokens:
             self.measure()
             self._check_room(query_length)
             return self.length + query_length, 0
         if not torch.compiler.is_compiling() and not self._is_capturing():
-            # `generate` asks before every compiled step, while the device has nothing to do: waiting for the length too
-            # would keep it so for longer
+            # `generate` asks before every compiled step, while the device is idle: waiting for the length would keep it
+            # idle for longer.
             self.announced = False
             self.find_room(query_length)
             self.most_tokens += query_length
@@ -250,12 +251,12 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         return self.max_cache_len, 0
 
     def get_max_length(self) -> int:
-        """Tokens that there is room for."""
+        """Capacity in tokens."""
         return self.max_cache_len
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, but for the mean and scale, which count as constants."""
+        """Bytes allocated, without the mean and scale, which count as constants."""
         keys = self.quantizers["keys"]
         return self.arena.nbytes - sum(t.nbytes for t in (keys.mean, keys.scale) if t is not None)
 
@@ -278,7 +279,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         exact = mapped[0]
         description = describe(self.config, self.layer_idx, exact["keys"], exact["values"])
         if description != self.description:
-            # another batch takes other memory
+            # Another batch size needs other memory.
             arena = new_arena(description, self.device)
             self.arena, self.description, quantized = arena, description, self.codes["keys"].length
             self._open()
@@ -292,12 +293,12 @@ class TurboQuantStaticLayer(TurboQuantLayer):
                 tensor.copy_(new[name])
 
     def offload(self) -> None:
-        """Refused: compiled steps have the addresses of this memory."""
+        """Raises a `ValueError`: compiled steps hold the addresses of this memory."""
         raise ValueError(
             "A cache with `max_cache_len` must stay on its device, got a call of `offload`. Leave `max_cache_len` out."
         )
 
 
 def _parts(states: LayerStates) -> list[dict[str, torch.Tensor]]:
-    """What is held of tokens, the batch in the first dimension: exact states first."""
+    """The tensors that hold tokens, with the batch in the first dimension; exact states come first."""
     return [states.exact, *(buffer.tensors for buffer in states.codes.values())]

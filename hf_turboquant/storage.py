@@ -1,4 +1,4 @@
-"""TokenBuffer: named tensors that grow by tokens, in place; SlotBuffer: the exact tokens among them."""
+"""TokenBuffer: named tensors that grow by tokens, in place. SlotBuffer: the same for exact tokens, in fixed slots."""
 
 import copy
 from collections.abc import Callable
@@ -11,19 +11,19 @@ class TokenBuffer:
     Named tensors of shape `[batch, heads, capacity / block, ...]` that hold `length` tokens.
 
     Codes come in blocks of 128 tokens, exact states in blocks of one. Appending writes into spare capacity; when that
-    is used up every tensor grows by 1/32, so a token is copied a constant number of times however long the sequence
-    gets. What lies beyond `length` is undefined.
+    is used up, every tensor grows by 1/32, so that each token is copied a constant number of times on average, however
+    long the sequence gets. Contents beyond `length` are undefined.
 
     Args:
         shapes (`dict[str, tuple[torch.dtype, tuple[int, ...]]]`): dtype and shape of one block of every tensor.
         block (`int`): tokens of one block.
-        batch, heads (`int`), device (`torch.device`): the leading dimensions and where the tensors live.
+        batch, heads (`int`), device (`torch.device`): the leading dimensions and the device of the tensors.
     """
 
     def __init__(self, shapes, block: int, batch: int, heads: int, device: torch.device):
         self.block = block
         self.length = 0
-        # ordinary tensors, also in inference mode: they are written to later, whatever mode that is in
+        # Ordinary tensors even in inference mode, because later writes may happen outside of it.
         with torch.inference_mode(False):
             self.tensors = {
                 name: torch.empty((batch, heads, 0, *shape), dtype=dtype, device=device)
@@ -32,7 +32,7 @@ class TokenBuffer:
 
     @classmethod
     def over(cls, tensors: dict[str, torch.Tensor], **fields) -> "TokenBuffer":
-        """A buffer over tensors that are there already; `fields` are the others, such as `block` and `length`."""
+        """A buffer over existing tensors; `fields` are its other attributes, such as `block` and `length`."""
         buffer = object.__new__(cls)
         vars(buffer).update(fields, tensors=tensors)
         return buffer
@@ -55,7 +55,7 @@ class TokenBuffer:
         return self.nbytes * self.length // self.capacity if self.capacity else 0
 
     def reserve(self, tokens: int, limit: int | None = None) -> None:
-        """Makes room for `tokens` tokens in all (at most `limit` are allocated). Nothing changes if memory runs out."""
+        """Grows to a capacity of `tokens` in all, allocating at most `limit`. If memory runs out, nothing changes."""
         if tokens <= self.capacity:
             return
         target = tokens + tokens // 32
@@ -71,19 +71,19 @@ class TokenBuffer:
         self.map(grow)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replaces every tensor by `function(tensor)`: reorder, select, repeat, move. All of them or none."""
+        """Replaces every tensor by `function(tensor)` (reorder, select, repeat, move): either all of them or none."""
         with torch.inference_mode(False):
             self.tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
 
     def snapshot(self) -> "TokenBuffer":
-        """The same tensors with a length of their own: later appends and moves don't show."""
+        """A buffer with the same tensors but its own length: it does not see later appends and moves."""
         return copy.copy(self)
 
 
 class SlotBuffer(TokenBuffer):
     """
-    Exact tokens in slots, one tensor for keys and one for values: the first `sinks` tokens stay in the first slots, the
-    others go round a ring of `ring` slots behind them.
+    Exact tokens in slots, one tensor for keys and one for values. The first `sinks` tokens stay in the first slots; the
+    others use the ring buffer of `ring` slots after them.
     """
 
     def __init__(self, shapes, batch: int, heads: int, device: torch.device, sinks: int, ring: int):
@@ -111,7 +111,7 @@ class SlotBuffer(TokenBuffer):
 
 
 def ring_runs(start: int, count: int, ring: int, offset: int) -> list[slice]:
-    """`count` slots of a ring of `ring` slots that begins at `offset`, from ring slot `start` on, as slices."""
+    """`count` slots, from ring slot `start` on, of the ring of `ring` slots that begins at `offset`, as slices."""
     head = min(count, ring - start)
     runs = [slice(offset + start, offset + start + head), slice(offset, offset + count - head)]
     return [run for run in runs if run.stop > run.start]

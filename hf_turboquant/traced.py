@@ -1,4 +1,4 @@
-"""What `torch.compile` sees of a layer of static capacity: three operators, and a handle that is no tensor."""
+"""What `torch.compile` sees of a layer of static capacity: three operators, and a handle that is not a tensor."""
 
 import torch
 
@@ -30,13 +30,13 @@ def attend(
     """[`ops.attention`] to the tokens of an arena."""
     options = {"scaling": scaling, "attention_mask": attention_mask, "softcap": softcap, "sinks": sinks}
     out = ops.attention(query, open_arena(arena, description), **options)
-    # the strides that were promised
+    # Return the strides that the fake implementation promises.
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @attend.register_fake
 def _(arena, description, query, scaling, attention_mask, softcap, sinks):
-    # nothing is opened here: what is made of pretended tensors must not be kept
+    # Do not open the arena here: views of fake tensors must not be kept.
     batch, heads, query_length, _ = query.shape
     return query.new_empty((batch, query_length, heads, head_dims(description)["values"])).transpose(1, 2)
 
@@ -62,12 +62,12 @@ _ONLY_ATTENTION = (
 class TracedStates:
     """
     Stands for keys or values of shape `[batch, num_key_value_heads, max_cache_len, head_dim]` while `torch.compile`
-    traces a model: as [`QuantizedStates`], but a plain object, which tracing follows. Only attention can be done to it.
+    traces a model. Like [`QuantizedStates`], but a plain object, which tracing can follow; it supports only attention.
 
     Args:
-        arena (`torch.Tensor`), description (`str`): of the layer.
+        arena (`torch.Tensor`), description (`str`): those of the layer.
         role (`str`): `"keys"` or `"values"`.
-        shape (`tuple[int, ...]`), dtype, device: as those of the tensor that it stands for.
+        shape (`tuple[int, ...]`), dtype, device: those of the tensor that it stands for.
     """
 
     def __init__(self, arena, description, role, shape, dtype, device):
@@ -77,7 +77,7 @@ class TracedStates:
     def _like(self, *shape) -> "TracedStates":
         return TracedStates(self.arena, self.description, self.role, shape, self.dtype, self.device)
 
-    # the steps of transformers' `repeat_kv`
+    # The steps of transformers' `repeat_kv`.
     def __getitem__(self, index) -> "TracedStates":
         batch, heads, kv_len, head_dim = self.shape
         return self._like(batch, heads, 1, kv_len, head_dim)
@@ -89,7 +89,7 @@ class TracedStates:
         return self._like(*shape)
 
     def size(self, dim: int | None = None):
-        """As of a tensor."""
+        """As `torch.Tensor.size`."""
         return self.shape if dim is None else self.shape[dim]
 
     def attend(self, query, scaling, attention_mask=None, softcap=None, sinks=None) -> torch.Tensor:
@@ -103,7 +103,7 @@ class TracedStates:
         raise ValueError(_ONLY_ATTENTION)
 
     def __getattr__(self, name: str):
-        # what eager attention does first is to transpose keys
+        # Eager attention ends up here, because it transposes the keys first.
         raise AttributeError(_ONLY_ATTENTION)
 
 

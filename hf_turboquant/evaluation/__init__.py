@@ -1,8 +1,8 @@
 """
-What a compressed cache does to a model, measured: `hf-turboquant evaluate`.
+Measures what a compressed cache does to a model: `hf-turboquant evaluate`.
 
     quality     perplexity, KL divergence and top-1 agreement of predictions made through the cache
-    needle      whether a fact hidden in a long text is found again
+    needle      whether the model finds a fact hidden in a long text
     fidelity    scores and outputs of attention, layer by layer
     claims      distortion, bias and variance of the method, on random vectors
 

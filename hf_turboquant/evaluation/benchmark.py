@@ -1,4 +1,4 @@
-"""Speed: how anything is timed here, one layer's cache in the shape of a model, and the model itself."""
+"""Speed: timing functions, times of one layer's cache in the shape of a model, and of the model itself."""
 
 import statistics
 import time
@@ -25,14 +25,14 @@ from .caches import label
 from .load import machine
 
 COLUMNS = ("context", "cache", "attention", "×", "GB/s", "of copy", "step", "×", "prefill")
-# the fastest that takes a call is the baseline
+# The fastest backend that supports a call is the baseline.
 FLASH, CUDNN, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 BACKENDS = (None, FLASH, CUDNN, EFFICIENT)
 
 
 def median_ms(function: Callable[[], object], seconds: float = 0.3) -> float:
-    """Median time of a call, the device waited for, its host time included; the current device is the one that is."""
-    # kernels are compiled first: else `Timer` takes that time for the call's own, and waits after every call
+    """Median time of a call, host time included, until the current device has finished."""
+    # Compile kernels first; otherwise `Timer` takes that for the duration of a call and waits after every call.
     function()
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=seconds).median * 1e3
@@ -40,8 +40,8 @@ def median_ms(function: Callable[[], object], seconds: float = 0.3) -> float:
 
 def steps_ms(start: Callable[[], Callable[[], object]], most: int, seconds: float = 0.3, repeats: int = 3) -> float:
     """
-    Mean time of a call of what `start` returns, median of `repeats` starts. Every call makes the next one longer, so
-    there are at most `most` of them.
+    Mean time of calling what `start` returns, as the median of `repeats` starts. Every call makes the next one longer,
+    so there are at most `most` of them.
     """
     times = []
     for _ in range(repeats):
@@ -54,7 +54,7 @@ def steps_ms(start: Callable[[], Callable[[], object]], most: int, seconds: floa
 
 
 def call_ms(function: Callable[[], object]) -> tuple[float, float]:
-    """Times of one call on a GPU that has nothing else to do: until all is done, and what the host needs of it."""
+    """Times of one call on an idle GPU: until the GPU has finished, and until the host has launched everything."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     function()
@@ -65,8 +65,8 @@ def call_ms(function: Callable[[], object]) -> tuple[float, float]:
 
 def graph_us(functions: Sequence[Callable[[], object]], inner: int = 1, repeats: int = 15) -> float:
     """
-    Median time of one of `functions` by replays of a CUDA graph that holds all of them, `inner` times over: the GPU's
-    time alone. So that nothing is found in L2, they should work on tensors of their own.
+    Median GPU time of one of `functions`, from replays of a CUDA graph that holds all of them `inner` times. They
+    should work on different tensors, so that nothing is found in L2.
     """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -85,36 +85,36 @@ def graph_us(functions: Sequence[Callable[[], object]], inner: int = 1, repeats:
             stop.record()
             stop.synchronize()
             times_ms.append(start.elapsed_time(stop))
-    # the first ones warm up
+    # The first replays warm up.
     return statistics.median(times_ms[3:]) * 1e3 / (len(functions) * inner)
 
 
 def copy_bandwidth(device: torch.device | str, nbytes: int | None = None) -> float:
-    """Bytes per second, read and written, of a copy of `nbytes` on `device`, the current one if it is a GPU."""
+    """Bytes per second, read and written, of a copy of `nbytes` on `device`; a GPU must be the current device."""
     on_gpu = torch.device(device).type == "cuda"
     source = torch.randn((nbytes or 2 ** (29 if on_gpu else 27)) // 4, device=device)
     target = torch.empty_like(source)
 
     def copy():
-        # a kernel of torch: its `copy_` between tensors of one type leaves the copy to the driver, which is slower
+        # A torch kernel, because `copy_` between tensors of one dtype leaves the copy to the driver, which is slower.
         torch.mul(source, 2.0, out=target)
 
     return 2 * source.nbytes / (graph_us([copy], inner=4) * 1e-6 if on_gpu else median_ms(copy) * 1e-3)
 
 
 def best_attention_ms(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> float:
-    """The fastest of torch's attention kernels that takes the call."""
+    """Time of the fastest of torch's attention kernels that supports the call."""
     times = []
     for backend in BACKENDS:
         try:
             with sdpa_kernel(backend) if backend else nullcontext(), warnings.catch_warnings():
-                # torch says of each kernel why it does not take the call
+                # torch warns for each kernel why it does not support the call.
                 warnings.simplefilter("ignore", UserWarning)
                 times.append(median_ms(lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True)))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            # not every kernel is there, or takes every shape; without a choice torch finds one that does
+            # A kernel may be missing or not support the shape; with `None`, torch picks one that does.
             if backend is None:
                 raise
     return min(times)
@@ -124,11 +124,11 @@ def best_attention_ms(query: torch.Tensor, keys: torch.Tensor, values: torch.Ten
 def layer_times(shape: dict, context: int, options: dict | None, device: torch.device, dtype: torch.dtype) -> dict:
     """
     Times of one layer that holds `context` random tokens: attention of one query, a whole step (append and attention),
-    and what a prefill costs the cache.
+    and the cache's share of a prefill.
 
     Args:
         shape (`dict`): `batch`, `heads` (of queries), `kv_heads`, `key_dim`, `value_dim`.
-        options (`dict`, *optional*): of [`TurboQuantConfig`]; without them a `DynamicLayer`.
+        options (`dict`, *optional*): see [`TurboQuantConfig`]; without them a `DynamicLayer` is timed.
 
     Returns:
         `attention_ms`, `step_ms`, `prefill_ms` and the `bytes` that attention reads.
@@ -146,7 +146,7 @@ def layer_times(shape: dict, context: int, options: dict | None, device: torch.d
         layer = DynamicLayer() if options is None else TurboQuantLayer(TurboQuantConfig(**options), 0)
         layer.update(*states)
         if options is not None:
-            # what attention would do: show a query
+            # Show the layer a query, as attention would.
             layer.settle(seen)
         return layer
 
@@ -156,9 +156,9 @@ def layer_times(shape: dict, context: int, options: dict | None, device: torch.d
 
     token = [state[:, :, :1].clone() for state in states]
     prefill_ms = median_ms(filled)
-    # left to itself torch may take cuDNN, which makes a plan for every new length: most of a step on an H100
+    # By default torch may pick cuDNN, which makes a plan for every new length: most of a step's time on an H100.
     with sdpa_kernel([FLASH, EFFICIENT, SDPBackend.MATH]) if device.type == "cuda" else nullcontext():
-        # so few that the context stays what it is said to be
+        # Few enough that the context stays about the same.
         step_ms = steps_ms(steps, max(1, context // 100))
     layer = filled()
     keys, values = layer.keys, layer.values
@@ -172,10 +172,10 @@ def layer_times(shape: dict, context: int, options: dict | None, device: torch.d
 
 def layer_shape(config, batch: int) -> dict:
     """
-    The shape of most of the layers of a model that a [`TurboQuantCache`] compresses.
+    The most frequent shape among the layers of a model that a [`TurboQuantCache`] compresses.
 
     Raises:
-        `ValueError`: there is none.
+        `ValueError`: there is no such layer.
     """
     estimate = Estimate.from_config(config)
     shapes = Counter(estimate.layers[index].shapes for index in estimate.compressed())
@@ -201,11 +201,11 @@ def generate_rate(model, cache, context: int, tokens: int) -> float:
 
     def generate(ids: torch.Tensor, count: int) -> torch.Tensor:
         options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
-        # the tokens come to the host: nothing is left to do on the device
+        # Copy the tokens to the host, to wait for the device.
         ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options).cpu()
         return ids.to(model.device)
 
-    # the prompt is done and kernels are compiled before the clock runs
+    # Read the prompt and compile kernels before the clock starts.
     ids = generate(ids, 2)
     start = time.perf_counter()
     generate(ids, tokens)
@@ -214,14 +214,14 @@ def generate_rate(model, cache, context: int, tokens: int) -> float:
 
 def benchmark(config, contexts: list[int], batch: int, caches: list[dict], device: str, dtype: torch.dtype) -> dict:
     """
-    All times of one layer, full and compressed, and the conditions.
+    All times of one layer, full and compressed, with the conditions of the measurement.
 
     Args:
         config (`PreTrainedConfig`): the model's; no weights are needed.
-        caches (`list[dict]`): options of [`TurboQuantConfig`], one for each.
+        caches (`list[dict]`): one set of options of [`TurboQuantConfig`] for each cache.
     """
     device, shape = torch.device(device), layer_shape(config, batch)
-    # torch waits for the current device and no other
+    # torch waits only for the current device.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         rows = [
             {"context": context, "options": options, **layer_times(shape, context, options, device, dtype)}
@@ -235,7 +235,7 @@ def benchmark(config, contexts: list[int], batch: int, caches: list[dict], devic
 
 
 def show(found: dict) -> None:
-    """The times as a table, ratios to the full cache at the same context."""
+    """Prints the times as a table, with ratios to the full cache at the same context."""
     console, conditions = Console(), dict(found["conditions"])
     copy = conditions.pop("copy_bytes_per_s")
     console.print(", ".join(f"{name} {value}" for name, value in conditions.items()) + f", copy {copy / 1e9:.0f} GB/s")

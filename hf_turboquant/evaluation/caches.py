@@ -1,4 +1,4 @@
-"""The caches that are compared, as plain options: what to build, what to call it, how many bits it takes."""
+"""The compared caches as plain options: how to make one, what to call it, how many bits it takes."""
 
 import itertools
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from ..layer import TurboQuantLayer
 from ..memory import layer_memory
 
 KINDS = ("turboquant", "dynamic", "quanto", "hqq", "fp8")
-# how options are said, in this order; those that are missing follow under their own names
+# How a label words each option, in this order; options that are not listed follow under their own names.
 _WORDS = {"cache": "{}", "nbits": "{} bits", "key_bits": ", keys {} bits", "key_estimator": "{}", "sketch": "{}"}
 _WORDS |= {"value_bits": ", values {} bits", "value_estimator": "{}", "condition": ", {}"}
 _WORDS |= {"residual_length": ", window {}", "sink_length": ", {} sinks"}
@@ -48,7 +48,7 @@ def _value(text: str):
 
 
 def label(options: dict, chosen: set[str] | None = None) -> str:
-    """What people and results call a cache, or the chosen ones of its options: `"turboquant 4 bits qjl, window 32"`."""
+    """The name of a cache, or of its `chosen` options, in tables and results: `"turboquant 4 bits qjl, window 32"`."""
     options = {"cache": "turboquant", **options}
     words = []
     for name in [*_WORDS, *(name for name in options if name not in _WORDS)]:
@@ -61,13 +61,13 @@ def label(options: dict, chosen: set[str] | None = None) -> str:
 @dataclass(frozen=True)
 class Row:
     """
-    A cache among those that it is compared with.
+    The words that describe a cache among those it is compared with.
 
     Args:
-        head (`str`): what the caches of its group share; empty where `text` says it all.
-        text (`str`): what tells this cache from the others of its group.
-        line (`str`): head and text without bits; caches of one line differ in bits alone.
-        bits (`str`): those that `line` leaves out: `"4"`, or `"4/2"` where keys and values have their own.
+        head (`str`): what the caches of its group share; empty if `text` is complete.
+        text (`str`): what distinguishes this cache from the others of its group.
+        line (`str`): head and text without bits; caches of one line differ only in bits.
+        bits (`str`): the bits that `line` leaves out: `"4"`, or `"4/2"` if keys and values differ.
         label (`str`): identifies its results.
     """
 
@@ -79,10 +79,10 @@ class Row:
 
 
 def rows(caches: list[dict]) -> list[Row]:
-    """A [`Row`] for each of the caches, by groups: what many share with each other is said once."""
+    """A [`Row`] for each of the caches, in groups, so that tables state shared options once."""
     groups: dict[tuple, list[dict]] = {}
     for options in caches:
-        # keys alone and values alone are two comparisons, though both give bits for both
+        # Compressing only keys and only values are separate comparisons, though both give bits for both.
         options = {"cache": "turboquant", **options}
         kind = options["cache"], frozenset(options) - {"key_estimator", "sketch", "condition"}
         groups.setdefault(kind, []).append(options)
@@ -90,7 +90,7 @@ def rows(caches: list[dict]) -> list[Row]:
         kind: {name for name in members[0] if all(name in o and o[name] == members[0][name] for o in members)}
         for kind, members in groups.items()
     }
-    # the kind alone heads a group where others have more to say
+    # Groups get heads only if one of them shares more than kind, bits and estimator.
     some = any(names - {"cache", "nbits", "key_estimator"} for names in shared.values())
     found = []
     for kind, members in groups.items():
@@ -112,12 +112,12 @@ def new_cache(config, options: dict):
     Args:
         config (`PreTrainedConfig`): the model's.
         options (`dict`): `"cache"` (one of `KINDS`, `"turboquant"` if it is missing) and the arguments of that cache.
-            Integer caches take groups of `head_dim` along a vector unless told: a scale and a zero point for every
-            vector, as many bits in all as keys of Algorithm 2 with their two norms. HQQ's 3 bits cannot: their groups
-            run across tokens, as they do where `axis_key` and `axis_value` are 0.
+            Integer caches by default take groups of `head_dim` along a vector: a scale and a zero point for every
+            vector, which gives as many bits as keys of Algorithm 2 with their two norms. HQQ cannot do that with 3
+            bits: the groups run across tokens, as with `axis_key` and `axis_value` 0.
 
     Raises:
-        `ValueError`: the options don't fit, or the cache cannot hold this model or needs a package.
+        `ValueError`: the options don't fit, the cache cannot hold this model, or a package is missing.
     """
     options = dict(options)
     kind = options.pop("cache", "turboquant")
@@ -132,8 +132,8 @@ def new_cache(config, options: dict):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`q_group_size` must be a positive integer, got {size!r}.")
     if kind == "hqq":
-        # its other axis takes values of different tokens and heads for a group; 3 bits are packed in tens, padded, and
-        # transformers' HQQ takes the padding off right along that axis only
+        # Axis 0 groups values of different tokens and heads. HQQ packs 3-bit values in tens with padding, which
+        # transformers removes correctly along that axis only.
         usual = 0 if options.get("nbits") == 3 else 1
         axes = {name: options.setdefault(name, usual) for name in ("axis_key", "axis_value")}
         if not usual and any(axes.values()):
@@ -148,10 +148,10 @@ def new_cache(config, options: dict):
 @contextmanager
 def named(options: dict):
     """
-    What runs in it reads and writes a cache with these options.
+    A context for code that uses a cache with these options, so that errors name the cache.
 
     Raises:
-        `ValueError`: transformers' cache does not take these tokens; says which cache it is.
+        `ValueError`: transformers' cache does not support these tokens.
     """
     try:
         yield
@@ -177,9 +177,9 @@ def held_bits(tree) -> int:
 
 def bits_per_coordinate(cache, with_exact: bool = False) -> float:
     """
-    Bits in all, scales and zero points included, of a coordinate that is held in codes, or `with_exact` of all
-    coordinates: exact ones, in windows and elsewhere, take 16 bits, as in a 16-bit model. Spare capacity is left out,
-    and scales count two bytes, as such a model keeps them (where they are wider by design they count in full).
+    Bits per coordinate held in codes, scales and zero points included. With `with_exact`, bits per coordinate of all
+    tokens, where exact ones, in windows and elsewhere, take 16 bits, as in a 16-bit model. Spare capacity is left out,
+    and scales count two bytes, as in such a model (if they are wider by design, they count in full).
     """
     bits = coordinates = exact = 0
     for layer in cache.layers:
@@ -201,7 +201,7 @@ def bits_per_coordinate(cache, with_exact: bool = False) -> float:
 
 
 def _shape(states) -> torch.Size:
-    """Of the states that quantised ones stand for: HQQ's come with a description, fp8's with a scale."""
+    """Shape of the states before quantisation: HQQ stores them with a description, fp8 with a scale."""
     if not isinstance(states, tuple):
         return states.shape
     return torch.Size(states[1]["shape"]) if isinstance(states[1], dict) else states[0].shape
@@ -214,7 +214,7 @@ def _tensors(tree):
         for item in tree:
             yield from _tensors(item)
     elif hasattr(tree, "__tensor_flatten__"):
-        # a wrapper: what it holds counts, not what it stands for
+        # For a wrapper, count the tensors that it holds and not the one that it represents.
         for name in tree.__tensor_flatten__()[0]:
             yield from _tensors(getattr(tree, name))
     elif isinstance(tree, torch.Tensor):

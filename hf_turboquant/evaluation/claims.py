@@ -1,8 +1,8 @@
 """
-What the papers claim of the method, on random vectors: distortion, and bias and variance of inner products.
+The papers' claims about the method, on random vectors: distortion, and bias and variance of inner products.
 
-Published numbers stand beside ours. Those of the papers are of TurboQuant, arXiv 2504.19874, theorems 1 and 2; those of
-a benchmark are of https://ai-muninn.com/en/blog/turboquant-kv-cache-benchmark-gx10, which ran
+Tables show published numbers beside ours. Those of the paper come from TurboQuant, arXiv 2504.19874, theorems 1 and 2;
+those of a benchmark come from https://ai-muninn.com/en/blog/turboquant-kv-cache-benchmark-gx10, which ran
 https://github.com/tonbistudio/turboquant-pytorch.
 """
 
@@ -14,10 +14,10 @@ from ..config import TurboQuantConfig
 from ..ops.reference import decode, encode
 from ..quantizer import Quantizer
 
-# as printed there, by bits: the distortion, and the variance of inner products times the dimension
+# As printed in the paper, by bits: the distortion, and the variance of inner products times the dimension.
 PAPER_DISTORTION = {2: "0.117", 3: "0.03", 4: "0.009"}
 PAPER_VARIANCE = {(2, "qjl", "gaussian"): "0.56", (3, "qjl", "gaussian"): "0.18", (4, "qjl", "gaussian"): "0.047"}
-# by bits and dimension: the distortion of a coordinate, there the limit of wide vectors
+# By bits and dimension: the distortion of a coordinate, there the limit of wide vectors.
 BENCHMARK_DISTORTION = {(3, 128): "0.000270", (3, 256): "0.000135"}
 
 
@@ -26,7 +26,7 @@ def distortion(nbits: int, head_dim: int, samples: int = 4096, seed: int = 0) ->
     Squared error of unit vectors through Algorithm 1 (TurboQuant, theorems 1 and 3).
 
     Returns:
-        `measured`; `codebook`, what the codebook should give; `upper_bound` √3 π/2 · 4⁻ᵇ, and `lower_bound` 4⁻ᵇ.
+        `measured`; `codebook`, the codebook's expected distortion; `upper_bound` √3 π/2 · 4⁻ᵇ and `lower_bound` 4⁻ᵇ.
     """
     quantizer = _quantizer(nbits, "mse", head_dim, seed)
     x = _unit_vectors(samples, head_dim, seed)
@@ -46,7 +46,7 @@ def inner_product(
     How ⟨q, x̂⟩ relates to ⟨q, x⟩ over random unit vectors q and x, and over rotations and sketches.
 
     Returns:
-        `slope` of the regression of ⟨q, x̂⟩ on ⟨q, x⟩ through zero (1 where the estimator is unbiased), and `variance`,
+        `slope` of the regression of ⟨q, x̂⟩ on ⟨q, x⟩ through zero (1 if the estimator is unbiased), and `variance`,
         the mean squared error times `head_dim`.
     """
     products = products_error = squares = 0.0

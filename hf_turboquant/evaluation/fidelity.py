@@ -10,9 +10,9 @@ from ..layer import TurboQuantLayer
 from ..states import QuantizedStates
 from .caches import named, new_cache
 
-# attention is compared for so many queries at the end of the text
+# Number of queries, at the end of the text, for which attention is compared.
 QUERIES = 16
-# cosine and top-1 by bits that https://ai-muninn.com/en/blog/turboquant-kv-cache-benchmark-gx10 published
+# Cosine and top-1 by bits, as published in https://ai-muninn.com/en/blog/turboquant-kv-cache-benchmark-gx10.
 BENCHMARK = {4: ("0.9982", "0.847"), 3: ("0.9943", "0.806"), 2: ("0.9846", "0.694")}
 DIFFERENCES = (
     "Published of Qwen2.5-3B-Instruct, which reads a paragraph again and again: all tokens are in codes, the last key "
@@ -22,7 +22,7 @@ DIFFERENCES = (
 
 
 class LayerInputs(NamedTuple):
-    """What one layer's attention computes with: tensors of shape `[1, heads, tokens, head_dim]`."""
+    """The inputs of one layer's attention: tensors of shape `[1, heads, tokens, head_dim]`."""
 
     layer_idx: int
     query: torch.Tensor
@@ -31,7 +31,7 @@ class LayerInputs(NamedTuple):
 
 
 class _RecordingLayer(TurboQuantLayer):
-    """Keeps the states and the query of the first prefill, which the layer's handles are shown anyway."""
+    """Keeps the states and the query of the first prefill, which the layer's handles see anyway."""
 
     query = None
 
@@ -44,7 +44,7 @@ class _RecordingLayer(TurboQuantLayer):
 @torch.inference_mode()
 def capture(model, ids: torch.Tensor) -> list[LayerInputs]:
     """
-    Queries, keys and values of the layers that a `TurboQuantCache` compresses, for token ids of shape `[1, tokens]`.
+    Captures queries, keys and values of all layers that a `TurboQuantCache` compresses, for ids of shape `[1, tokens]`.
 
     Raises:
         `ValueError`: the queries cannot be seen.
@@ -66,14 +66,14 @@ def capture(model, ids: torch.Tensor) -> list[LayerInputs]:
 @torch.inference_mode()
 def compare(config, inputs: LayerInputs, options: dict, length: int) -> dict[str, float]:
     """
-    Attention of the last queries among the first `length` tokens, through a cache and exactly.
+    Compares attention of the last queries among the first `length` tokens through a cache with exact attention.
 
     Returns:
-        `cosine` of the logits over tokens, mean over queries, and `top1`, how often the same token has the largest:
-        among tokens that a cache with default options holds in codes, whatever the kind of cache, because exact ones
-        would flatter. `all_cosine` and `all_top1`: among all that every query sees, as the cache is used.
-        `key_cosine` and `key_top1`: the last key in codes asks, see `DIFFERENCES`. `output_error`, |o - ô| / |o| of
-        the whole attention's output.
+        `cosine` of the logits over tokens, mean over queries, and `top1`, how often the same token has the largest
+        logit: among the tokens that a cache with default options holds in codes, for every kind of cache, because exact
+        tokens would flatter the result. `all_cosine` and `all_top1`: among all tokens that a query sees, as in use.
+        `key_cosine` and `key_top1`: the last key in codes serves as the query, see `DIFFERENCES`. `output_error`:
+        |o - ô| / |o| of the attention's output.
 
     Raises:
         `ValueError`: `length` leaves no token in codes, or is longer than the text.

@@ -1,4 +1,4 @@
-"""From what a user types to a model, a text and settings."""
+"""Turns what a user types into a model, a text and settings."""
 
 import platform
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .. import __version__
 from .caches import label, new_cache, parse
 
-# as in the measurements of the project: a block of 32 tokens sees itself exactly, and all that came before in codes
+# As in the project's measurements: a block of 32 tokens sees itself exactly and all earlier tokens in codes.
 _ALL_CODES = "condition=none,residual_length=32,sink_length=0"
 PRESETS = {
     "default": ["turboquant:nbits=4/3/2,key_estimator=qjl/rescaled"],
-    # every estimator of the papers: keys alone and values alone (the other in 8 bits), then both beside exact tokens
+    # Every estimator of the papers: only keys, only values (the other in 8 bits), then both with exact tokens.
     "estimators": [
         f"turboquant:key_bits=4/3/2,value_bits=8,key_estimator=mse/rescaled,{_ALL_CODES}",
         f"turboquant:key_bits=4/3/2,value_bits=8,key_estimator=qjl,sketch=orthogonal/gaussian,{_ALL_CODES}",
@@ -28,7 +28,7 @@ PRESETS = {
 
 
 def baselines(config) -> list[dict]:
-    """transformers' own quantised caches, those that are installed and hold this kind of model."""
+    """transformers' own quantised caches that are installed and support this model."""
     found = []
     for spec in ("quanto:nbits=4/2", "hqq:nbits=4/2", "fp8"):
         for options in parse(spec):
@@ -42,10 +42,10 @@ def baselines(config) -> list[dict]:
 
 def settings(options: dict) -> dict:
     """
-    The arguments of [`run.Settings`], lists as tuples and caches parsed.
+    The arguments of [`run.Settings`], with lists as tuples and caches parsed.
 
     Raises:
-        `ValueError`: a part, a cache or a depth is not what it can be.
+        `ValueError`: a part, a cache or a depth is not valid.
     """
     from .run import PARTS
 
@@ -65,17 +65,17 @@ def settings(options: dict) -> dict:
 
 def read_text(source: str) -> str:
     """
-    A text file, `hub:DATASET:CONFIG:SPLIT:COLUMN` (the last three may be left out), or `reference`: that of the Python
-    language, which every Python brings along.
+    Reads a text file, `hub:DATASET:CONFIG:SPLIT:COLUMN` (the last three are optional), or `reference`: the reference of
+    the Python language, which is part of every Python.
 
     Raises:
-        `ValueError`: it cannot be read.
+        `ValueError`: the text cannot be read.
     """
     if source == "reference":
         return "\n".join(topics.values())
     if source.startswith("hub:"):
         name, config, split, column = (source.split(":") + ["", "", "", ""])[1:5]
-        # not one of our dependencies: only those who name a dataset need it
+        # Not one of our dependencies, because only users who name a dataset need it.
         from datasets import load_dataset
 
         try:
@@ -93,7 +93,7 @@ def read_text(source: str) -> str:
 
 def place(dtype: str | None = None, device: str | None = None) -> tuple[str, torch.dtype]:
     """
-    Device and dtype, those that suit this machine where none is given.
+    Device and dtype; the defaults suit this machine.
 
     Raises:
         `ValueError`: there is no such dtype, or no such device.
@@ -101,20 +101,20 @@ def place(dtype: str | None = None, device: str | None = None) -> tuple[str, tor
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"), None)
     try:
-        # tensors of "meta" have no numbers
+        # Tensors on "meta" hold no numbers.
         usable = torch.empty(1, device=device).device.type != "meta"
     except (RuntimeError, AssertionError):
         usable = False
     if not usable:
         raise ValueError(f"--device must be one that this machine and this torch have, such as cpu, got {device!r}.")
-    # nothing computes with floats of a byte
+    # One-byte floats cannot be computed with.
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise ValueError(f"--dtype must be a floating-point type of torch such as bfloat16, got {dtype!r}.")
     return device, found
 
 
 def machine(device: torch.device | str) -> dict[str, str]:
-    """Where something was measured, and with which versions."""
+    """The machine and the versions of a measurement."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     versions = {"hf_turboquant": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -122,17 +122,17 @@ def machine(device: torch.device | str) -> dict[str, str]:
 
 
 def load_config(name: str):
-    """The config of a Hub name, a local folder or a `config.json`; a `ValueError` where transformers finds none."""
+    """The config of a Hub name, a local folder or a `config.json`; a `ValueError` if transformers finds none."""
     what = "a name on the Hub, a local folder or a config.json that transformers knows"
     return _found(what, name, lambda: AutoConfig.from_pretrained(name))
 
 
 def load_model(name: str, dtype: str | None = None, device: str | None = None):
     """
-    A causal language model in evaluation mode, and its tokenizer.
+    Loads a causal language model in evaluation mode, and its tokenizer.
 
     Raises:
-        `ValueError`: there is none of that name, or no such dtype.
+        `ValueError`: there is no model of that name, or no such dtype.
     """
     device, found = place(dtype, device)
     if Path(name).is_file():
@@ -150,7 +150,7 @@ def _found(what: str, name: str, load: Callable):
         return load()
     except (ModuleNotFoundError, torch.OutOfMemoryError):
         raise
-    # config, weights and tokenizer can be wrong in any way
+    # Config, weights and tokenizer can fail in any way.
     except Exception as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ValueError(

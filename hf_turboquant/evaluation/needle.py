@@ -1,4 +1,4 @@
-"""Needle in a haystack: a fact hidden in a long text, asked for at its end, read through the cache."""
+"""Needle in a haystack: a fact is hidden in a long text, and a question at its end is answered through the cache."""
 
 import random
 
@@ -6,16 +6,16 @@ import torch
 
 from .caches import named, new_cache
 
-# digits are copied one by one, and a question that repeats the needle's words asks for no reasoning: what is tested is
-# the memory, also of a model too small to answer questions
+# Digits are copied one by one, and a question that repeats the needle's words needs no reasoning: this tests only the
+# memory, even of a model too small to answer questions.
 NEEDLE = " The secret code of the lighthouse is {code}. "
 QUESTION = "\n\nThe secret code of the lighthouse is"
 
 
 def haystack(tokenizer, text: str, length: int, depth: float, code: str) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Token ids, each of shape `[1, tokens]`: `length` of the text with the needle at `depth` (0 first, 1 last), and those
-    of the question.
+    Token ids, each of shape `[1, tokens]`: `length` tokens of the text with the needle at `depth` (0 first, 1 last),
+    and the question.
 
     Raises:
         `ValueError`: the text is too short.
@@ -38,12 +38,12 @@ def haystack(tokenizer, text: str, length: int, depth: float, code: str) -> tupl
 @torch.inference_mode()
 def find_needle(model, tokenizer, text: str, options: dict, length: int, depth: float, seed: int = 0) -> dict:
     """
-    One cell of the grid: the haystack is read at once, the question through the cache, the answer greedily.
+    One cell of the grid: the haystack is read at once, the question through the cache, and the answer is greedy.
 
     Args:
-        options (`dict`): of the cache, see [`caches.new_cache`].
-        length (`int`), depth (`float`): of the haystack, and where in it the needle is.
-        seed (`int`): of the secret code; it differs from cell to cell.
+        options (`dict`): the options of the cache, see [`caches.new_cache`].
+        length (`int`), depth (`float`): the length of the haystack, and where in it the needle is.
+        seed (`int`): the seed of the secret code, which differs from cell to cell.
 
     Returns:
         `{"expected", "answer", "exact"}`: the code, what the model wrote, and whether they are the same.
@@ -54,7 +54,7 @@ def find_needle(model, tokenizer, text: str, options: dict, length: int, depth: 
     with named(options):
         model(context, past_key_values=cache, logits_to_keep=1)
     answer, written = [], ""
-    # a token holds a digit at least; one more for a space in front
+    # A token holds at least one digit; one more token for a leading space.
     while len(answer) < len(code) + 1 and len(written.strip()) < len(code):
         with named(options):
             inputs = model(inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)

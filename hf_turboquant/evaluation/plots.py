@@ -11,7 +11,7 @@ from ..estimate import Estimate
 from .caches import rows
 from .quality import total
 
-# Okabe and Ito's colours, which colour-blind people tell apart; marks differ as well
+# Okabe and Ito's colours, which colour-blind people can tell apart; markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKS = "osD^vPX"
 DASHES = ("-", "--", ":", "-.")
@@ -19,8 +19,8 @@ DASHES = ("-", "--", ":", "-.")
 
 def draw(results, settings, out: Path, config) -> list[Path]:
     """
-    Writes `overview.png` (quality and memory side by side), `needle.png` and `fidelity.png` to `out`, those whose
-    results there are; `memory.png` where there is no overview.
+    Writes the plots for which there are results to `out`: `overview.png` (quality and memory side by side),
+    `needle.png` and `fidelity.png`; without an overview, `memory.png`.
 
     Returns:
         The files.
@@ -41,7 +41,7 @@ def draw(results, settings, out: Path, config) -> list[Path]:
 
 
 def figure_and_axes(columns: int = 1, width: float = 6.4, height: float = 4.2, rows: int = 1):
-    """An empty figure that has nothing to do with pyplot's state, and its axes, row by row."""
+    """An empty figure that is independent of pyplot's state, and its axes, row by row."""
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -52,7 +52,7 @@ def figure_and_axes(columns: int = 1, width: float = 6.4, height: float = 4.2, r
 
 
 def overview_figure(qualities: dict, caches: list[dict], config) -> Figure:
-    """KL divergence against bits in all, and bytes against context: low and left is good."""
+    """KL divergence against all bits per coordinate, and bytes against context: low and left is good."""
     lines: dict[str, list] = {}
     for row in rows(caches):
         found = qualities[row.label]
@@ -69,7 +69,7 @@ def overview_figure(qualities: dict, caches: list[dict], config) -> Figure:
 
 
 def memory_figure(config) -> Figure:
-    """Bytes of the cache of one sequence against its length, from the config."""
+    """Bytes of one sequence's cache against its length, from the config."""
     figure, axis = figure_and_axes()
     _draw_memory(axis, config)
     _number(axis)
@@ -87,14 +87,14 @@ def _draw_memory(axis, config, contexts=(2048, 8192, 32768, 131072), widths=(4, 
     axis.set_xticks(contexts, [f"{n // 1024}k" for n in contexts], minor=False)
     axis.set_xticks([], minor=True)
     axis.set_title("Memory against context", loc="left")
-    # what grows with the context leaves this corner free
+    # Curves that grow with the context leave this corner free.
     axis.legend(loc="upper left", frameon=False, fontsize=9)
 
 
 def fidelity_figure(units: dict, settings) -> Figure:
-    """Error of the attention's output, layer by layer, at the longest context: a panel for every width."""
+    """Error of the attention's output, layer by layer, at the longest context, with a panel for every width."""
     length, found = max(settings.fidelity_lengths), rows(settings.caches)
-    # what has no bits to compare stands beside all that has
+    # Caches without bits to compare appear in every panel.
     widths = list(dict.fromkeys(row.bits for row in found if row.bits)) or [""]
     names = list(dict.fromkeys(row.line for row in found))
     columns = min(len(widths), 3)
@@ -134,7 +134,7 @@ def needle_figure(units: dict, settings) -> Figure:
         axis.remove()
     for axis, row in zip(axes, found, strict=False):
         exact = [[units[f"needle: {row.label}, {n} tokens, depth {d}"]["exact"] for n in lengths] for d in depths]
-        # dark found, light missed: told apart without colour too, and marked
+        # Dark means found, light means missed: distinguishable without colour, and marked.
         axis.pcolormesh(exact, cmap="cividis_r", vmin=0, vmax=1, edgecolors="w", linewidth=2)
         axis.invert_yaxis()
         for y, cells in enumerate(exact):
@@ -160,8 +160,8 @@ def _number(*axes) -> None:
 
 
 def _legend(figure: Figure, lines: dict[str, object]) -> None:
-    """One legend of all lines, below the axes, where it hides none."""
-    # what would not fit beside another name gets rows of its own
+    """Adds one legend of all lines below the axes, where it hides none of them."""
+    # Names that would not fit beside another one get their own rows.
     width = int(figure.get_figwidth() * 6)
     columns = max(1, min(3, 2 * width // (max(map(len, lines)) + 8)))
     texts = [fill(text, 2 * width // columns - 8) for text in lines]
@@ -170,7 +170,7 @@ def _legend(figure: Figure, lines: dict[str, object]) -> None:
 
 
 def _style(index: int) -> dict:
-    """A colour, a mark and dashes: 28 lines are told apart, the first seven by colour alone."""
+    """A colour, a marker and dashes: 28 lines are distinct, the first seven by colour alone."""
     turn, again = index % 7, index // 7
     style = {"color": COLOURS[turn], "marker": MARKS[(turn + again) % 7], "linestyle": DASHES[again % 4]}
     return {**style, "markersize": 6, "linewidth": 1.6}

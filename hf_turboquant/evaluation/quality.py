@@ -1,4 +1,4 @@
-"""Predictions through a compressed cache against those through a full one."""
+"""Compares predictions through a compressed cache with those through a full one."""
 
 import math
 from collections.abc import Callable
@@ -35,21 +35,21 @@ class Quality:
 
     @property
     def kl_p99(self) -> float:
-        """The KL that one prediction in a hundred exceeds, in nats."""
+        """The 99th percentile of the KL, in nats."""
         return torch.tensor(self.kls).quantile(0.99).item()
 
     @property
     def agreement(self) -> float:
-        """Share of tokens after which both caches find the same next token most likely."""
+        """Fraction of tokens after which both caches predict the same most likely next token."""
         return self.agreement_sum / self.tokens
 
     @property
     def bits(self) -> float:
-        """Mean of what `weigh` said of the cache."""
+        """Mean of what `weigh` returned for the cache."""
         return self.bits_sum / self.tokens
 
     def add(self, full: torch.Tensor, log_probs: torch.Tensor, targets: torch.Tensor, bits: float = 0.0) -> None:
-        """Count a block: log-probabilities `[batch, tokens, vocab]` of both caches, next tokens `[batch, tokens]`."""
+        """Adds a block: log-probabilities `[batch, tokens, vocab]` of both caches, next tokens `[batch, tokens]`."""
         self.tokens += targets.numel()
         self.bits_sum += bits * targets.numel()
         self.nll_sum -= log_probs.gather(-1, targets[..., None]).sum().item()
@@ -91,11 +91,11 @@ def measure(
     weigh: Callable[[object], float] = lambda cache: 0.0,
 ) -> list[Quality]:
     """
-    Compare compressed caches with the full one on the same text.
+    Compares compressed caches with the full one on the same text.
 
-    Windows of the text are fed in small blocks, each block attending to the cache, so that every prediction but those
-    of the first block comes through it. The full cache and all compressed ones go block by block side by side: each is
-    run once, and only one block of logits is alive.
+    Windows of the text are fed in small blocks that attend to the cache, so that all predictions but those of the first
+    block depend on it. The full cache and all compressed ones read each block in turn, so that each is run once and
+    only one block of full logits is in memory.
 
     Args:
         model: a causal language model.
@@ -104,7 +104,7 @@ def measure(
             make any other cache from the model's config.
         block (`int`): tokens fed at a time.
         batch (`int`): windows fed at a time; they share a cache, its conditioning and its constants.
-        prefill (`int`, *optional*): tokens of the first block, if it is another.
+        prefill (`int`, *optional*): tokens of the first block, `block` by default.
         score_from (`int`): position of the first block whose predictions count.
         advance (`Callable`): called with the number of tokens done, after every block of every cache.
         weigh (`Callable`): called with every cache after every scored block; [`Quality.bits`] is the mean.
@@ -122,7 +122,7 @@ def measure(
         starts = [0, *range(block if prefill is None else prefill, ids.shape[1], block)]
         for start, stop in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
             inputs = ids[:, start:stop]
-            # the window's last token has no next one
+            # The window's last token has no next one.
             targets = ids[:, start + 1 : stop + 1]
             full = None
             for cache, quality, options in zip(caches, qualities, [{}, *configurations], strict=True):
@@ -142,7 +142,7 @@ def measure(
 
 
 def total(units: dict[str, dict], windows: int) -> dict[str, Quality]:
-    """The [`Quality`] of every cache by name, summed over the windows that a run has saved."""
+    """The [`Quality`] of every cache by name, summed over the saved windows of a run."""
     sums: dict[str, Quality] = {}
     for index in range(windows):
         for name, found in units[f"quality: window {index}"].items():

@@ -1,4 +1,4 @@
-"""What was measured so far, in one json file that an interrupted run goes on from."""
+"""The results so far, in one json file from which an interrupted run resumes."""
 
 import json
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 
 class Results:
     """
-    Results by name, saved after each of them.
+    Results by name, saved after each new one.
 
     Args:
         folder (`Path`): holds `results.json`; made if it is missing.
-        conditions (`dict`): all that the results depend on, as json has it.
+        conditions (`dict`): everything that the results depend on, as json represents it.
 
     Raises:
-        `ValueError`: the folder cannot be written to, or holds results of other conditions.
+        `ValueError`: the folder cannot be written to, or holds results under other conditions.
     """
 
     def __init__(self, folder: Path, conditions: dict):
@@ -40,20 +40,20 @@ class Results:
             raise ValueError(f"{self.path} must hold results of this command, and cannot be read. {advice}") from None
         for name in sorted(conditions.keys() | self.conditions.keys()):
             before, now = conditions.get(name), self.conditions.get(name)
-            # a run that was over before it had any results leaves nothing to agree with
+            # Without results, there is nothing that must have the same conditions.
             if self.units and before != now:
                 raise ValueError(f"{self.path} holds results of other conditions: {name} {before}, now {now}. {advice}")
 
     def get(self, name: str, compute: Callable[[], dict]) -> dict:
-        """The result of that name: the one that was saved, or what `compute` returns, which is saved."""
+        """Returns the saved result of that name, or computes and saves it."""
         if name not in self.units:
-            # through json, so that a resumed run sees what this one does
+            # Through json, so that a resumed run sees the same as this one.
             self.units[name] = json.loads(json.dumps(compute()))
             self._save()
         return self.units[name]
 
     def _save(self) -> None:
-        # renamed in whole: a run that dies here leaves the last file
+        # Renamed only when complete: a run that dies here leaves the previous file.
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps({"conditions": self.conditions, "results": self.units}, indent=1), encoding="utf-8")
         os.replace(new, self.path)

@@ -17,7 +17,7 @@ from .load import machine
 from .results import Results
 
 PARTS = ("quality", "needle", "fidelity", "claims")
-# of the claims: bits, dimensions of the distortion, and estimators of keys with their sketch
+# For the claims: bits, dimensions of the distortion, and estimators of keys with their sketch.
 WIDTHS = (4, 3, 2)
 DIMENSIONS = (64, 128, 256)
 ESTIMATORS = (("mse", "orthogonal"), ("rescaled", "orthogonal"), ("qjl", "gaussian"), ("qjl", "orthogonal"))
@@ -26,15 +26,15 @@ ESTIMATORS = (("mse", "orthogonal"), ("rescaled", "orthogonal"), ("qjl", "gaussi
 @dataclass(frozen=True)
 class Settings:
     """
-    What is measured, on what. All of it is saved with the results.
+    What to measure, and on what. All of it is saved with the results.
 
     Args:
         model (`str`), text (`str`): as the user named them.
         caches (`list[dict]`): see [`caches.new_cache`].
-        parts (`tuple[str, ...]`): of `PARTS`.
-        window, windows, block, prefill, score_from (`int`): of the quality part, see [`quality.measure`].
-        needle_lengths, needle_depths: the grid.
-        fidelity_lengths: tokens of context.
+        parts (`tuple[str, ...]`): names from `PARTS`.
+        window, windows, block, prefill, score_from (`int`): for the quality part, see [`quality.measure`].
+        needle_lengths, needle_depths: the grid of the needle part.
+        fidelity_lengths: tokens of context for the fidelity part.
     """
 
     model: str
@@ -53,7 +53,7 @@ class Settings:
     def check(self, config, text: str) -> None:
         """
         Raises:
-            `ValueError`: the text is empty, something is longer than the model can read, or nothing is left to score.
+            `ValueError`: the text is empty, a context is longer than the model can read, or no token is left to score.
         """
         if not text.strip():
             raise ValueError(f"The text must hold words, got an empty one from {self.text}. Give another --text.")
@@ -84,7 +84,7 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
 
     Args:
         model, tokenizer: a causal language model in evaluation mode.
-        text (`str`): to be predicted, and to hide needles in.
+        text (`str`): the text to predict and to hide needles in.
         out (`Path`): the folder of the results.
         console (`Console`, *optional*): where tables and progress go.
 
@@ -101,7 +101,7 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
             for part in settings.parts
             for name, cost, compute in _UNITS[part](model, tokenizer, text, settings, partial(progress.advance, task))
         ]
-        # after all that can be wrong with text and settings
+        # Only after text and settings have been checked.
         results = Results(out, conditions)
         work, done = [unit for unit in work if unit[0] not in results.units], 0
         progress.update(task, total=sum(cost for _, cost, _ in work))
@@ -117,7 +117,7 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
     return results
 
 
-# the units of each part: a name, about how many tokens of work, and a function that measures it
+# The units of each part: a name, the approximate number of tokens of work, and a function that measures it.
 
 
 def _quality_units(model, tokenizer, text, settings, advance):
@@ -241,7 +241,7 @@ def _claims_table(units: dict, settings: Settings) -> Group:
 
 
 def _add_caches(table: Table, caches: list[dict], cells: Callable[[str], Iterable]) -> Table:
-    """Rows for every cache, given its label; those that share options under a head that says these once."""
+    """Adds rows for every cache, given its label; caches that share options get a common head that states them."""
     head = ""
     for row in rows(caches):
         if row.head != head:

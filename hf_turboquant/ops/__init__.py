@@ -1,4 +1,4 @@
-"""The operations on codes: arguments are checked and the backend is picked here, and only here."""
+"""The operations on codes. Only this module checks arguments and picks the backend."""
 
 import logging
 from functools import cache
@@ -10,7 +10,7 @@ from ..storage import TokenBuffer
 from . import reference
 
 try:
-    # before the functions below, which take these names
+    # Imported before the functions below, which replace these submodules as attributes of the package.
     from . import attention as attention_kernels
     from . import dequantize as dequantize_kernels
     from . import quantize as quantize_kernels
@@ -22,23 +22,23 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger(__name__)
 
-# longer queries read every code many times: there the layer is dequantised once, for that call
+# Longer queries would read every code many times: for them the layer is dequantised once per call.
 MAX_KERNEL_QUERIES = 16
 
 
 def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, backend: str = "auto") -> None:
     """
-    Quantises `states` and appends the codes to `buffer` in place; earlier codes are not touched.
+    Quantises `states` and appends the codes to `buffer` in place; earlier codes do not change.
 
     Args:
         states (`torch.Tensor`): fp32, fp16 or bf16, of shape `[batch, heads, tokens, head_dim]`.
-        quantizer (`Quantizer`): the constants; made `buffer` by `new_buffer`.
-        buffer (`TokenBuffer`): grows if need be.
+        quantizer (`Quantizer`): the constants; its `new_buffer` must have made `buffer`.
+        buffer (`TokenBuffer`): grows if necessary.
         backend (`str`): see [`TurboQuantConfig`].
 
     Raises:
         `ValueError`: `states` does not fit the quantizer or the buffer, or the backend cannot do it. The buffer is left
-            as it was.
+            unchanged.
     """
     kernel = _pick_quantize(states, quantizer, buffer, backend)
     buffer.reserve(buffer.length + states.shape[2])
@@ -46,17 +46,17 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, ba
     try:
         kernel(states, quantizer, buffer)
     except BaseException:
-        # codes beyond the length don't count, so putting it back undoes whatever was written
+        # Codes beyond the length are ignored, so restoring the length undoes all writes.
         buffer.length = before
         raise
 
 
 def quantize_pair(states, quantizers, buffers, backend: str = "auto") -> None:
     """
-    [`quantize`] for the keys and the values of one layer, both or none; for one token in a single launch.
+    [`quantize`] for the keys and the values of one layer, either both or none; a single token takes a single launch.
 
     Args:
-        states, quantizers, buffers (`dict`): by role, `"keys"` and `"values"`, of equally many tokens.
+        states, quantizers, buffers (`dict`): by role, `"keys"` and `"values"`, with equal numbers of tokens.
 
     Raises:
         `ValueError`: as `quantize`.
@@ -80,20 +80,20 @@ def quantize_pair(states, quantizers, buffers, backend: str = "auto") -> None:
 
 def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     """
-    One step, in place: quantises the token that leaves the recent window, if one does, and puts the new one to its
-    exact slot. With the kernels one launch, that waits for nothing on the host. The buffers have room; the lengths are
-    the caller's to count.
+    Runs one step in place: quantises the token that leaves the recent window, if one does, and writes the new token to
+    its exact slot. The kernels need one launch, and the host waits for nothing. The buffers must have the capacity, and
+    the caller must update the lengths.
 
-    With a static capacity the lengths are in device memory and are counted there; there may be several tokens, which
-    come one by one.
+    With a static capacity the lengths are in device memory and are updated there; several tokens may be given, which
+    are appended one by one.
 
     Args:
         states (`LayerStates`): before the step.
         key_states, value_states (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`, few tokens.
 
     Raises:
-        `ValueError`: shapes don't fit, the backend that was asked for cannot do it, or, where the reference runs, the
-            capacity is used up. Nothing is written then. The kernels can't raise: beyond the capacity they write
+        `ValueError`: shapes don't fit, the requested backend cannot do it or, with the reference, the capacity is used
+            up. Nothing is written in that case. The kernels can't raise errors: beyond the capacity they write
             nothing, and attention is NaN until the layer is reset.
     """
     new = {"keys": key_states, "values": value_states}
@@ -112,7 +112,7 @@ def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None
 
 
 def warm(states) -> None:
-    """Makes the constants of the kernels for `states`, so that no captured graph will have them as its own."""
+    """Makes the kernels' constants for `states` in advance, so that no captured graph allocates them in its pool."""
     if attention_kernels is not None and states.exact["keys"].device.type == "cuda":
         attention_kernels.warm(states)
 
@@ -137,22 +137,23 @@ def channel_statistics(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """
-    The mean and the scale of key channels, as [`conditioning.condition`] has them, without a look at the device.
+    Computes the mean and scale of key channels for [`conditioning.condition`], without waiting for the device.
 
     Args:
         keys (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`.
         query_energy (`torch.Tensor`, *optional*): E q² up to a factor, fp32 `[heads, head_dim]`.
-        valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, tokens]`; false for what does not count.
+        valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, tokens]`; false for tokens that do not count.
         turns (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
-            Of every pair of channels that rotary embeddings turn, complex64: what undoes it, `[tokens, pairs]`, and the
-            factor of its mean over all positions to come, `[pairs]`. See `reference_statistics.future_mean`.
-        least_tokens (`int`): where `valid` leaves fewer, nothing is known.
-        least_energy (`float`): a channel counts as if it had at least this part of the average energy.
+            For every pair of channels that rotary embeddings rotate, complex64: the factor that undoes the rotation,
+            `[tokens, pairs]`, and the factor of its mean over all positions of the horizon, `[pairs]`. See
+            `reference_statistics.future_mean`.
+        least_tokens (`int`): with fewer valid tokens than this, there are no statistics.
+        least_energy (`float`): every channel counts as having at least this fraction of the average energy.
         backend (`str`): see [`TurboQuantConfig`].
 
     Returns:
-        Mean and scale, fp32 `[heads, 1, head_dim]` (the latter `None` without `query_energy`), and two flags on the
-        device: whether the mean is one, and the scale. Those that are not are zero and one.
+        Mean and scale, fp32 `[heads, 1, head_dim]` (the scale is `None` without `query_energy`), and two flags on the
+        device that tell whether mean and scale are valid. If not, the mean is zero and the scale is one.
     """
     batch, heads, tokens, head_dim = keys.shape
     shapes = [(query_energy, (heads, head_dim)), (valid, (batch, tokens))]
@@ -170,15 +171,15 @@ def channel_statistics(
 
 def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor, backend: str = "auto") -> None:
     """
-    Writes all tokens of `buffer`, dequantised, to `out`.
+    Dequantises all tokens of `buffer` into `out`.
 
     Args:
         out (`torch.Tensor`): of shape `[batch, heads, buffer.length, head_dim]`, any floating-point dtype; may be a
-            view. Vectors too large for its dtype become inf.
+            view. Numbers too large for its dtype become inf.
         backend (`str`): see [`TurboQuantConfig`].
 
     Raises:
-        `ValueError`: `out` has another shape, or the backend that was asked for cannot do it.
+        `ValueError`: `out` has another shape, or the requested backend cannot do it.
     """
     expected = (*buffer["scales"].shape[:2], buffer.length, quantizer.head_dim)
     if tuple(out.shape) != expected:
@@ -197,11 +198,11 @@ def attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Attention over exact tokens and codes of one layer; the codes are not dequantised to memory.
+    Attends to the exact tokens and codes of one layer without dequantising the codes to memory.
 
     Args:
         query (`torch.Tensor`): of shape `[batch, num_attention_heads, query_length, head_dim]`.
-        states (`LayerStates`): what the layer holds; picks the backend.
+        states (`LayerStates`): what the layer holds, and the backend to use.
         scaling (`float`): factor of the logits.
         attention_mask (`torch.Tensor`, *optional*):
             Boolean (true: attend) or additive, broadcastable to `[batch, num_attention_heads, query_length, kv_len]`;
@@ -298,7 +299,7 @@ def _dequantized_attention(query, states, scaling, attention_mask, is_causal) ->
     keys, values = states.dequantize("keys"), states.dequantize("values")
     groups = query.shape[1] // keys.shape[1]
     if groups > 1 and attention_mask is not None and query.is_cuda:
-        # with groups and a mask torch may have nothing but its slowest kernel, which holds all logits
+        # With groups and a mask, torch may offer only its slowest kernel, which holds all logits.
         keys, values, groups = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1), 1
     return torch.nn.functional.scaled_dot_product_attention(
         query, keys, values, attn_mask=attention_mask, scale=scaling, enable_gqa=groups > 1
@@ -306,13 +307,13 @@ def _dequantized_attention(query, states, scaling, attention_mask, is_causal) ->
 
 
 def _pick(backend: str, device: torch.device, kernels, name: str, *args):
-    """The function `name` of the kernels or of the reference; says why if the kernels were asked for and cannot."""
+    """The function `name` of the kernels or the reference; raises if the kernels were requested but cannot run."""
     if backend == "torch":
         return getattr(reference, name)
     if kernels is None:
         reason = "triton is not installed"
     elif backend == "auto" and device.type != "cuda":
-        # the interpreter is for tests, which ask for it
+        # Triton's interpreter is for tests, which request it.
         reason = f"the tensors are on {device.type}"
     else:
         reason = kernels.supports(*args)
@@ -321,7 +322,7 @@ def _pick(backend: str, device: torch.device, kernels, name: str, *args):
         return getattr(kernels, name)
     if backend == "triton":
         raise ValueError(f"`backend='triton'` cannot run `{name}` here: {reason}. Use `backend='auto'` or `'torch'`.")
-    # on a GPU the reference is many times slower: worth a warning
+    # On a GPU the reference is many times slower, which deserves a warning.
     level = logging.WARNING if device.type == "cuda" else logging.INFO
     _log_choice(level, name, "the torch reference", reason)
     return getattr(reference, name)

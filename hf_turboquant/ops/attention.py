@@ -1,4 +1,4 @@
-"""Attention and scores straight from the codes: three launches of the kernels, or two."""
+"""Attention and scores straight from the codes, in three and two kernel launches."""
 
 import torch
 
@@ -22,12 +22,12 @@ from .quantize import token_sides
 
 LOG2E = 1.4426950408889634
 
-# in this order
+# In this order.
 LAUNCHES = "prepare", "attend", "combine"
 
 
 def supports(query: torch.Tensor, states, **_) -> str | None:
-    """`None` if the kernels can serve this call, else the reason why not, in words. Reads no device memory."""
+    """`None` if the kernels support this call, else the reason why not, in words. Reads no device memory."""
     reason = _decline(states)
     if reason is not None:
         return reason
@@ -63,11 +63,11 @@ def attention(
     launches: tuple[str, ...] = LAUNCHES,
 ) -> torch.Tensor:
     """
-    [`ops.attention`] in three launches: query, exact tokens and the newest one | codes | merge and un-rotate.
+    [`ops.attention`] in three launches: query, exact tokens and the newest one | codes | merge and rotate back.
 
     Args:
-        portable (`bool`, *optional*): run the kernels without inline assembly; by default only where it cannot run.
-        launches (`tuple[str, ...]`): for timing, those that are launched; the others were by an earlier call.
+        portable (`bool`, *optional*): run the kernels without inline assembly; by default only if it cannot run.
+        launches (`tuple[str, ...]`): for timing, the launches to do; an earlier call must have done the others.
     """
     query = query if query.stride(3) == 1 else query.contiguous()
     mask, mask_kind = _mask(attention_mask, query)
@@ -78,7 +78,7 @@ def attention(
 def attention_again(
     query: torch.Tensor, states, scaling: float, is_causal: bool, softcap, sinks
 ) -> torch.Tensor | None:
-    """[`attention`] without a mask if it was done before to the same buffers with a query like this; else `None`."""
+    """[`attention`] without a mask if an earlier call prepared a plan for the same buffers; else `None`."""
     plan = states.plans.find(_key(query, states, _NO_MASK, is_causal, softcap, sinks, None), states)
     return None if plan is None else plan.run(query, states, scaling, (query, 0, 0, 0, 0), softcap, sinks)
 
@@ -86,7 +86,7 @@ def attention_again(
 def warm(states) -> None:
     """See `ops.warm`."""
     if _decline(states) is not None:
-        # the reference has no constants of its own
+        # The reference has no constants of its own.
         return
     keys, values, dtype = states.quantizers["keys"], states.quantizers["values"], states.exact["keys"].dtype
     constants_of(keys).query_operators(keys, dtype)
@@ -120,7 +120,7 @@ def _plan(query, states, mask_kind, is_causal, softcap, sinks, portable) -> "Att
     key = _key(query, states, mask_kind, is_causal, softcap, sinks, portable)
     plan = None if states.plans is None else states.plans.find(key, states)
     if plan is None:
-        # compiled kernels belong to a device
+        # Compiled kernels belong to a device.
         with torch.cuda.device_of(query):
             plan = AttentionPlan(query, states, mask_kind, is_causal, softcap is not None, sinks is not None, portable)
         if states.plans is not None:
@@ -130,12 +130,12 @@ def _plan(query, states, mask_kind, is_causal, softcap, sinks, portable) -> "Att
 
 class AttentionPlan:
     """
-    What calls on the same buffers have in common while the codes fill the same blocks: a step of decoding finds all of
-    it done, but for the lengths.
+    What calls on the same buffers share while the codes fill the same blocks: in a decode step everything but the
+    lengths is ready.
 
     Args:
-        query, states, is_causal, portable: as of [`attention`].
-        mask_kind, softcap (`bool`): of what kind the mask is, see [`_mask`], and whether there is a softcap.
+        query, states, is_causal, portable: as for [`attention`].
+        mask_kind, softcap (`bool`): the kind of the mask, see [`_mask`], and whether there is a softcap.
         sinks (`bool`): whether there are attention sinks.
     """
 
@@ -143,10 +143,10 @@ class AttentionPlan:
         keys, values = states.quantizers["keys"], states.quantizers["values"]
         codes = [buffer.tensors for buffer in states.codes.values()]
         self.stream = stream_of(query.device)
-        # it keeps the buffers alive, whose addresses it has
+        # Keeps the buffers alive whose addresses it holds.
         self.quantizers, self.exact, (self.key_codes, self.value_codes) = states.quantizers, states.exact, codes
         batch, heads, query_length, _ = query.shape
-        # where the model wants it: heads next to each other
+        # The layout that the model needs: heads next to each other.
         width = heads * values.head_dim
         self.out_shape = batch, heads, query_length, values.head_dim
         self.out_strides = query_length * width, values.head_dim, width, 1
@@ -155,7 +155,7 @@ class AttentionPlan:
         self.pairs = pairs = batch * kv_heads
         groups = heads // kv_heads
         rows = groups * query_length
-        # with a static capacity the kernels read the lengths from device memory, and these are bounds
+        # With a static capacity the kernels read the lengths from device memory, and these are upper bounds.
         static = states.counters is not None
         self.blocks = -(-states.quantized // BLOCK)
         key_constants, value_constants = constants_of(keys), constants_of(values)
@@ -174,14 +174,14 @@ class AttentionPlan:
             ),
             (values.nbits, values.head_dim, values.mean is not None, values.codebook),
             mask_kind,
-            # the last query sees everything
+            # The last query sees everything.
             is_causal and query_length > 1,
             softcap,
             rows <= ROWS // 2,
             static,
         )
         self.row_tiles = row_tiles = -(-rows // kernels.rows)
-        # one call's splits are those of the codes, then those of the exact tokens
+        # A call has the splits of the codes, then those of the exact tokens.
         slots = min(states.sink_length + states.ring, states.exact["keys"].shape[2])
         exact_splits = max(-(-slots // EXACT_TILE), int(static))
         self.code_splits = count_splits(kernels.wave, pairs * row_tiles, self.blocks, MAX_SPLITS)
@@ -196,7 +196,7 @@ class AttentionPlan:
         sizes = query_length, groups, kv_heads
         head_sizes = key_constants.heads, *(1 if x is None else len(x) for x in (keys.scale, keys.mean))
         tiles = -(-rows // 16)
-        # rows that share an operator fill tiles of 16 together
+        # Rows that share an operator fill tiles of 16 together.
         query_tiles = -(-pairs * rows // 16) if key_constants.heads == 1 else pairs * tiles
         programs = kernels.terms * query_tiles + pairs * tiles * exact_splits
         self.prepare, sides = kernels.prepare, (None, None)
@@ -210,7 +210,7 @@ class AttentionPlan:
         dual = value_constants.dual_operator(values, kernels.dual_dtype)
         key_planes = _planes(keys, codes[0]) + (codes[0].get("residual_norms", scales),)
         codes_of_keys = operands, row_constants, *key_planes, key_constants.tables
-        # of each launch the arguments that do not differ from call to call, as tensors and as addresses
+        # For each launch, the arguments that stay the same from call to call, as tensors and as addresses.
         self.fixed_prepare = self.prepare.fix(
             (*sides, operators, *(operators if x is None else x for x in (keys.scale, keys.mean)))
             + (operands, row_constants, key_states, value_states, partial, stats)
@@ -229,11 +229,11 @@ class AttentionPlan:
             + (splits, self.code_splits, *self.out_strides[:3], value_constants.scale)
         )
         self.fixed_scores = kernels.scores.fix((*codes_of_keys, *sizes, states.sink_length, scales.shape[2], row_tiles))
-        # whether all is compiled: what is launched then takes addresses
+        # Whether everything is compiled: launches then take addresses.
         self.compiled = False
 
     def fits(self, states) -> bool:
-        """Whether these are the same buffers, and the codes fill the same blocks."""
+        """Whether these are the same buffers and the codes fill the same blocks."""
         codes = states.codes
         return (
             self.blocks == -(-states.quantized // BLOCK)
@@ -254,14 +254,14 @@ class AttentionPlan:
             with torch.cuda.device(query.device):
                 return self.run(query, states, scaling, mask, softcap, sinks, launches)
         compiled, stream = self.compiled, self.stream
-        # tensors until everything is compiled, then addresses
+        # Tensors until everything is compiled, then addresses.
         at = torch.Tensor.data_ptr if compiled else _itself
         softcap = 1.0 if softcap is None else softcap * LOG2E
         mask = at(mask[0]), *mask[1:]
         kv_len, quantized = states.kv_len, states.quantized
         recent_start = states.sink_length + quantized
         if states.counters is not None:
-            # pointers to both
+            # Pointers to both lengths.
             kv_len, recent_start = states.counters, states.counters[:, :, 1:]
             quantized = recent_start
         if "prepare" in launches:
@@ -281,7 +281,7 @@ class AttentionPlan:
         return out
 
     def run_scores(self, query, states, scaling, mask, softcap, out) -> None:
-        """Writes the logits to `out`, of exact tokens and of codes; arguments as of [`run`]."""
+        """Writes the logits of exact tokens and of codes to `out`; arguments as for [`run`]."""
         stream = self.stream
         softcap = 1.0 if softcap is None else softcap * LOG2E
         lengths = states.kv_len, states.recent_start, states.phase, states.leaving
@@ -304,22 +304,22 @@ def _planes(quantizer: Quantizer, tensors: dict[str, torch.Tensor]) -> tuple[tor
     return wide, tensors["plane1"] if quantizer.nbits == 3 else wide, tensors["scales"]
 
 
-# a kind of mask: its dtype, and whether one serves all heads and queries
+# The kind of a mask: its dtype, and whether all heads and queries share one.
 _NO_MASK = None, False
 
 
 def _key(query: torch.Tensor, states, mask_kind: tuple, is_causal: bool, softcap, sinks, portable) -> tuple:
-    """All that a plan depends on besides the buffers."""
+    """Everything but the buffers that a plan depends on."""
     newest = states.newest
     if newest is not None:
         newest = newest[0].stride(), newest[1].stride(), _aligned(states)
     kind = mask_kind, is_causal, softcap is None, sinks is None, portable, newest
-    # scratch belongs to a stream
+    # Scratch memory belongs to a stream.
     return query.shape, query.stride(), query.dtype, query.device, stream_of(query.device), kind
 
 
 def _aligned(states) -> tuple[int, int]:
-    # a compiled kernel may count on aligned addresses
+    # A compiled kernel may rely on aligned addresses.
     key, value = states.newest
     return key.data_ptr() % 16, value.data_ptr() % 16
 
@@ -327,7 +327,7 @@ def _aligned(states) -> tuple[int, int]:
 def _mask(mask: torch.Tensor | None, query: torch.Tensor) -> tuple[tuple, tuple]:
     """
     Mask and strides, with zeros where it is broadcast, and its kind: dtype, and whether all heads and queries of a
-    sequence share one that lies token by token. Without a mask any tensor, to have a pointer.
+    sequence share a mask that is contiguous along tokens. Without a mask, any tensor serves as a pointer.
     """
     if mask is None:
         return (query, 0, 0, 0, 0), _NO_MASK

@@ -1,8 +1,8 @@
 """
-The two kernels of attention that read codes and their results.
+The two attention kernels that read the codes and merge the results.
 
-`R` rows are the queries of one KV head: row `g * query_length + t` is query t of the group's head g. Logits are in
-powers of two (log2 e is folded into them). `bh` is an index of (batch, KV head).
+`R` rows are the queries of one KV head: row `g * query_length + t` is query t of the group's head g. Logits are
+exponents of 2 (log2 e is folded into them). `bh` is an index of (batch, KV head).
 """
 
 import triton
@@ -14,7 +14,7 @@ from .logits import INTEGERS, LOWEST, UNALIGNED, finish_logits, key_logits, load
 
 @triton.jit
 def load_mask(mask_row, block, length, PARTS: tl.constexpr, ASM: tl.constexpr):
-    """What the mask says of the tokens of one block, as `load_scales`."""
+    """The mask of the tokens of one block, in the form of `load_scales`."""
     out = ()
     for p in tl.static_range(PARTS):
         token = block * 128 + part_tokens(p, PARTS, ASM)
@@ -38,15 +38,16 @@ def attend_kernel(
 ):  # fmt: skip
     """
     Softmax and weighted sum over the blocks of one split, for `ROWS` rows. Grid (`code_splits` · row tiles, batch · KV
-    heads). Tokens are the M of every matrix product and rows its N, so that codes stay in registers.
+    heads). Tokens are the M dimension of every matrix product and rows the N dimension, so that codes stay in
+    registers.
 
-    Weights of int8 values are integers of two int8 terms. With `FOLD` (at most `ROWS / 2` rows) every row stands in two
-    columns, of which one takes the high and the other the low terms.
+    Weights of int8 values are integers of two int8 terms. With `FOLD` (at most `ROWS / 2` rows) every row takes two
+    columns, one for the high and one for the low terms.
 
-    With `ALIKE` all heads and queries of a sequence share one mask, which lies token by token.
+    With `ALIKE` all heads and queries of a sequence share one mask, which is contiguous along tokens.
 
-    Writes the sum of weighted values, still turned and not yet times the codebook's scale, fp32 `[R, splits,
-    VALUE_DIM]`, and `stats` `[R, splits, 2]`: running maximum and sum of exponentials.
+    Writes the sum of weighted values, still rotated and without the codebook's scale, fp32 `[R, splits, VALUE_DIM]`,
+    and `stats` `[R, splits, 2]`: running maximum and sum of exponentials.
     """
     split = tl.program_id(0) // row_tiles
     tile = tl.program_id(0) % row_tiles
@@ -64,10 +65,10 @@ def attend_kernel(
     q = load_operands(operands, flat_row, exists, SETS * WIDTH, SETS, WIDTH)
     c = load_constants(constants, flat_row, exists, QJL, MEAN)
 
-    # of every row the largest logit plus log2 of its value's scale: what enters the weighted sum is then in [0, 1]
+    # For every row, the largest logit plus log2 of its value's scale, so that weights times scales are in [0, 1].
     largest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([TOKENS, ROWS], tl.float32)
-    # int8 levels of 4 bits lack their 1/2: its share is half the sum of the weights
+    # int8 levels at 4 bits lack the offset 1/2, whose contribution is half the sum of the weights.
     OFFSET: tl.constexpr = DOT == tl.int8 and VALUE_BITS == 4
     if OFFSET:
         mass = tl.zeros([TOKENS, ROWS], tl.float32)
@@ -76,7 +77,7 @@ def attend_kernel(
         sums = sums + (tl.zeros([VALUE_ROWS, ROWS], tl.float32),)
 
     if STATIC:
-        # pointers to both lengths of every sequence; splits beyond it find no block
+        # Pointers to both lengths of every sequence; splits beyond the length have no block.
         kv_len = tl.load(kv_len + bh * 2)
         length = tl.load(length + bh * 2)
     blocks = (length + 127) // 128
@@ -84,13 +85,13 @@ def attend_kernel(
     last = ((split + 1) * blocks) // code_splits
     key_block = bh64 * key_blocks
     value_block = bh64 * value_blocks
-    # scales are too narrow for the asynchronous copies that Triton makes of tiles: fetch them a block ahead
+    # Scales are too narrow for Triton's asynchronous copies of tiles: prefetch them one block ahead.
     next_key_scales = load_scales(key_scales, key_block + first, PARTS, ASM)
     next_value_scales = load_scales(value_scales, value_block + first, PARTS, ASM)
     if QJL:
         next_norms = load_scales(key_residual_norms, key_block + first, PARTS, ASM)
     if ALIKE:
-        # one value of the mask for all rows of a token, fetched ahead too
+        # One value of the mask for all rows of a token, prefetched too.
         mask_row = mask_ptr + (bh // kv_heads).to(tl.int64) * mask_b + sink_length
         next_seen = load_mask(mask_row, first, length, PARTS, ASM)
     for block in range(first, last):
@@ -118,7 +119,7 @@ def attend_kernel(
             valid = token < length
             if ALIKE and MASK == 1:
                 valid = valid & (seen[p] != 0)
-            # memory beyond the length may hold anything
+            # Memory beyond the length may hold anything.
             scale = tl.where(valid, vs[p].to(tl.float32), 0.0)
             s = finish_logits(
                 raw[p], (sink_length + token)[:, None], row[None, :], bh, valid[:, None], mask_ptr, mask_b, mask_h,
@@ -129,7 +130,7 @@ def attend_kernel(
                 s += seen[p].to(tl.float32)[:, None] * 1.4426950408889634
             logits = logits + (s,)
             value_scale = value_scale + (scale,)
-            # a value of zero must not make its weight infinite
+            # A value of zero must not give its token an infinite logit.
             s = s + log2(tl.maximum(scale, 1e-18), ASM)[:, None]
             if p == 0:
                 peak = s
@@ -145,8 +146,8 @@ def attend_kernel(
         )  # fmt: skip
         new_sums = ()
         if DOT == tl.int8:
-            # fourteen bits relative to the largest of the tile, as 128 · high + low: adding 1.5 · 2^23 leaves the
-            # rounded integer in the low bits
+            # Fourteen bits relative to the largest weight of the tile, as 128 · high + low: adding 1.5 · 2^23 leaves
+            # the rounded integer in the low bits.
             growth = exp2(tile_largest - new_largest, ASM)
             total *= decay[None, :]
             high = ()
@@ -224,7 +225,7 @@ def combine_kernel(
     MEAN: tl.constexpr, SINKS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """
-    Merges the splits by log-sum-exp, those of codes (at most `CODED`) in one step, and turns the part of the codes
+    Merges the splits by log-sum-exp, those of codes (at most `CODED`) in one step, and rotates the part of the codes
     back, x̂ = A⁻¹ ẑ. Grid (batch · KV heads · R, ⌈DIM / COLUMNS⌉).
     """
     flat_row = tl.program_id(0)
@@ -235,7 +236,7 @@ def combine_kernel(
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     outer = (d < DIM)[None, :]
     first = flat_row.to(tl.int64) * splits
-    # everything is asked for before anything is needed: the time of this kernel is that of one trip to memory
+    # Issue all loads before using any, so that this kernel takes the time of a single memory access.
     matrix = dual + (head % dual_heads).to(tl.int64) * DIM * DIM + k[:, None] * DIM + d[None, :]
     matrix = tl.load(matrix, mask=(k < DIM)[:, None] & outer, other=0)
     s = tl.arange(0, CODED)
@@ -271,7 +272,7 @@ def combine_kernel(
     result = result * decay + tl.sum(turned[:, None] * matrix.to(tl.float32), axis=0)
     if MEAN:
         result += code_total * tl.load(mean + head % mean_heads * DIM + d, mask=d < DIM, other=0)
-    # a row that may attend to nothing is zero
+    # A row that may attend to nothing is zero.
     result = tl.where(total > 0, result / total, 0.0)
     offset = (bh // kv_heads).to(tl.int64) * out_b + (head * groups + row // query_length).to(tl.int64) * out_h
     offset += row % query_length * out_t

@@ -1,4 +1,4 @@
-"""What is known before a call: compiled kernels, the constants of quantizers, memory between launches."""
+"""What is prepared before a call: compiled kernels, the constants of quantizers, scratch memory."""
 
 from collections.abc import Callable
 from functools import cache
@@ -16,20 +16,20 @@ from .prepare_kernel import prepare_kernel
 from .ptx import level_snippet, value_snippet
 from .scores_kernel import scores_kernel
 
-# of the codes: `combine_kernel` merges them in one step
+# Most splits of the codes: `combine_kernel` merges them in one step.
 MAX_SPLITS = 64
-# of the output, for one program of `combine_kernel`: fewer would read partial sums more often, more take longer
+# Output columns of one program of `combine_kernel`: with fewer, partial sums are read more often; more take longer.
 COMBINE_COLUMNS = 64
-# exact slots of one program
+# Exact slots of one program.
 EXACT_TILE = 64
-# rows of one matrix product: 8 is the narrowest of NVIDIA's, 16 what every GPU has
+# Rows of one matrix product: 8 is the least on NVIDIA GPUs, 16 works on every GPU.
 ROWS, PORTABLE_ROWS = 8, 16
 
 
 class QuantizerConstants:
     """
-    What the kernels read of a quantizer besides its mean and scale, which are read where they are. Those made of one
-    quantizer by conditioning share it.
+    What the kernels read of a quantizer, except its mean and scale, which they read in place. Quantizers that
+    conditioning makes from the same one share it.
     """
 
     def __init__(self, quantizer: Quantizer):
@@ -41,7 +41,7 @@ class QuantizerConstants:
         if quantizer.role == "keys":
             table[0, : 2**quantizer.nbits] = np.tile(codebook.levels, 2 ** (quantizer.nbits - quantizer.code_bits))
             if quantizer.sketch is not None:
-                # the sign is the highest bit of the code; the operand is 1 where it is minus
+                # The sign is the highest bit of the code; the operand is 1 where it is minus.
                 table[1, : 2**quantizer.code_bits] = 1
             table = table.astype(np.int8)
         else:
@@ -51,12 +51,12 @@ class QuantizerConstants:
     def dual_operator(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
         """A⁻ᵀ in another dtype."""
         if dtype == quantizer.dual.dtype:
-            # not kept: the constants would keep the key alive under which they are found
+            # Not kept: the weak dictionary's values would keep their own key alive.
             return quantizer.dual
         return self._keep("dual", dtype, lambda: quantizer.dual.to(dtype))
 
     def query_operators(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
-        """What a row of queries is multiplied with, `[operators, passes, heads, head_dim, head_dim]`."""
+        """The matrices that multiply a row of queries, `[operators, passes, heads, head_dim, head_dim]`."""
 
         def make() -> torch.Tensor:
             passes = []
@@ -69,7 +69,7 @@ class QuantizerConstants:
         return self._keep("query", dtype, make)
 
     def search_operator(self, quantizer: Quantizer) -> torch.Tensor:
-        """S, which codes and signs are searched with, times √d: entries of size one, for 16 bits."""
+        """S √d, used to search codes and signs: entries of size one, which 16 bits hold exactly."""
         dtype = torch.float32 if INTERPRETED else torch.float16
         return self._keep("search", dtype, lambda: (quantizer.sketch * quantizer.head_dim).to(dtype))
 
@@ -78,7 +78,7 @@ class QuantizerConstants:
         return self._keep("levels", dtype, lambda: (quantizer.centroids / self.scale).to(dtype))
 
     def decode_operators(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
-        """What turned vectors and signs are multiplied with, `[operators, heads, head_dim, head_dim]`."""
+        """The matrices that multiply rotated vectors and signs, `[operators, heads, head_dim, head_dim]`."""
         return self._keep("decode", dtype, lambda: torch.stack([factor.mT.to(dtype) for factor in _factors(quantizer)]))
 
     def _keep(self, name: str, dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -89,14 +89,14 @@ class QuantizerConstants:
 
 
 def _factors(quantizer: Quantizer) -> list[torch.Tensor]:
-    """What rows of queries are multiplied with: A⁻¹ and, with a sketch, A⁻¹ (κS)ᵀ."""
+    """The matrices that multiply rows of queries: A⁻¹ and, with a sketch, A⁻¹ (κS)ᵀ."""
     factors = [quantizer.dual.mT]
     if quantizer.sketch is not None:
         factors.append(quantizer.dual.double().mT @ quantizer.sketch.double().mT)
     return factors
 
 
-# by the matrix that a quantizer shares with those made of it by conditioning, and with no other
+# By a matrix that a quantizer shares only with those that conditioning makes from it.
 CONSTANTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -108,14 +108,14 @@ def constants_of(quantizer: Quantizer) -> QuantizerConstants:
 
 
 class Scratch:
-    """Memory between the launches of a call, shared by all layers of one device and stream."""
+    """Scratch memory between the launches of a call, shared by all layers on one device and stream."""
 
     dtypes = {"operands": torch.int8}
 
     def __init__(self, device: torch.device):
         self.device = device
         self.tensors: dict[str, torch.Tensor] = {}
-        # a captured graph may go on writing to what was outgrown
+        # A captured graph may still write to memory that became too small.
         self.outgrown: list[torch.Tensor] = []
 
     def get(self, name: str, size: int) -> torch.Tensor:
@@ -130,7 +130,7 @@ class Scratch:
 
 
 class NewScratch(Scratch):
-    """Memory for one call: a captured graph keeps none but its own."""
+    """Scratch memory for one call, so that a captured graph holds no memory but its own."""
 
     def get(self, name: str, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=self.dtypes.get(name, torch.float32), device=self.device)
@@ -156,19 +156,19 @@ def is_portable(device: torch.device) -> bool:
 
 @cache
 def count_splits(wave: int, programs: int, blocks: int, limit: int) -> int:
-    """Splits of `blocks` blocks so that `programs * splits` fills whole waves of `wave` programs, at most `limit`."""
+    """Number of splits, at most `limit`, for which `programs * splits` best fills whole waves of `wave` programs."""
     best = 1
     for waves in (1, 2, 3, 4):
         splits = waves * wave // programs
         best = max(best, splits)
         if splits * programs > 0.9 * waves * wave:
             break
-    # two blocks at least: a program has to start, load its query and store what it found
+    # At least two blocks each, to make up for starting a program, loading its query and storing its result.
     return min(best, -(-blocks // 2), limit)
 
 
 class Launcher:
-    """A kernel with its compile-time arguments, compiled on the first call; later calls skip Triton's dispatch."""
+    """A kernel with its compile-time arguments. The first call compiles it; later calls skip Triton's dispatch."""
 
     def __init__(self, kernel, constants: dict, **options):
         self.kernel, self.constants, self.options = kernel, constants, options
@@ -182,23 +182,23 @@ class Launcher:
         return self.compiled
 
     def __call__(self, grid: tuple[int, int, int], stream: int, args: tuple, fixed: tuple) -> None:
-        """Launches with `args` and the last of the arguments, made by [`fix`] of this launcher."""
+        """Launches with `args` and then `fixed`, which this launcher's [`fix`] must have made."""
         if INTERPRETED:
             self.kernel[grid](*args, *fixed, **self.constants)
         else:
-            # the first time with tensors: their types are part of what is compiled
+            # The first call passes tensors, because compilation depends on their types.
             compiled = self.compiled or self.compile(*args, *fixed[: len(fixed) - len(self.values)])
             launch(compiled, grid, stream, args, fixed)
 
     def fix(self, args: tuple) -> tuple[tuple, tuple]:
-        """Arguments that many launches have in common, as `__call__` takes them: as tensors, and as addresses."""
+        """Arguments that many launches share, as `__call__` takes them: as tensors and as addresses."""
         if INTERPRETED:
             return args, args
         return (*args, *self.values), (*addresses(args), *self.values)
 
 
 class Kernels:
-    """The kernels of one configuration: everything that is known at compile time, and what follows from it."""
+    """The kernels of one configuration: everything known at compile time and all that follows from it."""
 
     def __init__(
         self, device, portable, query_dtype, exact_dtype, keys, values, mask, causal, softcap, few_rows, static
@@ -208,7 +208,7 @@ class Kernels:
         value_bits, value_dim, value_mean, value_codebook = values
         exact_dot = tl.float32 if INTERPRETED or torch.float32 in (query_dtype, exact_dtype) else DTYPES[query_dtype]
         count = 2 if key_bits == 4 else 4
-        # matrix products of int8 are 32 deep or more
+        # Matrix products of int8 are at least 32 deep.
         width = max(32, triton.next_power_of_2(key_dim // count))
         parts = 2 if value_bits == 4 else 4
         halves = 2 if value_bits == 3 else 1
@@ -218,9 +218,9 @@ class Kernels:
         self.operator_dtype = torch.float32 if exact_dot == tl.float32 else query_dtype
         self.operand_bytes = self.terms * 2 * count * width
         self.score_blocks = 4
-        # a warp's share of a product is at least 16 tokens or 16 dimensions
+        # A warp's share of a product is at least 16 tokens or 16 dimensions.
         warps = max(1, min(4, 128 // parts // 16, value_rows // 16))
-        # int8 values cost fewer instructions than fp16; their weights cost more, at 4 bits too much if not folded
+        # int8 values need fewer instructions than fp16 but their weights need more; at 4 bits, too many unless folded.
         int8 = not portable and (value_bits < 4 or few_rows)
         if portable:
             key_text = value_text = ("", "")
@@ -254,7 +254,7 @@ class Kernels:
             "DOT": exact_dot,
             "PRECISION": "tf32x3" if not portable and exact_dot == tl.float32 else "ieee",
             "ASM": not portable,
-            # nothing to append
+            # Nothing to append.
             **dict.fromkeys(("KEYS", "VALUES", "RING")),
         }
         self._prepare = {**prepare, "SCORES": False, **last}
@@ -284,7 +284,7 @@ class Kernels:
             },
             num_warps=warps,
             num_stages=3,
-            # fetching a mask ahead must not cost a third of the warps that fit on a multiprocessor
+            # Limits registers: prefetching a mask would otherwise cost a third of a multiprocessor's resident warps.
             **({"maxnreg": 168} if alike and not portable and max(key_dim, value_dim) <= 128 else {}),
         )
         self.scores = Launcher(
@@ -305,7 +305,7 @@ class Kernels:
         )
         self.warps = warps
         self.portable, self.value_dim, self.value_mean = portable, value_dim, value_mean
-        # half the bytes of a matrix that every row reads, at an error below the output's own rounding
+        # Halves the bytes of a matrix that every row reads; the error is below the output's own rounding.
         self.dual_dtype = torch.float32 if exact_dot == tl.float32 else torch.float16
         self._combine: dict[tuple, Launcher] = {}
         self._device, self._wave = device, None
@@ -313,7 +313,7 @@ class Kernels:
         self._mask_dtype = mask_dtype or query_dtype
 
     def append(self, key: tuple, specifications: list, ring: bool) -> Launcher:
-        """`prepare_kernel` where it appends a token too; `key` as of `token_sides`, and how the token is aligned."""
+        """`prepare_kernel` that also appends a token; `key` is that of `token_sides` with the token's alignment."""
         key = *key, ring
         launcher = self._append.get(key)
         if launcher is None:
@@ -322,7 +322,7 @@ class Kernels:
         return launcher
 
     def combine(self, code_splits: int, sinks: bool) -> Launcher:
-        """`combine_kernel` for so many splits of codes."""
+        """`combine_kernel` for this number of splits of codes."""
         coded = max(4, triton.next_power_of_2(code_splits))
         launcher = self._combine.get((coded, sinks))
         if launcher is None:
@@ -342,7 +342,7 @@ class Kernels:
 
     @property
     def wave(self) -> int:
-        """Programs of `attend` that the device runs at a time."""
+        """The number of programs of `attend` that the device runs at a time."""
         if self._wave is None:
             self._wave = 8 if INTERPRETED else self._count_wave()
         return self._wave
@@ -354,7 +354,7 @@ class Kernels:
         length = torch.int32 if self._static else 1
         compiled = self.attend.compile(self._mask_dtype, *[1] * 4, length, length, 1.0, *pointers, *[1] * 9)
         properties = torch.cuda.get_device_properties(self._device)
-        # registers come in steps of 8 per thread, and each quarter of a multiprocessor has a quarter of them
+        # Registers are allocated in steps of 8 per thread, and each quarter of a multiprocessor has a quarter of them.
         registers = -(-compiled.n_regs // 8) * 8 * properties.warp_size
         warps = 4 * (properties.regs_per_multiprocessor // 4 // registers)
         shared = properties.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024)

@@ -1,10 +1,10 @@
 """
 Triton functions that read one block of codes as matrix operands.
 
-A block's 128 tokens are worked on in `PARTS` parts of `128 / PARTS` tokens: 2 where values have a 4-bit plane, else 4,
-as their words hold the tokens. With `ASM` (NVIDIA sm_80 and later) words go through the snippets of [`ptx`] straight
-into the registers of the matrix instructions; without, bytes go through table look-ups, on any GPU and the interpreter.
-Both compute the same sums of the same integers.
+A block's 128 tokens are processed in `PARTS` parts of `128 / PARTS` tokens: 2 if values have a 4-bit plane, else 4, to
+match the tokens in their words. With `ASM` (NVIDIA sm_80 and later) the snippets of [`ptx`] turn words directly into
+register operands of the matrix instructions. Without it, bytes go through table look-ups, which works on any GPU and in
+the interpreter. Both compute the same sums of the same integers.
 """
 
 import triton
@@ -16,7 +16,7 @@ BLOCK = tl.constexpr(128)
 @triton.jit
 def exp2(x, ASM: tl.constexpr):
     if ASM:
-        # tl.exp2 spends instructions on denormals
+        # tl.exp2 spends instructions on denormals.
         y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         y = tl.exp2(x)
@@ -34,16 +34,16 @@ def log2(x, ASM: tl.constexpr):
 
 @triton.jit
 def operand_position(dim, BITS: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):
-    """Where the query's coordinate `dim` stands in its operands, `HALF` elements (4 bits) or `HALF / 2` each."""
+    """Position of the query's coordinate `dim` in its operands of `HALF` elements (4 bits) or `HALF / 2` each."""
     if BITS == 4:
         if ASM:
-            # operands are nibbles 0-3 and 4-7 of every word
+            # Operands are nibbles 0-3 and 4-7 of every word.
             position = (dim % 8) // 4 * HALF + dim // 8 * 4 + dim % 4
         else:
             position = dim % 2 * HALF + dim // 2
     else:
         if ASM:
-            # operands are codes 0 2 4 6, 8 10 12 14, 1 3 5 7 and 9 11 13 15 of every word
+            # Operands are codes 0 2 4 6, 8 10 12 14, 1 3 5 7 and 9 11 13 15 of every word.
             position = (dim % 2 * 2 + dim % 16 // 8) * (HALF // 2) + dim // 16 * 4 + dim % 8 // 2
         else:
             position = dim % 4 * (HALF // 2) + dim // 4
@@ -52,7 +52,7 @@ def operand_position(dim, BITS: tl.constexpr, HALF: tl.constexpr, ASM: tl.conste
 
 @triton.jit
 def part_tokens(part: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):
-    """Tokens of a part, within the block, in the order in which a row of values holds them."""
+    """Tokens of a part, within the block, in the order of a row of values."""
     element = tl.arange(0, 128 // PARTS)
     if ASM:
         token = part * (128 // PARTS) + element
@@ -63,7 +63,7 @@ def part_tokens(part: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def value_token(position, byte, COUNT: tl.constexpr):
-    """The token of the code at a position of a byte of values, of which every byte has `COUNT` (4 or 2 bits)."""
+    """The token of the code at `position` in `byte` of values; every byte has `COUNT` codes (of 4 or 2 bits)."""
     word = byte // 4
     byte = byte % 4
     if COUNT == 2:
@@ -73,7 +73,7 @@ def value_token(position, byte, COUNT: tl.constexpr):
 
 @triton.jit
 def code_at(byte, bits, i: tl.constexpr, BITS: tl.constexpr):
-    """Code `i` of bytes of the 4-bit or 2-bit plane, at 3 bits with that of the 1-bit plane; all int32."""
+    """Code `i` of bytes of the 4-bit or 2-bit plane, at 3 bits joined with its bit of the 1-bit plane; all int32."""
     WIDTH: tl.constexpr = 4 if BITS == 4 else 2
     code = (byte >> (i * WIDTH)) & ((1 << WIDTH) - 1)
     if BITS == 3:
@@ -83,7 +83,7 @@ def code_at(byte, bits, i: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def load_operands(operands, row, exists, stride, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """`COUNT` query operands `[WIDTH, rows]`, one after the other in memory; zero where no row `exists`."""
+    """`COUNT` query operands `[WIDTH, rows]`, consecutive in memory; zero where no row `exists`."""
     out = ()
     e = tl.arange(0, WIDTH)
     for i in tl.static_range(COUNT):
@@ -134,7 +134,7 @@ def key_dots(
     levels = ()
     signs = ()
     if ASM:
-        # part p and part p + PARTS / 2 are tokens r and r + 64, which share a row of the 1-bit plane
+        # Parts p and p + PARTS / 2 are tokens r and r + 64, which share a row of the 1-bit plane.
         second = ()
         second_signs = ()
         for p in tl.static_range(PARTS // 2):

@@ -1,4 +1,4 @@
-"""Codes back to vectors by Triton, for operations that need plain tensors and for long queries."""
+"""Dequantises codes with Triton, for operations that need plain tensors and for long queries."""
 
 import torch
 import triton
@@ -34,14 +34,14 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
         return
     batch, heads, tokens, head_dim = out.shape
     constants = constants_of(quantizer)
-    # half the bytes of a matrix that every tile reads; it is rounded no more than the output is
+    # Halves the bytes of a matrix that every tile reads; it is rounded no more than the output.
     operator_dtype = torch.float32 if INTERPRETED or out.dtype == torch.float32 else torch.float16
     keys = quantizer.role == "keys"
     key = (keys, quantizer.nbits, quantizer.estimator, head_dim, quantizer.mean is None, out.dtype)
     key += (quantizer.scale is None, buffer["scales"].dtype, out.device)
     padded = triton.next_power_of_2(head_dim)
     if key not in _launchers:
-        # dimensions of one product; all of this is what was fastest on an H100
+        # Dimensions of one product. All of these choices were fastest on an H100.
         chunk = 32 if operator_dtype == torch.float32 else 64 if keys or padded > 128 else 128
         options = {
             "KEYS": keys,
@@ -79,7 +79,7 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
         launcher(grid, stream_of(out.device), args, launcher.fix(())[0])
 
 
-# strides are multiples of 16, which `supports` sees to
+# Strides are multiples of 16, which `supports` ensures.
 @triton.jit(do_not_specialize=["length", "heads", "blocks", "operator_heads", "scale_heads", "mean_heads"])
 def dequantize_kernel(
     wide, one, scales, residual_norms, levels, operators, scale, mean, out,
@@ -90,8 +90,8 @@ def dequantize_kernel(
     """
     x̂ = (s c[codes] + |z| |r| (κS)ᵀ signs) A⁻ᵀ / t + μ for a block of a sequence. Grid (⌈length / 128⌉, batch · heads).
 
-    Every byte is read once; its codes are put next to each other, so that of keys they lie in the order of dimensions,
-    and of values in an order of tokens. The operators are A⁻ᵀ and, with `QJL`, κS A⁻ᵀ.
+    Every byte is read once and its codes are put next to each other: those of keys are then in the order of dimensions,
+    those of values in an order of tokens. The operators are A⁻ᵀ and, with `QJL`, κS A⁻ᵀ.
     """
     sequence = tl.program_id(1).to(tl.int64)
     head = tl.program_id(1) % heads
@@ -99,7 +99,7 @@ def dequantize_kernel(
     n = tl.arange(0, DIM_PAD)
     OPERAND: tl.constexpr = operators.dtype.element_ty
     NBITS: tl.constexpr = CODE_BITS + QJL
-    # codes of a byte of the 4-bit or 2-bit plane
+    # Codes in a byte of the 4-bit or 2-bit plane.
     COUNT: tl.constexpr = 2 if NBITS == 4 else 4
     within = tl.arange(0, 128)
     if not KEYS:
@@ -108,7 +108,7 @@ def dequantize_kernel(
     exists = token < length
     unit = tl.load(scales + block * 128 + within, mask=exists, other=0).to(tl.float32) * level_scale
     if QJL:
-        # signs in units of the levels, so that one product has both; a zero vector has no residual either
+        # Signs in units of the levels, so that one product covers both; a zero vector has no residual either.
         sign = tl.load(residual_norms + block * 128 + within, mask=exists, other=0).to(tl.float32)
         sign = (sign / tl.where(unit > 0, unit, 1)).to(OPERAND)[:, None]
     product = tl.zeros([128, DIM_PAD], tl.float32)
@@ -140,7 +140,7 @@ def dequantize_kernel(
                 tl.join(code_at(fields, bits, 1, NBITS), code_at(fields, bits, 3, NBITS)),
             )
         code = tl.reshape(code, (128, CHUNK) if KEYS else (CHUNK, 128))
-        # multiples of 1/2 up to 127.5: exact in 16 bits
+        # Multiples of 1/2 up to 127.5 are exact in 16 bits.
         x = tl.load(levels + (code & ((1 << CODE_BITS) - 1)))
         if not KEYS:
             x = tl.trans(x)

@@ -1,4 +1,4 @@
-"""What all launches share: who runs kernels, on which stream, and how their arguments come to them quickly."""
+"""What all launches share: which compiled kernel runs, on which stream, and fast ways to pass arguments."""
 
 import torch
 import triton
@@ -6,22 +6,22 @@ import triton.language as tl
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 INTERPRETED = triton.knobs.runtime.interpret
-# kernels by the key that they were launched with
+# Compiled kernels by the key that they were launched with.
 COMPILED: dict[tuple, object] = {}
 
 
 def stream_of(device: torch.device) -> int:
-    """The current stream of a device, as kernels are launched on it."""
+    """The current stream of a device, on which kernels are launched."""
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def launch(compiled, grid: tuple[int, int, int], stream: int, args: tuple, fixed: tuple = ()) -> None:
-    """What `compiled[grid](*args, *fixed)` does, with less work on the host and without Triton's own profiler."""
+    """Does what `compiled[grid](*args, *fixed)` does, with less work on the host and without Triton's profiler."""
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *fixed)
 
 
 def run(kernel, key: tuple, grid: tuple[int, int, int], device: torch.device, args: tuple, options: dict) -> None:
-    """`kernel[grid](*args, **options)`; `key` is all that Triton would look at, in a third of the time."""
+    """Does `kernel[grid](*args, **options)` in a third of the time; `key` has all that Triton specialises on."""
     if key in COMPILED:
         launch(COMPILED[key], grid, stream_of(device), args)
     else:
@@ -37,8 +37,8 @@ def on_other_device(device: torch.device) -> bool:
 
 def addresses(tree):
     """
-    Tensors, also those in tuples, as compiled kernels take them: of a tensor every launch asks Python for the address
-    and the driver whether it is one. Whoever keeps the result keeps the tensors.
+    Turns tensors, also those in tuples, into addresses for compiled kernels: with a tensor, every launch asks Python
+    for its address and the driver whether that is valid. The caller must keep the tensors alive.
     """
     if isinstance(tree, torch.Tensor):
         return tree.data_ptr()

@@ -1,17 +1,17 @@
-"""Triton functions that turn products of codes and queries into logits; logits are in powers of two."""
+"""Triton functions that turn products of codes and queries into logits, which are exponents of 2."""
 
 import triton
 import triton.language as tl
 
 from .codes import exp2
 
-# floor of the running maximum: finite, so that a row that has seen nothing yet subtracts to zero and not to NaN
+# Floor of the running maximum: finite, so that a row that has seen nothing yet subtracts to zero and not to NaN.
 LOWEST = tl.constexpr(-1e30)
 
-# stands for the length of a sequence that has outgrown a static capacity
+# Stored as the length of a sequence that exceeds a static capacity.
 OVERFLOW = tl.constexpr(2**30)
 
-# arguments whose value no compiled kernel may depend on: the launchers reuse it for all of them
+# Compiled kernels must not specialise on the values of these arguments, because launchers reuse them for all values.
 INTEGERS = (
     "query_b query_h query_t mask_b mask_h mask_t mask_n query_length groups kv_heads operator_heads mean_heads "
     "scale_heads "
@@ -34,7 +34,7 @@ def load_constants(constants, row, exists, QJL: tl.constexpr, MEAN: tl.constexpr
 
 @triton.jit
 def key_logits(dots, scales, residual_norms, constants, PARTS: tl.constexpr, QJL: tl.constexpr, MEAN: tl.constexpr):
-    """Logits (in powers of two) from `dots` and the rows' affine `constants`: see `prepare_kernel`."""
+    """Logits (exponents of 2) from `dots` and the rows' affine `constants`: see `prepare_kernel`."""
     out = ()
     for p in tl.static_range(PARTS):
         logits = (dots[p] * constants[0] + constants[1]) * scales[p].to(tl.float32)[:, None]
@@ -56,11 +56,11 @@ def finish_logits(
     Softcap, mask and length for logits at `position` × `row`, two index tensors of which one is a column and one a row.
 
     Args:
-        valid (tensor of bool, of the shape of `position`): tokens that there are.
+        valid (tensor of bool, of the shape of `position`): the tokens that exist.
         MASK: 0 none, 1 boolean (read as uint8), 2 additive.
     """
     if SOFTCAP:
-        # c tanh(x / c) = c - 2 c / (1 + e^(2 x / c)); the logits and the cap are both in powers of two
+        # c tanh(x / c) = c - 2 c / (1 + e^(2 x / c)); the logits and the cap are both exponents of 2.
         logits = softcap - 2.0 * softcap / (1.0 + exp2(logits * (2.0 * 1.4426950408889634 / softcap), ASM))
     if MASK:
         head = bh % kv_heads * groups + row // query_length

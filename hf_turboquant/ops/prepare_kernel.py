@@ -1,4 +1,4 @@
-"""The first kernel of a call: the query, and what does not need the codes."""
+"""The first kernel of a call: prepares the query and does all that does not need the codes."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ from .step_kernel import append_token
 
 @triton.jit
 def _round_query(x, step):
-    """`x / step`, rounded, as 128 · high + low: the integer and its two int8 terms."""
+    """Rounds `x / step` to 128 · high + low; returns the integer and its two int8 terms."""
     integer = tl.floor(x / step[:, None] + 0.5).to(tl.int32)
     high = (integer + 64) >> 7
     return integer, high.to(tl.int8), (integer - high * 128).to(tl.int8)
@@ -31,23 +31,24 @@ def prepare_kernel(
     KEYS: tl.constexpr, VALUES: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """
-    Everything that does not need the codes. The first programs of the grid turn 16 rows of queries each, A⁻ᵀ q, or
-    sketch them, κS A⁻ᵀ q, `TERMS` programs for the same rows, and write both as integers; each of the others attends to
-    `TILE` exact slots with 16 rows of one pair of batch and KV head (with `SCORES`: writes its logits).
+    Does everything that does not need the codes. The first programs of the grid each rotate (A⁻ᵀ q) or sketch
+    (κS A⁻ᵀ q) 16 rows of queries, `TERMS` programs for the same rows, and write the result as integers. Each of the
+    others attends to `TILE` exact slots with 16 rows of one pair of batch and KV head (with `SCORES`: writes its
+    logits).
 
-    With specifications `KEYS` and `VALUES` the last token is not in its slot yet: before all others, two programs a
-    pair append its key and its value, as [`append_token`], and those that attend to exact slots read it where it is.
+    With specifications `KEYS` and `VALUES` the last token is not in its slot yet: before all others, two programs per
+    pair append its key and its value with [`append_token`]. Programs that attend to exact slots read it from the input.
 
-    With `PASSES` 2 an operator is a sum of two matrices in the query's own 16 bits, the second times 2048: two products
-    of a 16-bit matrix product are as good as one in fp32, and faster.
+    With `PASSES` 2 an operator is a sum of two matrices in the query's own 16 bits, the second times 2048: two 16-bit
+    matrix products are as precise as one in fp32, and faster.
 
     A query row becomes int8 `operands` `[TERMS, 2, COUNT · WIDTH]` (high and low term of every coordinate, in the
-    order of `operand_position`), and fp32 `constants`, so that with integer products i of levels and j of signs
+    order of `operand_position`) and fp32 `constants`. With integer products i of levels and j of signs
 
         logit = (i · c₀ + c₁) · scale + (j · c₂ + c₃) · residual norm + c₄
     """
     rows = groups * query_length
-    # rows that share an operator fill tiles together: all of them, or those of one pair
+    # Rows that share an operator fill tiles together: all of them, or those of one pair.
     segment_rows = pairs * rows if operator_heads == 1 else rows
     segment_tiles = (segment_rows + 15) // 16
     query_tiles = pairs * rows // segment_rows * segment_tiles
@@ -97,7 +98,7 @@ def prepare_kernel(
                 mu = tl.load(mean + (head % mean_heads * DIM)[:, None] + k[None, :], mask=x_mask, other=0)
                 offsets += x.to(tl.float32) * mu
             if SCALE:
-                # rounded like the query itself
+                # Rounded like the query itself.
                 factor = tl.load(key_scale + (head % scale_heads * DIM)[:, None] + k[None, :], mask=x_mask, other=1)
                 x = x.to(tl.float32) * (1.0 / factor)
             x = x.to(operators.dtype.element_ty)
@@ -108,14 +109,14 @@ def prepare_kernel(
                 low = operator + operator_heads.to(tl.int64) * DIM * DIM + k[:, None] * DIM + d[None, :]
                 rest = tl.dot(x, tl.load(low, mask=m_mask, other=0), rest)
         turned += rest / 2048.0
-        # the largest integer that two int8 terms, 128 · high + low, hold with room for rounding
+        # The largest integer that two int8 terms, 128 · high + low, hold with a margin for rounding.
         step = tl.max(tl.abs(turned), axis=1) / 16256.0
         step = tl.where(step > 0, step, 1.0)
         integer, high, low = _round_query(turned, step)
         total = tl.sum(integer, axis=1).to(tl.float32)
         COUNT: tl.constexpr = 2 if BITS == 4 else 4
         at = flat.to(tl.int64) * (TERMS * 2 * COUNT * WIDTH) + term * (2 * COUNT * WIDTH)
-        # coordinates beyond the last are zero, and so are the places of the operands that no coordinate goes to
+        # Coordinates beyond the last are zero, and so are positions of the operands without a coordinate.
         p = operand_position(d, BITS, COUNT * WIDTH // 2, ASM)
         inside = exists[:, None] & (d < COUNT * WIDTH)[None, :]
         tl.store(operands + at[:, None] + p[None, :], high, mask=inside)
@@ -128,7 +129,7 @@ def prepare_kernel(
             if MEAN:
                 tl.store(c + 4, tl.sum(offsets, axis=1) * (scaling * 1.4426950408889634), mask=exists)
         else:
-            # the operand is 1 where the sign is minus: Σ q sign = Σ q - 2 Σ q operand
+            # The operand is 1 where the sign is minus: Σ q sign = Σ q - 2 Σ q operand.
             tl.store(c + 2, -2.0 * factor, mask=exists)
             tl.store(c + 3, factor * total, mask=exists)
     else:
@@ -143,7 +144,7 @@ def prepare_kernel(
         query_offset += (bh % kv_heads * groups + row // query_length).to(tl.int64) * query_h
         query_offset += (row % query_length).to(tl.int64) * query_t
         if STATIC:
-            # pointers to both lengths of every sequence
+            # Pointers to both lengths of every sequence.
             quantized = tl.load(recent_start + bh * 2)
             held = tl.load(kv_len + bh * 2)
             overflown = held == OVERFLOW
@@ -177,7 +178,7 @@ def prepare_kernel(
             k_new = tl.load(at, mask=d < DIM, other=0)
             k = tl.where(newest[None, :], k_new[:, None], k)
         if not SCORES:
-            # asked for before it is needed, so that both loads are under way together
+            # Loaded before it is needed, so that both loads overlap.
             v = tl.arange(0, VALUE_PAD)
             v_mask = stored[:, None] & (v < VALUE_DIM)[None, :]
             values = value_states + bh.to(tl.int64) * value_stride + slot64[:, None] * VALUE_DIM + v[None, :]
@@ -202,7 +203,7 @@ def prepare_kernel(
             out = tl.dot(weights.to(DOT), values, input_precision="ieee")
             total = tl.sum(weights, axis=1)
             if STATIC:
-                # a step beyond the capacity cannot raise: everything that comes of it shall show
+                # A kernel cannot raise an error beyond the capacity, so its results are NaN.
                 out = tl.where(overflown, float("nan"), out)
                 total = tl.where(overflown, 1.0, total)
             at = flat_row * splits + code_splits + chunk

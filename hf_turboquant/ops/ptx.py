@@ -1,11 +1,11 @@
 """
 PTX that turns a 32-bit word of codes into matrix operands by byte look-ups (sm_80 and later).
 
-`prmt.b32 d, a, b, c` puts together four of the eight bytes of (a, b), each picked by the low three bits of a nibble of
-c: a table of eight one-byte entries, four look-ups per instruction; bit 3 of the nibble replicates the picked byte's
-sign bit instead. The codebook is baked in as immediates. One word is four consecutive bytes of a row: see `packing`
-for its picture. Every snippet yields its operands in the order of `operand_offsets`, four codes to an int8 register
-and two to an fp16 register.
+`prmt.b32 d, a, b, c` combines four of the eight bytes of (a, b), each selected by the low three bits of a nibble of c:
+a table of eight one-byte entries with four look-ups per instruction. Bit 3 of the nibble replicates the selected byte's
+sign bit instead. The codebook is compiled in as immediates. One word is four consecutive bytes of a row: see `packing`
+for its layout. Every snippet returns its operands in the order of `operand_offsets`, four codes per int8 register and
+two per fp16 register.
 """
 
 from functools import cache
@@ -18,12 +18,13 @@ from ..codebook import Codebook
 @cache
 def level_snippet(nbits: int, qjl: bool, codebook: Codebook) -> tuple[str, str]:
     """
-    Words of keys, or of values below 4 bits -> int8 operands: the levels and, with `qjl`, 1 where the sign of the
-    sketch is minus.
+    Turns words of keys, or of values below 4 bits, into int8 operands: the levels and, with `qjl`, 1 where the sign of
+    the sketch is minus.
 
     Inputs: one word of the 4-bit or 2-bit plane; at 3 bits the words of two rows of the 2-bit plane (tokens r and
     r + 64 of keys, dims d and d + head_dim / 2 of values) and the word of the 1-bit plane that belongs to both.
-    Outputs, for one row and then the other: levels (two registers at 4 bits, else four), then as many of signs.
+    Outputs, for one row and then the other: levels (two registers at 4 bits, else four), then as many registers of
+    signs.
 
     Returns:
         The assembly and its constraints, for `tl.inline_asm_elementwise(..., pack=4)`.
@@ -31,7 +32,7 @@ def level_snippet(nbits: int, qjl: bool, codebook: Codebook) -> tuple[str, str]:
     levels = codebook.levels.astype(np.int8).view(np.uint8)
     tables = [levels]
     if qjl:
-        # the sign is the highest bit of the code: with it the level repeats
+        # The sign is the highest bit of the code, so the levels repeat in the upper half of the table.
         tables = [np.tile(levels, 2), np.repeat(np.array([1, 0], dtype=np.uint8), len(levels))]
     if nbits == 4:
         body = _qjl_nibbles(tables) if qjl else _sign_magnitude_nibbles(levels)
@@ -46,11 +47,11 @@ def level_snippet(nbits: int, qjl: bool, codebook: Codebook) -> tuple[str, str]:
 
 @cache
 def value_snippet(codebook: Codebook) -> tuple[str, str]:
-    """Words of 4-bit values -> two fp16 operands of two registers, `levels + offset`, exactly."""
+    """Turns words of 4-bit values into two fp16 operands of two registers each: `levels + offset`, exactly."""
     halves = (codebook.levels.astype(np.float16) + np.float16(codebook.offset)).view(np.uint16)
     low, high = (halves & 255).astype(np.uint8), (halves >> 8).astype(np.uint8)
     body = _nibble_signs() + ["shr.b32 h, m, 16;"]
-    # codes 0-7 are the magnitudes; bit 3 of the nibble becomes the sign bit of the high byte
+    # Codes 0-7 are the magnitudes; bit 3 of the nibble becomes the sign bit of the high byte.
     for selector, sign in (("m", "x"), ("h", "y")):
         body += [
             f"prmt.b32 a, {_word(low, 0)}, {_word(low, 4)}, {selector};",
@@ -64,8 +65,8 @@ def value_snippet(codebook: Codebook) -> tuple[str, str]:
 
 def operand_offsets(nbits: int) -> tuple[int, list[int], int]:
     """
-    Where the codes of a word go: element e of operand o is the code at `stride * (e // 4) + step * (e % 4) + first[o]`
-    of the row.
+    The order of a row's codes in the operands: element e of operand o is the code at position
+    `stride * (e // 4) + step * (e % 4) + first[o]` of the row.
 
     Returns:
         `stride` (codes of a word), `first` (of every operand), `step`.
@@ -91,7 +92,7 @@ class _selectors:
         self.inputs = 3
         self.lines = []
         self.registers = []
-        # where the high bits of even and odd codes of the two tokens or rows lie in a nibble of the 1-bit plane
+        # Positions of the high bits of even and odd codes of the two tokens or rows in a nibble of the 1-bit plane.
         for i, (even, odd) in enumerate(
             (("mov.b32 c, IN2", "shr.b32 d, IN2, 1"), ("shl.b32 c, IN2, 2", "shl.b32 d, IN2, 1"))
         ):
@@ -111,7 +112,7 @@ class _selectors:
 
 
 def _sign_magnitude_nibbles(levels: np.ndarray) -> list[str]:
-    # a negative level is the one's complement of its positive twin
+    # A negative level is the one's complement of its positive twin.
     return _nibble_signs() + [
         "shr.b32 h, m, 16;",
         f"prmt.b32 a, {_word(levels, 0)}, {_word(levels, 4)}, m;",
@@ -122,7 +123,7 @@ def _sign_magnitude_nibbles(levels: np.ndarray) -> list[str]:
 
 
 def _nibble_signs() -> list[str]:
-    # m: the selectors without their sign bits; x, y: 255 where bit 3 of nibbles 0-3, 4-7 is set
+    # m: the selectors without their sign bits; x, y: 255 where bit 3 of nibbles 0-3, 4-7 is set.
     return [
         "and.b32 m, IN0, 0x77777777;",
         "shl.b32 s, IN0, 4;",
@@ -132,7 +133,7 @@ def _nibble_signs() -> list[str]:
 
 
 def _qjl_nibbles(tables: list[np.ndarray]) -> list[str]:
-    # the sign bit of the sketch replicates the sign bit of a table of ones, which is zero
+    # The sign bit of the sketch selects the sign bit of a table of ones, which is zero.
     level = tables[0]
     return [
         "shr.b32 h, IN0, 16;",

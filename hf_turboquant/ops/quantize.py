@@ -1,4 +1,4 @@
-"""Quantises and appends by Triton: the launchers of `quantize_kernels` and `step_kernel`."""
+"""Quantises and appends with Triton: launches `quantize_kernels` and `step_kernel`."""
 
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,7 @@ from .launch import DTYPES, INTERPRETED, on_other_device, run
 from .quantize_kernels import quantize_kernel
 from .step_kernel import step_kernel
 
-# what the launcher needs of a quantizer, by the dtype of the states and the tile
+# What a launch needs of a quantizer, by the dtype of the states and the tile.
 _prepared: WeakKeyDictionary[Quantizer, dict] = WeakKeyDictionary()
 _specifications: dict[tuple, tuple] = {}
 
@@ -35,7 +35,7 @@ def supports(states: torch.Tensor, quantizer: Quantizer) -> str | None:
 
 
 def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) -> None:
-    """Appends `states` to `buffer`, in place, in one launch. The buffer has room; its length changes last."""
+    """Appends `states` to `buffer`, which must have the capacity, in place, in one launch. Its length changes last."""
     _launch((states,), (quantizer,), (buffer,))
 
 
@@ -47,7 +47,7 @@ def quantize_pair(
     """
     [`quantize`] for the keys and the values of one layer: one launch for one token, else two.
 
-    Both have the same batch, heads, tokens and device, and their buffers the same length and capacity.
+    Both must have the same batch, heads, tokens and device, and their buffers the same length and capacity.
     """
     if states[0].shape[2] == 1:
         _launch(states, quantizers, buffers)
@@ -72,15 +72,15 @@ def append(states, new: dict[str, torch.Tensor]) -> None:
     for index in range(tokens):
         token = tuple(x[:, :, index : index + 1] for x in new.values())
         args = *token, *sides, *exact, states.counters, *lengths, *sizes, heads, *specs, states.ring > 0
-        # a compiled kernel may count on aligned addresses
+        # A compiled kernel may rely on aligned addresses.
         aligned = tuple(x.data_ptr() % 16 for x in token)
         run(step_kernel, (*key, aligned), (1, batch * heads, len(token)), device, args, options)
 
 
 def token_sides(states, new: dict[str, torch.Tensor]):
     """
-    What kernels take of keys and of values to append single tokens, their specifications, all that they may be compiled
-    for but the alignment of the tokens, and how they are launched.
+    What kernels need to append single tokens: for keys and for values, the arguments and their specifications, then the
+    key of the compiled kernel (without the alignment of the tokens) and the launch options.
     """
     sides, specs, key = [], [], []
     for role, x in new.items():
@@ -106,7 +106,7 @@ def _launch(states, quantizers, buffers) -> None:
     for i, (x, quantizer, buffer) in enumerate(zip(states, quantizers, buffers, strict=True)):
         outputs, constants, specs[i], options, parts = _side(x, quantizer, buffer, tile)
         sides[i] = x, (x.stride(), outputs, constants)
-        # a compiled kernel may count on aligned addresses
+        # A compiled kernel may rely on aligned addresses.
         key += *parts, x.data_ptr() % 16
     grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(states))
     args = (*sides, length, tokens, buffers[0].capacity // BLOCK, heads, *specs, tile)
@@ -116,7 +116,7 @@ def _launch(states, quantizers, buffers) -> None:
 
 
 def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int):
-    """Of keys or values: buffers and constants as the kernels take them, specification, options, a part of the key."""
+    """For keys or values: buffers and constants for the kernels, specification, options, and a part of the key."""
     planes, constants, spec, options = _prepare(quantizer, x.dtype, tile)
     buffers = tuple(buffer[name] for name in planes), buffer["scales"], buffer.tensors.get("residual_norms")
     key = (id(spec), x.dtype, quantizer.mean is None, quantizer.scale is None, x.stride())
@@ -124,17 +124,17 @@ def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int)
 
 
 def _prepare(quantizer: Quantizer, dtype: torch.dtype, tile: int):
-    """Names of the planes, the constants as the kernel takes them, its specification and how it is launched."""
+    """Names of the planes, the constants for the kernel, its specification and its launch options."""
     prepared = _prepared.setdefault(quantizer, {})
     if (dtype, tile) not in prepared:
         planes = tuple(plane_shapes(quantizer.nbits, quantizer.role, quantizer.head_dim))
         by_head = []
         for x in (quantizer.transform, quantizer.mean, quantizer.scale):
-            # those that all heads share have a stride of zero
+            # Constants that all heads share have a stride of zero.
             by_head += (None, 0) if x is None else (x.contiguous(), x[0].numel() if len(x) > 1 else 0)
         sketch = quantizer.sketch
         if quantizer.annealing is not None:
-            # shared by the quantizers that conditioning makes of one, so that a captured graph finds it again
+            # Quantizers that conditioning makes from one share it, so that a captured graph finds it again.
             sketch = constants_of(quantizer).search_operator(quantizer)
         constants = (*by_head, sketch, quantizer.boundaries, quantizer.centroids)
         prepared[dtype, tile] = planes, constants, *_specify(quantizer, dtype, tile)
@@ -145,15 +145,15 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
     head_dim = quantizer.head_dim
     padded = triton.next_power_of_2(head_dim)
     operand = tl.float32
-    # 16 bits are enough for a search, and where only the sign of a sketch counts
+    # 16 bits are enough for a search, and for a sketch of which only the sign counts.
     sketch_operand = tl.float32 if INTERPRETED or (tile == 1 and quantizer.annealing is None) else tl.float16
     precision = "ieee"
     if not INTERPRETED and tile > 1:
-        # three products in tf32 are as good as fp32
+        # Three products in tf32 are as precise as fp32.
         precision = "tf32x3"
         if quantizer.scale is None or dtype != torch.float16:
-            # states are exact in their own dtype, and the matrix nearly so as the sum of two; a scale may take it out
-            # of fp16's range
+            # States are exact in their own dtype, and the matrix is nearly exact as a sum of two. A scale may take it
+            # out of fp16's range.
             operand = DTYPES[dtype]
     if tile == 1:
         chunk = min(padded, 128)
@@ -173,11 +173,11 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
         *(quantizer.stretches[:2] or (1.0, 1.0)),
         _flat(quantizer.annealing),
     )
-    # two programs share a multiprocessor where registers and shared memory allow
+    # Two programs share a multiprocessor if registers and shared memory allow.
     exact = operand != tl.float32
     small = padded <= 128 and (tile == 1 or (quantizer.sketch is None and exact))
     options = {"num_warps": 4 if small else 8, "num_stages": 1}
-    # one object for equal specifications: its id is part of the key
+    # One object for equal specifications, because its id is part of the key.
     return _specifications.setdefault(specification, specification), options
 
 

@@ -1,4 +1,4 @@
-"""The kernel that rotates, codes, sketches, packs and appends; its launcher is in `quantize`."""
+"""The kernel that rotates, encodes, sketches, packs and appends; `quantize` launches it."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _precise_dot(x, matrix, acc, OPERAND: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x @ matrix, of shapes `[T, K]` and `[K, N]`: x as `TERMS` terms of `OPERAND`, the matrix as two."""
+    """acc + x @ matrix, `[T, K]` by `[K, N]`; x is split into `TERMS` terms of `OPERAND`, the matrix into two."""
     if OPERAND == tl.float32:
         return tl.dot(x.to(tl.float32), matrix, acc, input_precision=PRECISION)
     high = matrix.to(OPERAND)
@@ -34,7 +34,7 @@ def _rotated(
 ):  # fmt: skip
     """z = A (factors · (x - μ)) of shape `[T, DP]`, fp32, zero where there is no token or dimension."""
     dims, valid = dimensions(tl.arange(0, DP), D, DP)
-    # 16-bit states stay as they are, and A (factors · μ) is taken off their product
+    # 16-bit states stay as they are, and A (factors · μ) is subtracted from their product.
     LATE: tl.constexpr = mean is not None and T > 1 and OPERAND != tl.float32
     if T == 1:
         products = tl.zeros((DP, BK), tl.float32)
@@ -60,7 +60,7 @@ def _rotated(
             mask = valid[None, :] & (k < D)[:, None]
             matrix = tl.load(transform + dims[None, :] * D + k[:, None], mask=mask, other=0.0)
             if factors is not None:
-                # into the matrix: the states stay exact in their dtype
+                # Scale the matrix, so that the states stay exact in their dtype.
                 matrix *= tl.load(factors + k, mask=k < D, other=0.0)[:, None]
             if LATE:
                 offset += tl.sum(matrix * tl.load(mean + k, mask=k < D, other=0.0)[:, None], axis=0)
@@ -77,7 +77,7 @@ def _sketched(
     r, sketch, FIRST: tl.constexpr, COLUMNS: tl.constexpr,
     T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S r over the columns of r from `FIRST` on, of shape `[T, DP]`. Only its sign counts, so scales are free."""
+    """S r over the columns of r from `FIRST` on, of shape `[T, DP]`. Only its sign counts, so any scale will do."""
     e, e_valid = dimensions(tl.arange(0, DP), D, DP)
     d, d_valid = dimensions(FIRST + tl.arange(0, COLUMNS), D, DP)
     if T == 1:
@@ -86,13 +86,13 @@ def _sketched(
         return tl.sum(matrix * r, axis=1)[None, :]
     mask = e_valid[None, :] & d_valid[:, None]
     matrix = tl.load(sketch + e[None, :] * D + d[:, None], mask=mask, other=0.0)
-    # both factors are far under one: the scales keep their low terms clear of fp16's subnormals
+    # Both factors are far under one: the scales keep their low terms out of fp16's subnormals.
     return _precise_dot(r * 256, matrix * 256, tl.zeros((T, DP), tl.float32), OPERAND, 2, PRECISION)
 
 
 @triton.jit
 def _merge(pointers, packed, mask, shared):
-    # bits 0-7 of `packed` are new, bits 8-15 say which of them count; the others belong to earlier tokens
+    # Bits 0-7 of `packed` are new, bits 8-15 tell which of them to write; the others belong to earlier tokens.
     old = tl.load(pointers, mask=mask & (tl.zeros((1, 1), tl.int32) < shared), other=0).to(tl.int32)
     tl.store(pointers, (packed | (old & ~(packed >> 8))).to(tl.uint8), mask=mask)
 
@@ -102,7 +102,7 @@ def _store_keys(
     plane, fields, block, base, shared, keep,
     WIDTH: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Packs fields `[T, DP]` of tokens `base` on of a block; see the bit pictures in `packing`."""
+    """Packs fields `[T, DP]` of a block's tokens from `base` on; see the bit pictures in `packing`."""
     COUNT: tl.constexpr = 8 // WIDTH if WIDTH > 1 else 4
     position = base + tl.arange(0, T)
     column = tl.arange(0, DP)
@@ -112,7 +112,7 @@ def _store_keys(
         pointers = plane + (block * 128 + position)[:, None] * (D // COUNT) + offset[None, :]
         tl.store(pointers, packed.to(tl.uint8), mask=keep[:, None] & valid[None, :])
     else:
-        # tokens r and r + 64 share a byte
+        # Tokens r and r + 64 share a byte.
         PAIR: tl.constexpr = 2 if T == 128 else 1
         shift = (column % 2 + column % 4 // 2 * 4)[None, :] + (2 - position // 64 * 2)[:, None]
         packed = tl.sum(tl.reshape(fields << shift, (PAIR, T // PAIR, DP // 4, 4)), axis=3)
@@ -126,7 +126,7 @@ def _store_keys(
 def _store_values(
     plane, fields, block, base, shared, WIDTH: tl.constexpr, T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
 ):
-    """As `_store_keys`, for values: a byte holds tokens of one dimension (at one bit, of two)."""
+    """Like `_store_keys`, for values: a byte holds tokens of one dimension (at one bit, of two)."""
     TILE: tl.constexpr = T > 1
     column = tl.arange(0, DP)
     position = base + tl.arange(0, T)
@@ -165,7 +165,7 @@ def _store_values(
 
 @triton.jit
 def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPEC: tl.constexpr, T: tl.constexpr):
-    """Quantises `tokens` tokens, those of them that lie in tile `tile` of `sequence`, batch · heads + head."""
+    """Quantises those of `tokens` tokens that are in tile `tile` of `sequence` (batch · heads + head)."""
     strides, buffers, constants = side
     planes, scales, residual_norms = buffers
     transform, transform_stride, mean, mean_stride, factors, factors_stride, sketch, boundaries, centroids = constants
@@ -186,7 +186,7 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
     first = tile * T
     position = first + tl.arange(0, T)
     token = (position - length).to(tl.int64)
-    # tokens after the last one are coded too: what lies beyond the length is undefined
+    # Positions after the last token are encoded too, because contents beyond the length are undefined.
     new = token >= 0
     has_token = new & (token < tokens)
     block = sequence * blocks + first // 128
@@ -202,7 +202,7 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
         token, has_token, T, D, DP, BK, OPERAND, PRECISION,
     )  # fmt: skip
     norm = tl.sqrt_rn(tl.sum(z * z, axis=1))
-    # a zero vector has no direction: any will do, its scale is zero
+    # A zero vector has no direction: any will do, because its scale is zero.
     y = z * (1 / tl.maximum(norm, 1.1754943508222875e-38))[:, None]
     _, valid = dimensions(tl.arange(0, DP), D, DP)
     scale_offset = block * 128 + base + tl.arange(0, T)
@@ -210,12 +210,12 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
         codes, scale, second_scale = choose_jointly(
             y, valid, sketch, boundaries, centroids, CODE_BITS, ANNEALING, T, D, DP, SKETCH_OPERAND
         )
-        # ⟨ẑ, z⟩ = |z|²; what a vector without a direction has found may be anything
+        # ⟨ẑ, z⟩ = |z|². Without a direction, the scale found may be anything.
         scale = tl.where(norm == 0, 0.0, scale * norm)
         second_scale = tl.where(norm == 0, 0.0, second_scale * norm)
     else:
         if STRETCHES > 0:
-            # from here on the norm of y is `stretch`
+            # From here on the norm of y is `stretch`.
             stretch = best_stretch(y, valid, boundaries, centroids, CODE_BITS, STRETCHES, SPEC[10], SPEC[11])
             y *= stretch[:, None]
         codes, nearest = nearest_codes(y, boundaries, centroids, CODE_BITS)
@@ -227,7 +227,7 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
             scale = norm / tl.where(norm == 0, 1.0, product)
         if sketch is not None:
             r = tl.where(valid[None, :], y - nearest, 0.0)
-            # the y of a vector whose squares vanish may be huge
+            # The y of a vector whose squares underflow may be huge.
             second_scale = tl.where(norm == 0, 0.0, norm * tl.sqrt_rn(tl.sum(r * r, axis=1)))
             if DP == 256:
                 left, right = _halves(r, T, DP)
@@ -241,7 +241,7 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
         second_scale = second_scale.to(residual_norms.dtype.element_ty, fp_downcast_rounding="rtne")
         tl.store(residual_norms + scale_offset, second_scale, mask=has_token)
 
-    # positive if bytes of this tile hold earlier tokens too
+    # Positive if bytes of this tile hold earlier tokens too.
     if T == 128:
         shared = length - first
     else:

@@ -1,7 +1,7 @@
 """
-The mathematics of codes once, in plain torch: runs everywhere, and is what the kernels are held to.
+The reference implementation of all operations in plain torch: runs everywhere, and the kernels are tested against it.
 
-Work goes tile by tile, so that scratch memory does not grow with the sequence.
+It works tile by tile, so that scratch memory does not grow with the sequence.
 """
 
 import torch
@@ -10,18 +10,18 @@ from ..packing import BLOCK, pack, unpack
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
 
-# every op has its reference here
+# Every operation has its reference in this module.
 from .reference_statistics import channel_statistics  # noqa: F401
 
 TILE = 32 * BLOCK
 
-# of the table that finds centroids: a power of two, so that x * CELLS is exact
+# Size of the table that finds centroids: a power of two, so that x * CELLS is exact.
 CELLS = 2**13
 
 
 def encode(states: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    Algorithms 1 and 2 of TurboQuant and the rescaled codes: see [`Quantizer`].
+    Encodes by Algorithm 1 or 2 of TurboQuant, or with rescaled codes: see [`Quantizer`].
 
     Args:
         states (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`.
@@ -40,7 +40,7 @@ def encode(states: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, di
 
 def _encode(z: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     norms = torch.linalg.vector_norm(z, dim=-1)
-    # a zero vector has no direction: any will do, its scale is zero
+    # A zero vector has no direction: any will do, because its scale is zero.
     y = (z / norms.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).nan_to_num_()
     if quantizer.annealing is not None:
         return _encode_jointly(y, norms, quantizer)
@@ -56,9 +56,9 @@ def _encode(z: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[s
 
 
 def _encode_jointly(y, norms, quantizer: Quantizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Codes and signs that are chosen together, and the scales that bring their sum closest: see [`Quantizer`]."""
+    """Codes and signs chosen together, and the scales that minimise the error of their sum: see [`Quantizer`]."""
     codes, nearest, sketched, signs = _choose_jointly(y, quantizer)
-    # of norm one, as y is
+    # It has norm one, like y.
     part = signs @ quantizer.sketch
     pairs = (nearest, nearest), (nearest, part), (y, nearest), (y, part)
     cc, cs, yc, ys = (torch.linalg.vecdot(*pair) for pair in pairs)
@@ -71,7 +71,7 @@ def _encode_jointly(y, norms, quantizer: Quantizer) -> tuple[torch.Tensor, dict[
 
 
 def _choose_jointly(y: torch.Tensor, quantizer: Quantizer):
-    """Codes, their values, S (y - c) and its signs, by the rounds of `quantizer.annealing`."""
+    """Codes, their values, S (y - c) and its signs, found in the rounds of `quantizer.annealing`."""
     annealing, size = quantizer.annealing, quantizer.head_dim**-0.5
     rounds = annealing.rounds if y.shape[-2] > 1 else annealing.single_rounds
     S = quantizer.sketch / size
@@ -84,7 +84,7 @@ def _choose_jointly(y: torch.Tensor, quantizer: Quantizer):
         progress = index / (rounds - 1)
         code_width, sign_width = (a + (b - a) * progress for a, b in zip(annealing.first, annealing.last, strict=True))
         target = y - part
-        # a step between two levels as a ramp is a clamp; all of them lie symmetrically around zero, so offsets cancel
+        # A soft step between two levels is a clamp. All steps lie symmetrically around zero, so their offsets cancel.
         codes = torch.zeros_like(y)
         for middle, half in ramps:
             codes += target.clamp(middle - code_width * half, middle + code_width * half)
@@ -108,7 +108,7 @@ def _add_signs(codes: torch.Tensor, sketched: torch.Tensor, quantizer: Quantizer
 def _nearest(y: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and values of the nearest centroids."""
     rank = _rank(y.abs(), quantizer)
-    # a codebook is symmetric
+    # A codebook is symmetric.
     positive = len(quantizer.boundaries) // 2
     rank = torch.where(y > 0, rank + positive + 1, positive - rank)
     codes = quantizer.ranks_to_codes[rank]
@@ -116,11 +116,11 @@ def _nearest(y: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch
 
 
 def _rank(size: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    """How many positive boundaries lie below each of `size`, from zero on; int32."""
+    """The number of positive boundaries below each of `size`, which must not be negative; int32."""
     boundaries = quantizer.boundaries[len(quantizer.boundaries) // 2 + 1 :]
     if size.numel() < 8 * CELLS:
         return torch.bucketize(size, boundaries, out_int32=True)
-    # the same from a table, several times faster on a CPU: cells so small that at most one boundary lies in each
+    # A table gives the same result several times faster on a CPU; at most one boundary lies in each of its cells.
     cells = torch.arange(CELLS, dtype=torch.float32, device=size.device) / CELLS
     below = torch.bucketize(cells, boundaries, out_int32=True)
     boundary = torch.cat([boundaries, boundaries.new_tensor([torch.inf])])[below]
@@ -129,7 +129,7 @@ def _rank(size: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
 
 
 def _stretch(size: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    """Of every vector the factor before rounding that gives the codes closest to its direction, of shape `[..., 1]`."""
+    """For every vector, the factor before rounding that gives the codes closest in direction, of shape `[..., 1]`."""
     best = torch.ones_like(size[..., :1])
     largest = torch.zeros_like(best)
     values = quantizer.centroids.sort().values[len(quantizer.centroids) // 2 :]
@@ -142,7 +142,7 @@ def _stretch(size: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer: Quantizer) -> torch.Tensor:
-    """The inverse of [`encode`] up to quantisation, still transformed and centred: ẑ, fp32, of the shape of `codes`."""
+    """Inverts [`encode`] up to quantisation; returns ẑ, still transformed and centred, fp32, shaped like `codes`."""
     norms = scales["scales"].float().unsqueeze(-1)
     if quantizer.estimator != "qjl":
         return quantizer.centroids[codes.int()] * norms
@@ -153,13 +153,13 @@ def decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer: Quan
 
 
 def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) -> None:
-    """Appends `states` to `buffer`, in place. The buffer has room; its length changes last."""
+    """Appends `states` to `buffer`, which must have the capacity, in place. Its length changes last."""
     for tile in states.split(TILE, dim=2):
         codes, scales = encode(tile, quantizer)
         first, offset = divmod(buffer.length, BLOCK)
         tokens = codes.shape[2]
         if offset:
-            # the block that is partly filled is read, completed and written again: exact, codes are integers
+            # A partly filled block is read, completed and written back; this is exact, because codes are integers.
             started = {name: plane[:, :, first : first + 1] for name, plane in _planes(buffer).items()}
             started = unpack(started, quantizer.nbits, quantizer.role, quantizer.head_dim)
             codes = torch.cat([started[:, :, :offset], codes], dim=2)
@@ -167,14 +167,14 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) ->
         for name, plane in pack(codes, quantizer.nbits, quantizer.role).items():
             buffer[name][:, :, first : first + plane.shape[2]] = plane
         for name, scale in scales.items():
-            # a view, not `flatten`: a copy would swallow the write
+            # A view, not `flatten`, which could write to a copy.
             by_token = buffer[name].view(*buffer[name].shape[:2], -1)
             by_token[:, :, buffer.length : buffer.length + tokens] = scale
         buffer.length += tokens
 
 
 def append(states, new: dict[str, torch.Tensor]) -> None:
-    """[`ops.append`], on lengths that it fetches from the device."""
+    """[`ops.append`], with lengths fetched from the device."""
     tokens, capacity, length = new["keys"].shape[2], states.kv_len, states.measured().kv_len
     if states.counters is not None and length + tokens > capacity:
         raise ValueError(
@@ -194,12 +194,12 @@ def _append_one(states, new: dict[str, torch.Tensor]) -> None:
         slot = sinks + quantized % ring if ring else None
         for role, state in new.items():
             leaving = states.exact[role][:, :, slot : slot + 1] if ring else state
-            # its length is the caller's, or in the counters
+            # The caller updates its length, or it is in the counters.
             buffer = now.codes[role].snapshot()
             buffer.length = quantized
             quantize(leaving, states.quantizers[role], buffer)
     if now.kv_len < sinks or ring:
-        # all that can fail for want of memory is done: the new token may take the slot of the one that left
+        # Everything that can run out of memory is done: the new token may now overwrite the slot of the one that left.
         slot = now.kv_len if now.kv_len < sinks else sinks + (now.kv_len - sinks) % ring
         for role, state in new.items():
             states.exact[role][:, :, slot : slot + 1] = state
@@ -221,7 +221,7 @@ def codes_of(buffer: TokenBuffer, quantizer: Quantizer, start: int, stop: int):
 
 
 def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> None:
-    """Writes the tokens of `buffer` to `out`, of shape `[batch, heads, buffer.length, head_dim]`, any dtype."""
+    """Dequantises the tokens of `buffer` into `out`, of shape `[batch, heads, buffer.length, head_dim]`, any dtype."""
     for start in range(0, buffer.length, TILE):
         stop = min(start + TILE, buffer.length)
         codes, scales = codes_of(buffer, quantizer, start, stop)
@@ -251,7 +251,7 @@ def attention(
     """The output of [`ops.attention`], tile by tile with an online softmax (arXiv 2205.14135), in fp32 throughout."""
     states = states.measured()
     shape = (*query.shape[:3], states.exact["values"].shape[-1])
-    # of every row the largest logit, and the sum of exponentials and weighted values: exact ones, then those of codes
+    # For every row, the largest logit and the sums of exponentials and weighted values, for exact tokens and for codes.
     largest = query.new_full((*shape[:3], 1), -torch.inf, dtype=torch.float32)
     totals = [torch.zeros_like(largest), torch.zeros_like(largest)]
     outputs = [query.new_zeros(shape, dtype=torch.float32) for _ in range(2)]
@@ -261,7 +261,7 @@ def attention(
     for start, logits, values, coded in _pieces(query, states, scaling, softcap):
         logits = _mask(logits, attention_mask, is_causal, start, states.kv_len)
         new_largest = largest.maximum(logits.amax(-1, keepdim=True))
-        # a row that has seen nothing yet has no finite maximum
+        # A row that has seen nothing yet has no finite maximum.
         finite = torch.where(new_largest == -torch.inf, 0, new_largest)
         decay, weights = (largest - finite).exp(), (logits - finite).exp_()
         for part in (*totals, *outputs):
@@ -274,20 +274,21 @@ def attention(
     out = outputs[False] + decoded.reshape(shape)
     if quantizer.mean is not None:
         out += totals[True] * quantizer.mean.repeat_interleave(shape[1] // quantizer.mean.shape[0], dim=0)
-    # a row that may attend to nothing gives zeros
+    # A row that may attend to nothing gives zeros.
     total = totals[False] + totals[True]
     return torch.where(total == 0, 0, out / total).to(query.dtype)
 
 
 def _pieces(query, states, scaling, softcap):
     """
-    Position, logits `[batch, num_attention_heads, query_length, tokens]`, values `[batch, num_key_value_heads, tokens,
-    head_dim]` in fp32 and whether they are of codes (the values are then still transformed), tile by tile.
+    Yields, tile by tile: position, logits `[batch, num_attention_heads, query_length, tokens]`, values `[batch,
+    num_key_value_heads, tokens, head_dim]` in fp32, and whether they come from codes (such values are still
+    transformed).
     """
     states.settle()
     quantizer = states.quantizers["keys"]
     shape = query.shape[:3]
-    # the queries of one KV head are rows of one matrix
+    # The queries of one KV head are rows of one matrix.
     rows = query.float().reshape(query.shape[0], states.exact["keys"].shape[1], -1, query.shape[-1])
 
     def finish(logits: torch.Tensor) -> torch.Tensor:
@@ -311,7 +312,7 @@ def _pieces(query, states, scaling, softcap):
 
 
 def _score(turned, sketched, codes, scales, quantizer) -> torch.Tensor:
-    """⟨q', ẑ⟩ = s ⟨q', c⟩ + |z| |r| ⟨κS q', signs⟩ with q' = A⁻ᵀ q: the query is turned and sketched once."""
+    """⟨q', ẑ⟩ = s ⟨q', c⟩ + |z| |r| ⟨κS q', signs⟩ with q' = A⁻ᵀ q: the query is rotated and sketched once."""
     nearest = quantizer.centroids[(codes & (2**quantizer.code_bits - 1)).int()]
     logits = (turned @ nearest.mT) * scales["scales"].float().unsqueeze(-2)
     if sketched is None:

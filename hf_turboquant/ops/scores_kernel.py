@@ -1,4 +1,4 @@
-"""The kernel of the logits themselves."""
+"""The kernel that computes only logits."""
 
 import triton
 import triton.language as tl

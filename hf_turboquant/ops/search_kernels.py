@@ -1,4 +1,4 @@
-"""How kernels choose codes: nearest, closest in direction, or together with the signs of a sketch."""
+"""How kernels choose codes: the nearest, the closest in direction, or together with the signs of a sketch."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def dimensions(columns, D: tl.constexpr, DP: tl.constexpr):
-    # a padded tile pads both halves of the dimensions: the 1-bit plane of values pairs d with d + D / 2
+    # A padded tile pads both halves of the dimensions, because the 1-bit plane of values pairs d with d + D / 2.
     if D == DP:
         dims = columns
         valid = columns >= 0
@@ -19,12 +19,12 @@ def dimensions(columns, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def nearest_codes(y, boundaries, centroids, CODE_BITS: tl.constexpr):
-    """Codes (int32) and values of the nearest centroids; a codebook is symmetric, so |y| meets half the boundaries."""
+    """Codes (int32) and values of the nearest centroids. By symmetry, |y| needs only half of the boundaries."""
     HALF: tl.constexpr = 1 << (CODE_BITS - 1)
-    # sign and magnitude at 4 bits, ascending below
+    # Codes are sign and magnitude at 4 bits, and ascend with the values at fewer bits.
     SMALLEST: tl.constexpr = 0 if CODE_BITS == 4 else HALF
     size = tl.abs(y)
-    # one select per boundary finds both: the index rides in the last three bits of the value, under 2^-20 of it
+    # One select per boundary finds both: the index is in the last three bits of the value, an error under 2^-20 of it.
     best = tl.zeros(y.shape, tl.int32) + (tl.load(centroids + SMALLEST).to(tl.int32, bitcast=True) & -8)
     for i in tl.static_range(1, HALF):
         value = tl.load(centroids + SMALLEST + i).to(tl.int32, bitcast=True)
@@ -43,10 +43,10 @@ def best_stretch(
     y, valid, boundaries, centroids, CODE_BITS: tl.constexpr,
     COUNT: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """Of every row the factor before rounding that gives the codes closest to its direction."""
+    """For every row, the factor before rounding that gives the codes closest in direction."""
     best = tl.full([y.shape[0]], 1.0, tl.float32)
     largest = tl.zeros([y.shape[0]], tl.float32)
-    # exact in fp32, so that the reference has the same
+    # Exact in fp32, so that the reference uses the same factors.
     stretch = tl.full([y.shape[0]], FIRST, tl.float32)
     for _ in range(COUNT):
         _, nearest = nearest_codes(y * stretch[:, None], boundaries, centroids, CODE_BITS)
@@ -61,13 +61,13 @@ def best_stretch(
 
 @triton.jit
 def _soft_codes(target, centroids, unit, width, CODE_BITS: tl.constexpr):
-    """Sum over all boundaries of clamps around them, a ramp of `width` half distances each, in units of 1 / `unit`."""
+    """Sum of clamps around all boundaries, each a ramp of `width` half distances, in units of 1 / `unit`."""
     HALF: tl.constexpr = 1 << (CODE_BITS - 1)
     SMALLEST: tl.constexpr = 0 if CODE_BITS == 4 else HALF
     lowest = tl.load(centroids + SMALLEST) * unit
     out = tl.clamp(target, -width * lowest, width * lowest)
     if HALF > 1:
-        # boundaries lie symmetrically around zero, so |target| meets half of them
+        # Boundaries lie symmetrically around zero, so |target| needs only half of them.
         size = tl.abs(target)
         total = tl.zeros(target.shape, tl.float32)
         offset = 0.0
@@ -84,7 +84,7 @@ def _soft_codes(target, centroids, unit, width, CODE_BITS: tl.constexpr):
 
 @triton.jit
 def _sketch_rows(x, matrix, T: tl.constexpr):
-    """x Sᵀ: of rows `[T, DP]` as rows, of one row as a column, so that the matrix serves both ways as it lies."""
+    """x Sᵀ: rows for rows `[T, DP]`, but a column for a single row, so that S need not be transposed for either."""
     if T == 1:
         out = tl.sum(matrix.to(tl.float32) * x, axis=1)[:, None]
     else:
@@ -94,7 +94,7 @@ def _sketch_rows(x, matrix, T: tl.constexpr):
 
 @triton.jit
 def _unsketch(signs, matrix, T: tl.constexpr):
-    """signs S, the way back of `_sketch_rows`."""
+    """signs S, the transpose of `_sketch_rows`."""
     if T == 1:
         out = tl.sum(matrix.to(tl.float32) * signs, axis=0)[None, :]
     else:
@@ -109,7 +109,7 @@ def choose_jointly(
 ):  # fmt: skip
     """
     Codes (int32, with the sign of the sketch) and the two scales of unit vectors y `[T, DP]`: see
-    `reference._choose_jointly`. Here y has norm √d, so that 16 bits hold everything that is searched well enough.
+    `reference._choose_jointly`. Here y has norm √d, so that 16 bits are precise enough for the search.
     """
     GRID: tl.constexpr = ANNEALING[0]
     AMPLITUDE: tl.constexpr = ANNEALING[1]
@@ -117,7 +117,7 @@ def choose_jointly(
     size: tl.constexpr = D**0.5
     dims, _ = dimensions(tl.arange(0, DP), D, DP)
     mask = valid[:, None] & valid[None, :]
-    # S √d: entries of size one
+    # S √d has entries of size one.
     matrix = tl.load(sketch + dims[:, None] * D + dims[None, :], mask=mask, other=0.0).to(OPERAND)
     y = (y * size).to(OPERAND)
     part = tl.zeros((T, DP), tl.float32)
@@ -128,7 +128,7 @@ def choose_jointly(
         target = y.to(tl.float32) - part
         soft = _soft_codes(target, centroids, size * GRID, code_width, CODE_BITS)
         soft = soft * ((1 + ANNEALING[6]) / code_width) - target * ANNEALING[6]
-        # √d times what it is in an orthonormal basis
+        # √d times the coordinates in an orthonormal basis.
         sketched = _sketch_rows(y.to(tl.float32) - soft, matrix, T)
         reach = AMPLITUDE * sign_width * size
         signs = tl.clamp(sketched, -reach, reach) * ((1 + ANNEALING[7]) / sign_width) - sketched * ANNEALING[7]
@@ -141,7 +141,7 @@ def choose_jointly(
         signs = tl.where(sketched >= 0, 1.0, -1.0)
         part = _unsketch(signs, matrix, T) * (AMPLITUDE / size)
     y = y.to(tl.float32) * (1 / size)
-    # both of norm one
+    # Both have norm one.
     part = tl.where(valid[None, :], part * (1 / (AMPLITUDE * size)), 0.0)
     nearest = tl.where(valid[None, :], nearest, 0.0)
     cc = tl.sum(nearest * nearest, axis=1)

@@ -1,4 +1,4 @@
-"""What conditioning knows of keys, by Triton: two launches in place of the eighty of the torch reference."""
+"""The statistics of keys for conditioning, with Triton: two launches in place of the torch reference's eighty."""
 
 import torch
 import triton
@@ -6,9 +6,9 @@ import triton.language as tl
 
 from .launch import DTYPES, INTERPRETED, on_other_device, run
 
-# programs of one head, each of which sums a part of the tokens
+# Programs per head, each of which sums a part of the tokens.
 PARTS = 8
-# what they leave: sums of channels, squares around their mean, two times two sums of turned pairs, a count
+# Rows that each writes: sums of channels, squares around their mean, two times two sums of rotated pairs, a count.
 ROWS = tl.constexpr(7)
 
 
@@ -46,7 +46,7 @@ def channel_statistics(
     shape = head_dim, padded, pairs
     constants = *shape, max(16, triton.next_power_of_2(pairs)), valid is not None, 32 if padded <= 128 else 16
     args = keys, seen, undo, sums, *keys.stride()[:3], *strides, tokens, batch * tokens, *constants
-    # a compiled kernel may count on aligned addresses, and on strides of 32 bits
+    # A compiled kernel may rely on aligned addresses and 32-bit strides.
     key = sum_kernel, keys.device.index, keys.dtype, keys.data_ptr() % 16, seen.data_ptr() % 16
     key = *key, max(keys.stride()) >= 2**31, *constants
     run(sum_kernel, key, (heads, PARTS, 1), keys.device, args, {})
@@ -67,8 +67,8 @@ def sum_kernel(
     TILE: tl.constexpr,
 ):  # fmt: skip
     """
-    Of a part of all tokens, those that count: sums by channel, squares around their own mean, sums of pairs of channels
-    turned by `undo` (halves, then neighbours; real parts, then imaginary ones), and how many. Grid (heads, parts).
+    For the valid tokens of one part: sums by channel, squares around the part's mean, sums of pairs of channels rotated
+    by `undo` (halves, then neighbours; real parts, then imaginary parts), and their number. Grid (heads, parts).
     """
     head = tl.program_id(0)
     part = tl.program_id(1)
@@ -95,10 +95,10 @@ def sum_kernel(
         x = tl.load(at + d[None, :], mask=counts[:, None] & (d < DIM)[None, :], other=0).to(tl.float32)
         here = tl.sum(counts.to(tl.float32), axis=0)
         tile_total = tl.sum(x, axis=0)
-        # rounded as elsewhere, so that equal keys have no spread
+        # Rounded like the mean below, so that equal keys have no spread.
         tile_mean = tl.div_rn(tile_total, tl.maximum(here, 1.0))
         away = tl.where(counts[:, None], x - tile_mean[None, :], 0.0)
-        # of both together: the squares of each and of the distance of their means
+        # Squares of the union: the squares of each, plus that of the distance between their means.
         distance = tile_mean - tl.div_rn(total, tl.maximum(count, 1.0))
         spread += tl.sum(away * away, axis=0) + distance * distance * (count * here / tl.maximum(count + here, 1.0))
         total += tile_total
@@ -140,7 +140,7 @@ def finish_kernel(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
     SCALE: tl.constexpr,
 ):  # fmt: skip
-    """What the reference makes of the sums, in one program: whether pairs are halves or neighbours all heads decide."""
+    """Statistics from the sums, in one program, because all heads decide if pairs are halves or neighbours."""
     h = tl.arange(0, HEADS)[:, None]
     d = tl.arange(0, DIM_PAD)[None, :]
     inside = (h < heads) & (d < DIM)
@@ -182,7 +182,7 @@ def finish_kernel(
             found_imaginary = real * turn_imaginary + imaginary * turn_real
             found = tl.where(paired, tl.where(second, found_imaginary, found_real), mean)
             less = mean * mean + other_mean * other_mean - found_real * found_real - found_imaginary * found_imaginary
-            # every pair is here twice
+            # Every pair occurs twice.
             remains = tl.where(paired, (real * real + imaginary * imaginary) * 0.5, 0.0)
             remains = tl.sum(tl.sum(remains, axis=1), axis=0)
             better = remains > left
@@ -197,7 +197,7 @@ def finish_kernel(
     if SCALE:
         of_queries = _floor(tl.load(query_energy + h * DIM + d, mask=inside, other=0), least_energy, DIM)
         scale = tl.sqrt_rn(tl.sqrt_rn(of_queries / _floor(energy, least_energy, DIM)))
-        # the overall factor is free: norms stay where they were
+        # The overall factor is free: keep norms about as they were.
         log = tl.where(inside, tl.log(scale), 0.0)
         scale = scale / tl.exp(tl.sum(log, axis=1) / DIM)[:, None]
         scaled = centred & _all(inside, (scale > 0) & (scale < float("inf")))

@@ -1,4 +1,4 @@
-"""A step: one token comes, one leaves the recent window, whatever the length."""
+"""A step at any length: one token comes, and at most one leaves the recent window."""
 
 import triton
 import triton.language as tl
@@ -13,16 +13,16 @@ def append_token(
     SPEC: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """
-    Writes the key or the value of one token of `sequence`, batch · heads + head, and quantises the one that leaves.
+    Writes the key or value of one token of `sequence` (batch · heads + head), and quantises the token that leaves.
 
     Args:
         new: of shape `[batch, heads, 1, D]`.
-        side (tuple): its strides, buffers and constants, as of `quantize_kernel`.
+        side (tuple): strides of `new`, buffers and constants, as for `quantize_kernel`.
         exact: of shape `[batch, heads, slots, D]`, contiguous.
-        counter: of this sequence and role, see `LayerStates`; `None` where the lengths before come as `length` (in all)
-            and `quantized`.
-        capacity, sink_length, ring, blocks: tokens in all, slots of the sinks and of the recent window, blocks of codes
-            of one sequence.
+        counter: that of this sequence and role, see `LayerStates`; `None` if the lengths before the step are given as
+            `length` (all tokens) and `quantized`.
+        capacity, sink_length, ring, blocks: the most tokens, slots of the sinks and of the recent window, and blocks of
+            codes, all of one sequence.
         RING: whether there is a recent window.
     """
     strides = side[0]
@@ -49,7 +49,7 @@ def append_token(
             )  # fmt: skip
         else:
             append_tile(new, side, quantized, sequence, quantized, 1, blocks, heads, SPEC, 1)
-    # the new token may take the slot of the one that leaves, and the next lengths the place of those that were read
+    # The new token may overwrite the slot of the one that leaves, and the new lengths those that were read.
     tl.debug_barrier()
     tl.store(exact + slot * D + d, state, mask=stays)
     if counter is not None:
@@ -63,8 +63,8 @@ def step_kernel(
     ring, slots, blocks, heads, KEYS: tl.constexpr, VALUES: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """
-    [`ops.append`]. Grid (1, batch · heads, 2): a program has the keys or the values of one sequence of one head, and
-    counts for itself, so that none waits for another. For the arguments see [`append_token`].
+    [`ops.append`]. Grid (1, batch · heads, 2): a program handles the keys or the values of one head of one sequence and
+    has its own counter, so that none waits for another. For the arguments see [`append_token`].
     """
     sequence = tl.program_id(1).to(tl.int64)
     counter = counters
