@@ -5,15 +5,9 @@ Compare compressed caches with the full one on tasks: HumanEval, and a needle in
     python examples/task_agreement.py --problems 0 --needle-lengths 1024 2048   # the haystack alone
     python examples/task_agreement.py --model Qwen/Qwen3-4B --problems 156 --shots 8 --caches turboquant:nbits=4/3/2
 
-<<<<<<< HEAD
-A small model solves few of these problems, so the measure is what a compressed cache changes: whether greedy
-completions stay the same, and how likely the known solution is. Prompts are short, about 120 tokens, and the default
-window holds most of them exactly: it is 32 unless `--caches` says otherwise. With `--shots`, solved ones come first.
-=======
 A small model solves few of these problems, so this measures what a compressed cache changes: whether greedy completions
-stay the same, and how likely the known solution is. Prompts are short, about 120 tokens, and would all be exact in the
-default window; it is therefore 32 unless `--caches` changes it. With `--shots`, solved problems precede each prompt.
->>>>>>> words
+stay the same, and how likely the known solution is. Prompts are short, about 120 tokens, and the default window holds
+most of them exactly: it is therefore 32 unless `--caches` changes it. With `--shots`, solved problems precede each prompt.
 """
 
 import gzip
