@@ -7,7 +7,7 @@ Compare compressed caches with the full one on tasks: HumanEval, and a needle in
 
 A small model solves few of these problems, so this measures what a compressed cache changes: whether greedy completions
 stay the same, and how likely the known solution is. Prompts are short, about 120 tokens, and the default window holds
-most of them exactly: it is therefore 32 unless `--caches` changes it. With `--shots`, solved problems precede each prompt.
+most of them exactly: it is therefore 32 unless `--caches` changes it. With `--shots`, solved problems come first.
 """
 
 import gzip
