@@ -88,7 +88,7 @@ def test_commands_parse(path, monkeypatch):
     [
         "python examples/measure_quality.py --windws 3",
         "python examples/benchmark_generate.py --caches turboquant-5",
-        "hf-turboquant evaluate MODEL",
+        "hf-turboquant evaluate",
         "hf-turboquant evaluate MODEL --text FILE --caches turbo:nbits=4",
         "python examples/no_such_example.py",
         "python -m pytest tests/test_no_such_thing.py",
