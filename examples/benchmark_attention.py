@@ -11,7 +11,7 @@ graph that rotates through several caches, so that nothing is found in L2; the b
 import argparse
 import statistics
 import subprocess
-import sys
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from hf_turboquant.quantizer import Quantizer
 from hf_turboquant.states import LayerStates
 
 # The module: the package exports a function of the same name.
-kernels = sys.modules["hf_turboquant.ops.attention"]
+kernels = import_module("hf_turboquant.ops.attention")
 
 # Name: batch, query heads, KV heads, head_dim, kv_len.
 SHAPES = {

@@ -6,7 +6,7 @@ Tolerance: at most twice the error of torch's own attention in the same dtype on
 
 import dataclasses
 import importlib.util
-import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from benchmark_attention import check, random_states, relative_error
 from hf_turboquant.ops import reference
 
 # the module: the package exports a function of the same name
-kernels = sys.modules["hf_turboquant.ops.attention"]
+kernels = import_module("hf_turboquant.ops.attention")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 # without inline assembly, and on a GPU with it; the interpreter has no assembly

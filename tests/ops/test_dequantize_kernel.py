@@ -1,8 +1,8 @@
 """The dequantising kernel against the torch reference: in Triton's interpreter without a GPU, else on it."""
 
 import importlib.util
-import sys
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from hf_turboquant import ops
 from hf_turboquant.ops import reference
 
 # the module: the package exports a function of the same name
-kernels = sys.modules["hf_turboquant.ops.dequantize"]
+kernels = import_module("hf_turboquant.ops.dequantize")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -11,6 +11,7 @@ import torch
 PROGRAM = """
 import json
 import sys
+from importlib import import_module
 
 import torch
 
@@ -18,7 +19,7 @@ from hf_turboquant import TurboQuantConfig, ops
 from hf_turboquant.layer import TurboQuantLayer
 
 attention, quantize, statistics, plan, launch = (
-    sys.modules[f"hf_turboquant.ops.{name}"]
+    import_module(f"hf_turboquant.ops.{name}")
     for name in ("attention", "quantize", "statistics", "attention_plan", "launch")
 )
 assert not launch.INTERPRETED

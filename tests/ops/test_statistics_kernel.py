@@ -1,7 +1,7 @@
 """The kernels that condition keys against the torch reference: in Triton's interpreter without a GPU, else on it."""
 
 import importlib.util
-import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
 
-kernels = sys.modules["hf_turboquant.ops.statistics"]
+kernels = import_module("hf_turboquant.ops.statistics")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

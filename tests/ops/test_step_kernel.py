@@ -3,7 +3,7 @@
 import copy
 import importlib.util
 import pickle
-import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from hf_turboquant.arena import describe, new_arena, open_arena
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
 
-attention_kernels, quantize_kernels = (sys.modules[f"hf_turboquant.ops.{name}"] for name in ("attention", "quantize"))
+attention_kernels, quantize_kernels = (import_module(f"hf_turboquant.ops.{name}") for name in ("attention", "quantize"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 HEADS = 2
