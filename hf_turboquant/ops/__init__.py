@@ -1,6 +1,7 @@
 """The operations on codes. Only this module checks arguments and picks the backend."""
 
 import logging
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -13,12 +14,13 @@ try:
     # Imported before the functions below, which replace these submodules as attributes of the package.
     from . import attention as attention_kernels
     from . import dequantize as dequantize_kernels
+    from . import launch
     from . import quantize as quantize_kernels
     from . import statistics as statistics_kernels
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "triton":
         raise
-    attention_kernels = dequantize_kernels = quantize_kernels = statistics_kernels = None
+    attention_kernels = dequantize_kernels = launch = quantize_kernels = statistics_kernels = None
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,17 @@ def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None
         for role, state in new.items()
     }
     (kernels.pop() if len(kernels) == 1 else reference.append)(states, new)
+
+
+def compile_only():
+    """A context in which launches only compile their kernels; does nothing where there are none."""
+    compiles = launch is not None and not launch.INTERPRETED and hasattr(launch.triton, "AsyncCompileMode")
+    return launch.compile_only() if compiles else nullcontext()
+
+
+def is_only_compiling() -> bool:
+    """Whether this runs within [`compile_only`]."""
+    return launch is not None and launch.is_only_compiling()
 
 
 def warm(states) -> None:
