@@ -26,7 +26,8 @@ from .static import TurboQuantStaticLayer
 
 class TurboQuantCache(DynamicCache):
     """
-    `model.generate(**inputs, past_key_values=TurboQuantCache(model.config))`.
+    `model.generate(**inputs, cache=TurboQuantCache(model.config))`; before transformers 5.24 the argument was called
+    `past_key_values`.
 
     Full-attention layers are compressed; linear-attention, sliding-window, shared and other layers keep the layer that
     transformers gives them. `print(cache)` shows which are which, `cache.memory()` how many bytes they hold.
@@ -77,6 +78,10 @@ class TurboQuantCache(DynamicCache):
             if isinstance(self.layers[index], TurboQuantLayer):
                 self.layers[index].frequencies = rotary_frequencies(config, index)
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _register(cls)
+
     def _resolve_skip_layers(self) -> frozenset[int]:
         count, skipped = len(self.layers), self.options.skip_layers
         if not count and any(index < 0 for index in skipped):
@@ -118,6 +123,14 @@ class TurboQuantCache(DynamicCache):
         if any(value is not before.get(name) for name, value in vars(updated).items()):
             # A model's only layer fetches itself and reads at once.
             current.wait_stream(self.prefetch_stream)
+
+    @property
+    def is_compileable(self) -> bool:
+        """
+        Whether `generate` may compile decode steps: with static capacity alone. The layers of a purely recurrent model
+        would allow it always, but `generate` compiles by itself for every cache of a class that it does not know.
+        """
+        return self.options.max_cache_len is not None and super().is_compileable
 
     def _await_copies(self) -> None:
         # Reads outside of `update` do not wait for the prefetch stream by themselves.
@@ -197,6 +210,23 @@ class TurboQuantCache(DynamicCache):
         head = f"{len(compressed)} of {len(self.layers)} layers compressed{where}" if self.layers else "no layer yet"
         return "\n".join([f"TurboQuantCache({head}", *lines]) + ")"
 
+
+def _flatten(cache: TurboQuantCache) -> tuple[list, TurboQuantCache]:
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "What `torch.export` takes must not be a TurboQuantCache: an exported graph cannot hold codes. Take a "
+            "`DynamicCache`."
+        )
+    return [], cache
+
+
+def _register(cls: type) -> None:
+    # A whole without leaves: `tree_map` gives back the cache itself, where a copy would write to the same buffers.
+    # transformers' exporters leave alone what is registered already.
+    torch.utils._pytree.register_pytree_node(cls, _flatten, lambda _, cache: cache, flatten_with_keys_fn=_flatten)
+
+
+_register(TurboQuantCache)
 
 # help() and notebooks show this signature, so that every option appears with its default.
 TurboQuantCache.__signature__ = inspect.Signature(

@@ -1,13 +1,13 @@
 """Estimates the memory of a model's cache from its config alone, without making or reading weights."""
 
 import copy
-import warnings
 from bisect import bisect
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoModel, DynamicCache, PreTrainedConfig
 
+from ._supported import cache_name
 from .cache import TurboQuantCache
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
@@ -175,12 +175,9 @@ def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> DynamicCa
         # The default for mixtures of experts checks for a dtype that suits a GPU.
         model = AutoModel.from_config(text, dtype=dtype, experts_implementation="batched_mm").eval()
     cache = DynamicCache(config=config)
-    # State space models have another name for the cache.
-    name = "cache_params" if text.model_type in ("mamba", "mamba2") else "past_key_values"
-    with torch.no_grad(), warnings.catch_warnings():
-        # Newer releases of transformers name the argument `cache`.
-        warnings.simplefilter("ignore", FutureWarning)
-        model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True, **{name: cache})
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
     return cache
 
 

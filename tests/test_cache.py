@@ -6,11 +6,21 @@ import pickle
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3NextConfig
+from torch.utils._pytree import tree_map
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    Qwen3NextConfig,
+)
 from transformers.cache_utils import DynamicLayer
 
 import hf_turboquant
 from hf_turboquant import QuantizedStates, TurboQuantCache
+from hf_turboquant._supported import cache_name
 from hf_turboquant.layer import TurboQuantLayer
 
 CONFIG = LlamaConfig(
@@ -176,7 +186,7 @@ def test_logits_match_full_precision(heads, pieces):
         for piece in (*pieces, 1, 1):
             with torch.no_grad():
                 stop = start + piece
-                out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits
+                out = model(ids[:, start:stop], attention_mask=mask[:, :stop], **{cache_name(model): cache}).logits
             start = stop
         logits.append(out)
     assert cache.layers[0].codes["keys"].length == 50
@@ -203,7 +213,7 @@ def test_generate_as_with_a_dynamic_cache(model, options):
         torch.manual_seed(0)
         outputs.append(
             model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, past_key_values=cache, **options
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **{cache_name(model): cache}, **options
             )
         )
     assert cache.layers[0].codes["keys"].length > 20
@@ -216,12 +226,12 @@ def test_modes_may_change_between_calls(model, first, then):
     ids, logits = tokens(60), []
     for cache in (DynamicCache(config=CONFIG), precise_cache()):
         with first():
-            model(ids[:, :40], past_key_values=cache)
-            model(ids[:, 40:41], past_key_values=cache)
+            model(ids[:, :40], **{cache_name(model): cache})
+            model(ids[:, 40:41], **{cache_name(model): cache})
             cache.reorder_cache(torch.tensor([1, 0]))
         with then():
-            model(ids[:, 41:42], past_key_values=cache)
-            logits.append(model(ids[:, 42:60], past_key_values=cache).logits.detach())
+            model(ids[:, 41:42], **{cache_name(model): cache})
+            logits.append(model(ids[:, 42:60], **{cache_name(model): cache}).logits.detach())
     assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
     for buffer in (*cache.layers[0].codes.values(), cache.layers[0].exact):
         assert not any(tensor.requires_grad or tensor.is_inference() for tensor in buffer.tensors.values())
@@ -231,7 +241,7 @@ def test_left_padding_in_generate(model):
     ids, mask = tokens(40), torch.ones(2, 40, dtype=torch.long)
     ids[0, :13], mask[0, :13] = 0, 0
     outputs = [
-        model.generate(ids, attention_mask=mask, max_new_tokens=12, past_key_values=cache)
+        model.generate(ids, attention_mask=mask, max_new_tokens=12, **{cache_name(model): cache})
         for cache in (
             DynamicCache(config=CONFIG),
             precise_cache(),
@@ -254,7 +264,7 @@ def test_several_turns_with_one_cache(model):
                 attention_mask=torch.ones_like(conversation),
                 max_new_tokens=8,
                 min_new_tokens=8,
-                past_key_values=cache,
+                **{cache_name(model): cache},
             )
         outputs.append(conversation)
     assert torch.equal(*outputs)
@@ -348,6 +358,44 @@ def test_a_preset_takes_every_option_of_the_cache():
     assert cache.options.key_estimator == "qjl" and cache.is_compileable
     with pytest.raises(ValueError, match="`preset` must be one of"):
         TurboQuantCache.from_preset(CONFIG, "fast")
+
+
+@pytest.mark.parametrize("kind", (DynamicCache, TurboQuantCache))
+def test_purely_recurrent_models_are_not_compiled(kind):
+    """Their layers allow it; `generate` leaves only the class `DynamicCache` alone."""
+    config = Mamba2Config(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=8, expand=2,
+        n_groups=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model, cache, everywhere = Mamba2ForCausalLM(config).eval(), kind(config=config), CompileConfig()
+    everywhere._compile_all_devices = True
+    options = {"max_new_tokens": 3, "do_sample": False, "compile_config": everywhere}
+    model.generate(tokens(12), **{cache_name(model): cache}, **options)
+    assert cache.has_previous_state() and not hasattr(model, "_compiled_call")
+    assert TurboQuantCache(config, max_cache_len=20).is_compileable
+
+
+class CacheOfAUser(TurboQuantCache):
+    pass
+
+
+@pytest.mark.parametrize("kind", (TurboQuantCache, CacheOfAUser))
+def test_a_cache_is_one_leaf_less_tree_and_is_not_exported(model, kind):
+    exporters = pytest.importorskip("transformers.exporters.exporter_dynamo")
+    exporters.register_cache_pytrees_for_model(model)
+    cache = kind(CONFIG)
+    with torch.no_grad():
+        model(tokens(30), **{cache_name(model): cache})
+    assert tree_map(lambda leaf: 1 / 0, {"cache": [cache]}) == {"cache": [cache]}
+    inputs = {"input_ids": tokens(1), cache_name(model): cache, "use_cache": True}
+    for export in (
+        lambda: torch.export.export(model, (), inputs),
+        lambda: torch.export.export(model, (), inputs, strict=True),
+        lambda: exporters.DynamoExporter().export(model, inputs, exporters.DynamoConfig()),
+    ):
+        with pytest.raises(ValueError, match="a `DynamicCache`"):
+            export()
+    assert cache.get_seq_length() == 30 and cache.options == TurboQuantCache().options
 
 
 @pytest.mark.skipif(

@@ -10,6 +10,7 @@ from test_models import ROWS, EncoderDecoderRow
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_turboquant import TurboQuantCache, cli
+from hf_turboquant._supported import cache_name
 from hf_turboquant.estimate import MAX_CONTEXT, Estimate
 
 CONFIGS = json.loads((Path(__file__).parent / "model_configs.json").read_text())
@@ -77,7 +78,7 @@ def test_bytes_of_real_caches(row):
     options = {"nbits": 3, "residual_length": 8, "sink_length": 2, "condition": "center"}
     cache = TurboQuantCache(model.config, **options)
     with torch.no_grad():
-        row.forward(model, tokens, torch.ones_like(tokens), **{row.cache_name: cache, "use_cache": True})
+        row.forward(model, tokens, torch.ones_like(tokens), **{cache_name(model): cache, "use_cache": True})
     found = Estimate.from_config(model.config, torch.float32)
     held, expected = cache.memory(), found.memory(40, 2, **options)
     assert expected.total_bytes == pytest.approx(held.total_bytes, rel=0.01)
@@ -93,7 +94,7 @@ def test_bytes_of_the_default_cache_and_of_skipped_layers():
     for options in ({}, {"nbits": 2, "skip_layers": (0, -1), "key_estimator": "rescaled"}):
         cache = TurboQuantCache(model.config, **options)
         with torch.no_grad():
-            model(tokens, past_key_values=cache)
+            model(tokens, **{cache_name(model): cache})
         assert cache.layers[1].condition == "attention"
         found = Estimate.from_config(model.config, torch.float32)
         assert found.memory(700, 1, **options) == cache.memory()
@@ -106,7 +107,8 @@ def test_bytes_of_half_bits():
     )  # fmt: skip
     cache = TurboQuantCache(config, nbits=2.5)
     with torch.no_grad():
-        LlamaForCausalLM(config)(torch.randint(3, 90, (1, 300)), past_key_values=cache)
+        model = LlamaForCausalLM(config)
+        model(torch.randint(3, 90, (1, 300)), **{cache_name(model): cache})
     assert Estimate.from_config(config, torch.float32).memory(300, 1, nbits=2.5) == cache.memory()
 
 

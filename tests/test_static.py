@@ -23,6 +23,7 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 from transformers.generation import CompileConfig
 
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig
+from hf_turboquant._supported import cache_name
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.states import LayerStates
 from hf_turboquant.static import TurboQuantStaticLayer
@@ -248,7 +249,7 @@ def generate(model, cache, tokens=NEW, prompt=PROMPT, **options):
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, **options}
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)[:, prompt:]
+    return model.generate(ids, attention_mask=mask, **{cache_name(model): cache}, **options)[:, prompt:]
 
 
 def compiled(backend="eager"):
@@ -320,7 +321,7 @@ def test_no_step_asks_the_host_for_anything(monkeypatch):
     fetched.clear()
     with torch.no_grad():
         for tokens in (1, 3):
-            model(torch.full((2, tokens), 5), past_key_values=cache)
+            model(torch.full((2, tokens), 5), **{cache_name(model): cache})
         # no mask is asked for here
         for layer in cache.layers:
             layer.update(*states(2, value_dim=32))
@@ -342,10 +343,10 @@ def test_a_graph_of_the_bare_model_gives_the_tokens_of_steps():
     for captured in (False, True):
         cache = TurboQuantCache(model.config, max_cache_len=PROMPT + 40)
         with torch.no_grad():
-            token = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            token = model(ids, **{cache_name(model): cache}).logits[:, -1].argmax(-1, keepdim=True)
 
             def step(token=token, cache=cache):
-                token.copy_(model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
+                token.copy_(model(token, **{cache_name(model): cache}).logits[:, -1].argmax(-1, keepdim=True))
 
             # what the first step compiles and allocates is not for a graph
             step()
@@ -384,7 +385,7 @@ def test_other_ways_of_generating(way):
     ):
         torch.manual_seed(0)
         options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, **way, **options}
-        out.append(model.generate(ids, past_key_values=cache, **options))
+        out.append(model.generate(ids, **{cache_name(model): cache}, **options))
     assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
     # transformers does not compile beam search, and from some release on a model with a draft
     assert counters["stats"]["unique_graphs"] > 0 or "do_sample" not in way
@@ -401,7 +402,7 @@ def test_a_chat_goes_on_with_compiled_steps():
         ids = torch.randint(3, 99, (1, 140), generator=torch.Generator().manual_seed(0))
         for turn in range(3):
             ids = model.generate(
-                ids, past_key_values=cache, max_new_tokens=20, min_new_tokens=20, do_sample=False, **options
+                ids, **{cache_name(model): cache}, max_new_tokens=20, min_new_tokens=20, do_sample=False, **options
             )
             ids = torch.cat([ids, torch.full((1, 15 + turn), 7)], dim=1)
         conversations.append(ids)
@@ -424,10 +425,10 @@ def test_what_cannot_be_compiled_says_so(implementation, tokens):
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=implementation)).eval()
     cache = TurboQuantCache(model.config, max_cache_len=300)
     with torch.no_grad():
-        model(torch.full((1, 150), 5), past_key_values=cache)
+        model(torch.full((1, 150), 5), **{cache_name(model): cache})
         step = torch.compile(model, backend="eager", fullgraph=True)
         with pytest.raises(Exception, match="attn_implementation='sdpa'|Only steps of a few tokens"):
-            step(torch.full((1, tokens), 5), past_key_values=cache)
+            step(torch.full((1, tokens), 5), **{cache_name(model): cache})
 
 
 def test_what_a_static_cache_refuses():
