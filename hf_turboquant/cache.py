@@ -1,7 +1,9 @@
 """TurboQuantCache: a drop-in for `DynamicCache` that holds keys and values in 2-4 bits."""
 
 import inspect
+import logging
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -19,9 +22,12 @@ from .config import PRESETS, TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
+from .packing import can_pack
 from .saving import load_cache, model_fields, save_cache
 from .sliding import StaticSlidingLayer
 from .static import TurboQuantStaticLayer
+
+logger = logging.getLogger(__name__)
 
 
 class TurboQuantCache(DynamicCache):
@@ -30,7 +36,8 @@ class TurboQuantCache(DynamicCache):
     `past_key_values`.
 
     Full-attention layers are compressed; linear-attention, sliding-window, shared and other layers keep the layer that
-    transformers gives them. `print(cache)` shows which are which, `cache.memory()` how many bytes they hold.
+    transformers gives them, and so do layers whose head_dim is under 16 or not a multiple of 4. `print(cache)` shows
+    which are which, `cache.memory()` how many bytes they hold.
 
     Args:
         config (`PreTrainedConfig`, *optional*):
@@ -98,6 +105,44 @@ class TurboQuantCache(DynamicCache):
 
     def _next_layer(self) -> DynamicLayer:
         return self._layer(len(self.layers))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        As in the base class; see [`TurboQuantLayer.update`].
+
+        Raises:
+            `ValueError`: the states don't fit what the layer holds, or no layer of the model has a head_dim that can be
+                packed.
+        """
+        if layer_idx >= len(self.layers) or not self.layers[layer_idx].is_initialized:
+            self._fit(layer_idx, key_states, value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def early_initialization(self, batch_size: int, num_heads, head_dim, *args, **kwargs) -> None:
+        """As in the base class."""
+        dims = [head_dim] * len(self.layers) if isinstance(head_dim, int) else head_dim
+        for layer_idx, dim in enumerate(dims[: len(self.layers)]):
+            self._fit(layer_idx, torch.empty(1, 1, 0, dim, device="meta"))
+        super().early_initialization(batch_size, num_heads, head_dim, *args, **kwargs)
+
+    def _fit(self, layer_idx: int, *states: torch.Tensor) -> None:
+        """Keeps a layer in full precision if its first states show a head_dim that cannot be packed."""
+        # As the base class does without a config.
+        while self.layer_class_to_replicate is not None and len(self.layers) <= layer_idx:
+            self.layers.append(self.layer_class_to_replicate())
+        layer, dims = self.layers[layer_idx], _unpackable(*states)
+        if not dims or not isinstance(layer, TurboQuantLayer):
+            return
+        ours = [index for index, other in enumerate(self.layers) if isinstance(other, TurboQuantLayer)]
+        if self.model_fields is not None and ours == [layer_idx]:
+            raise ValueError(
+                "A model must have a layer of full attention whose head_dim is a multiple of 4, 16 at least, got "
+                f"head_dim {dims[0]} in layer {layer_idx} and no other layer to compress. Use `DynamicCache`."
+            )
+        self.layers[layer_idx] = _in_full_precision(layer)
+        _log_unpackable(dims[0])
 
     @classmethod
     def from_preset(cls, config: PreTrainedConfig | None, preset: str, **options) -> "TurboQuantCache":
@@ -206,6 +251,12 @@ class TurboQuantCache(DynamicCache):
         kinds = Counter(repr(layer) for layer in self.layers)
         compressed = [i for i, layer in enumerate(self.layers) if isinstance(layer, TurboQuantLayer)]
         lines = [f"  {count} × {kind}" for kind, count in kinds.items()]
+        # Our own layers would come to rest.
+        plain = [None if isinstance(layer, TurboQuantLayer) else layer for layer in self.layers]
+        held = [_unpackable(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in plain]
+        for dim in sorted({dim for dims in held for dim in dims}):
+            where = _ranges([index for index, dims in enumerate(held) if dim in dims])
+            lines.append(f"  in full precision, since head_dim {dim} cannot be packed: {where}")
         where = f": {_ranges(compressed)}" if compressed else ""
         head = f"{len(compressed)} of {len(self.layers)} layers compressed{where}" if self.layers else "no layer yet"
         return "\n".join([f"TurboQuantCache({head}", *lines]) + ")"
@@ -249,6 +300,28 @@ TurboQuantCache.__signature__ = inspect.Signature(
 def _check_config(config) -> None:
     if config is not None and not isinstance(config, PreTrainedConfig):
         raise ValueError(f"`config` must be the model's config, got {type(config).__name__}. Use `model.config`.")
+
+
+def _unpackable(*states: torch.Tensor | None) -> list[int]:
+    """The head_dims among these that cannot be packed."""
+    return [dim for x in states if isinstance(x, torch.Tensor) for dim in x.shape[3:] if not can_pack(dim)]
+
+
+@lru_cache(maxsize=64)
+def _log_unpackable(dim: int) -> None:
+    logger.warning("Layers of head_dim %d stay in full precision: only multiples of 4 from 16 on can be packed.", dim)
+
+
+def _in_full_precision(layer: TurboQuantLayer) -> DynamicLayer | StaticLayer:
+    """The layer of transformers for what `layer` would have held, with its recurrent states if it has any."""
+    if isinstance(layer, TurboQuantStaticLayer):
+        return StaticLayer(layer.max_cache_len)
+    if not isinstance(layer, TurboQuantHybridLayer):
+        return DynamicLayer()
+    plain = LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+    recurrent = vars(LinearAttentionLayer(layer.number_of_states))
+    vars(plain).update({name: value for name, value in vars(layer).items() if name in recurrent})
+    return plain
 
 
 def _static_layers(config: PreTrainedConfig | None, max_cache_len: int) -> list:

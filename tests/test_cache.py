@@ -1,11 +1,13 @@
 """The drop-in: the same calls on `DynamicCache` and on ours."""
 
 import copy
+import dataclasses
 import inspect
 import pickle
 
 import pytest
 import torch
+from test_models import ROWS
 from torch.utils._pytree import tree_map
 from transformers import (
     CompileConfig,
@@ -16,11 +18,12 @@ from transformers import (
     Mamba2ForCausalLM,
     Qwen3NextConfig,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import hf_turboquant
 from hf_turboquant import QuantizedStates, TurboQuantCache
 from hf_turboquant._supported import cache_name
+from hf_turboquant.cache import _log_unpackable
 from hf_turboquant.layer import TurboQuantLayer
 
 CONFIG = LlamaConfig(
@@ -294,6 +297,63 @@ def test_layers_are_made_lazily_without_a_config():
     fill(cache, 5)
     assert [type(layer) for layer in cache.layers] == [TurboQuantLayer, DynamicLayer]
     assert cache.layers[0].layer_idx == 0
+
+
+def odd_states(length, head_dim, batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 2, length, head_dim, generator=generator) for _ in range(2)]
+
+
+@pytest.mark.parametrize("room", (None, 60))
+@pytest.mark.parametrize("early", (False, True))
+def test_head_dims_that_cannot_be_packed_stay_in_full_precision(room, early, caplog):
+    """A model whose layers differ: 8 is too small, 18 no multiple of 4, 100 has no kernels but codes."""
+    dims, kind = (8, 100, 18, 32), DynamicLayer if room is None else StaticLayer
+    config = LlamaConfig(num_hidden_layers=4, hidden_size=64, num_attention_heads=2, vocab_size=99)
+    cache, full = TurboQuantCache(config, **STREAMING, max_cache_len=room), DynamicCache(config=config)
+    _log_unpackable.cache_clear()
+    if early:
+        cache.early_initialization(2, 2, list(dims), torch.float32, "cpu")
+    for length in (30, 1, 1):
+        for index, dim in enumerate(dims):
+            ours, theirs = (c.update(*odd_states(length, dim, seed=index), index) for c in (cache, full))
+            for x, y in zip(ours, theirs, strict=True):
+                error = (plain(x)[:, :, : y.shape[2]] - y).norm() / y.norm()
+                assert error < 0.015 if index in (1, 3) else error == 0
+    assert [type(layer) for layer in cache.layers[::2]] == [kind, kind]
+    assert cache.layers[1].codes["keys"].length == cache.layers[3].codes["keys"].length > 0
+    assert [int(cache.get_seq_length(index)) for index in range(4)] == [32] * 4
+    assert "2 of 4 layers compressed: 1, 3" in repr(cache)
+    assert "head_dim 8 cannot be packed: 0" in repr(cache) and "head_dim 18 cannot be packed: 2" in repr(cache)
+    assert caplog.text.count("Layers of head_dim 8 stay in full precision") == 1
+    cache.reset()
+    assert "2 of 4 layers compressed" in repr(cache)
+
+
+def test_without_a_config_any_layer_may_stay_in_full_precision():
+    cache = TurboQuantCache(**STREAMING)
+    for index, dim in enumerate((18, 32)):
+        cache.update(*odd_states(20, dim), index)
+    assert [type(layer) for layer in cache.layers] == [DynamicLayer, TurboQuantLayer]
+
+
+def test_recurrent_states_outlive_the_codes_of_their_layer():
+    row = next(row for row in ROWS if row.name == "falcon_h1")
+    row = dataclasses.replace(row, options={**row.options, "head_dim": 8}, model_type="falcon_h1")
+    model = row.model()
+    cache, full = TurboQuantCache(model.config), row.full_cache(model.config)
+    # one that can be packed, so that the others may stay as they are
+    cache.layers.append(TurboQuantLayer(cache.options, 3))
+    assert torch.equal(*(row.prefill_and_decode(model, each) for each in (full, cache)))
+    assert type(cache.layers[0]) is type(full.layers[0])
+
+
+def test_a_model_without_any_layer_to_compress_is_refused():
+    config = LlamaConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=99)
+    model, cache = LlamaForCausalLM(config).eval(), TurboQuantCache(config)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="multiple of 4, 16 at least, got head_dim 8 in layer 1.*`DynamicCache`"):
+            model(tokens(5), **{cache_name(model): cache})
 
 
 @pytest.mark.parametrize(

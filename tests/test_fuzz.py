@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import forget_quantizers
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -43,9 +44,9 @@ def exact_arithmetic():
         # soft rounds round, and a token that comes alone has fewer of them
         for bits, annealing in ANNEALINGS.items():
             patch.setitem(ANNEALINGS, bits, dataclasses.replace(annealing, rounds=0, single_rounds=0))
-        hf_turboquant.quantizer._create.cache_clear()
+        forget_quantizers()
         yield
-    hf_turboquant.quantizer._create.cache_clear()
+    forget_quantizers()
 
 
 def integers(*shape, seed):

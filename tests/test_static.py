@@ -2,10 +2,14 @@
 
 import copy
 import pickle
+import sys
+from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -22,7 +26,7 @@ from transformers import (
 from transformers.cache_utils import StaticSlidingWindowLayer
 from transformers.generation import CompileConfig
 
-from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig
+from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, arena, conditioning
 from hf_turboquant._supported import cache_name
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.states import LayerStates
@@ -476,3 +480,36 @@ def test_a_hybrid_layer_is_refused():
 
     with pytest.raises(ValueError, match="recurrent part in one layer"):
         TurboQuantCache(FalconH1Config(num_hidden_layers=2), max_cache_len=300)
+
+
+def tables():
+    """The size of everything that the package remembers across calls, by module and name."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        for variable, value in vars(module).items() if name.split(".")[0] == "hf_turboquant" else ():
+            if hasattr(value, "cache_info"):
+                assert value.cache_info().maxsize is not None, f"{name}.{variable} has no bound"
+                found[name, variable] = value.cache_info().currsize
+            elif isinstance(value, (dict, set, list, WeakKeyDictionary, WeakIdKeyDictionary)):
+                found[name, variable] = len(value)
+    return found
+
+
+def test_requests_of_many_lengths_leave_nothing(monkeypatch):
+    """Both kinds of cache; what the kernels' own tables grow by is in `tests/ops/test_quantize_kernel.py`."""
+    assert ("hf_turboquant.arena", "_layout") in tables()
+    # the same with less room, which is full soon
+    monkeypatch.setattr(arena, "_layout", lru_cache(maxsize=20)(arena._Layout))
+    monkeypatch.setattr(conditioning, "_turns", lru_cache(maxsize=4)(conditioning._turns.__wrapped__))
+    config, seen = LlamaConfig(**{**SHAPE, "num_hidden_layers": 2}), []
+    for request in range(40):
+        length, batch = 140 + 3 * request, 1 + request % 3
+        for room in ({}, {"max_cache_len": length + 1 + request}):
+            cache = TurboQuantCache(config, residual_length=16, backend="torch", **room)
+            for layer in range(2):
+                cache.update(*states(length, batch=batch), layer)
+                keys, values = cache.update(*states(1, batch=batch), layer)
+                torch.nn.functional.scaled_dot_product_attention(torch.randn(batch, 2, 1, 32), keys, values)
+        seen.append(tables())
+    # by then each table has met every kind of request
+    assert seen[19] == seen[39]

@@ -6,7 +6,7 @@ import triton.language as tl
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 INTERPRETED = triton.knobs.runtime.interpret
-# Compiled kernels by the key that they were launched with.
+# Compiled kernels by the key that they were launched with. Keys must not hold lengths, of which there is no end.
 COMPILED: dict[tuple, object] = {}
 
 
