@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .conditioning import rotary_frequencies
+from .conditioning import known_head_dims, rotary_frequencies
 from .config import PRESETS, TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
@@ -74,6 +74,8 @@ class TurboQuantCache(DynamicCache):
             self.layers = _static_layers(config, self.options.max_cache_len)
         self.model_fields = None if config is None else model_fields(config)
         self.skipped = self._resolve_skip_layers()
+        # The head_dim of layers that cannot be packed, from the config or from the first states.
+        self.unpacked: dict[int, int] = {}
         if config is None:
             self.layer_class_to_replicate = self._next_layer
         for index, layer in enumerate(self.layers):
@@ -84,6 +86,7 @@ class TurboQuantCache(DynamicCache):
                 self.layers[index] = TurboQuantHybridLayer(self.options, index, layer.number_of_states)
             if isinstance(self.layers[index], TurboQuantLayer):
                 self.layers[index].frequencies = rotary_frequencies(config, index)
+                self._fit(index, known_head_dims(config, index))
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -117,32 +120,32 @@ class TurboQuantCache(DynamicCache):
                 packed.
         """
         if layer_idx >= len(self.layers) or not self.layers[layer_idx].is_initialized:
-            self._fit(layer_idx, key_states, value_states)
+            self._fit(layer_idx, [dim for x in (key_states, value_states) for dim in getattr(x, "shape", ())[3:]])
+            ours = any(isinstance(layer, TurboQuantLayer) for layer in self.layers)
+            if self.unpacked and not ours and self.model_fields is not None:
+                index, dim = next(iter(self.unpacked.items()))
+                raise ValueError(
+                    "A model must have a layer of full attention whose head_dim is a multiple of 4, 16 at least, got "
+                    f"head_dim {dim} in layer {index} and no other layer to compress. Use `DynamicCache`."
+                )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def early_initialization(self, batch_size: int, num_heads, head_dim, *args, **kwargs) -> None:
         """As in the base class."""
         dims = [head_dim] * len(self.layers) if isinstance(head_dim, int) else head_dim
         for layer_idx, dim in enumerate(dims[: len(self.layers)]):
-            self._fit(layer_idx, torch.empty(1, 1, 0, dim, device="meta"))
+            self._fit(layer_idx, [dim])
         super().early_initialization(batch_size, num_heads, head_dim, *args, **kwargs)
 
-    def _fit(self, layer_idx: int, *states: torch.Tensor) -> None:
-        """Keeps a layer in full precision if its first states show a head_dim that cannot be packed."""
+    def _fit(self, layer_idx: int, head_dims: list[int]) -> None:
+        """Keeps a layer in full precision if one of these cannot be packed."""
         # As the base class does without a config.
         while self.layer_class_to_replicate is not None and len(self.layers) <= layer_idx:
             self.layers.append(self.layer_class_to_replicate())
-        layer, dims = self.layers[layer_idx], _unpackable(*states)
-        if not dims or not isinstance(layer, TurboQuantLayer):
-            return
-        ours = [index for index, other in enumerate(self.layers) if isinstance(other, TurboQuantLayer)]
-        if self.model_fields is not None and ours == [layer_idx]:
-            raise ValueError(
-                "A model must have a layer of full attention whose head_dim is a multiple of 4, 16 at least, got "
-                f"head_dim {dims[0]} in layer {layer_idx} and no other layer to compress. Use `DynamicCache`."
-            )
-        self.layers[layer_idx] = _in_full_precision(layer)
-        _log_unpackable(dims[0])
+        layer, odd = self.layers[layer_idx], [dim for dim in head_dims if not can_pack(dim)]
+        if odd and isinstance(layer, TurboQuantLayer):
+            self.layers[layer_idx], self.unpacked[layer_idx] = _in_full_precision(layer), odd[0]
+            _log_unpackable(odd[0])
 
     @classmethod
     def from_preset(cls, config: PreTrainedConfig | None, preset: str, **options) -> "TurboQuantCache":
@@ -251,11 +254,8 @@ class TurboQuantCache(DynamicCache):
         kinds = Counter(repr(layer) for layer in self.layers)
         compressed = [i for i, layer in enumerate(self.layers) if isinstance(layer, TurboQuantLayer)]
         lines = [f"  {count} × {kind}" for kind, count in kinds.items()]
-        # Our own layers would come to rest.
-        plain = [None if isinstance(layer, TurboQuantLayer) else layer for layer in self.layers]
-        held = [_unpackable(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in plain]
-        for dim in sorted({dim for dims in held for dim in dims}):
-            where = _ranges([index for index, dims in enumerate(held) if dim in dims])
+        for dim in sorted(set(self.unpacked.values())):
+            where = _ranges(sorted(index for index, found in self.unpacked.items() if found == dim))
             lines.append(f"  in full precision, since head_dim {dim} cannot be packed: {where}")
         where = f": {_ranges(compressed)}" if compressed else ""
         head = f"{len(compressed)} of {len(self.layers)} layers compressed{where}" if self.layers else "no layer yet"
@@ -300,11 +300,6 @@ TurboQuantCache.__signature__ = inspect.Signature(
 def _check_config(config) -> None:
     if config is not None and not isinstance(config, PreTrainedConfig):
         raise ValueError(f"`config` must be the model's config, got {type(config).__name__}. Use `model.config`.")
-
-
-def _unpackable(*states: torch.Tensor | None) -> list[int]:
-    """The head_dims among these that cannot be packed."""
-    return [dim for x in states if isinstance(x, torch.Tensor) for dim in x.shape[3:] if not can_pack(dim)]
 
 
 @lru_cache(maxsize=64)

@@ -306,7 +306,7 @@ def odd_states(length, head_dim, batch=2, seed=0):
 
 @pytest.mark.parametrize("room", (None, 60))
 @pytest.mark.parametrize("early", (False, True))
-def test_head_dims_that_cannot_be_packed_stay_in_full_precision(room, early, caplog):
+def test_head_dims_that_cannot_be_packed_stay_in_full_precision(room, early, caplog, tmp_path):
     """A model whose layers differ: 8 is too small, 18 no multiple of 4, 100 has no kernels but codes."""
     dims, kind = (8, 100, 18, 32), DynamicLayer if room is None else StaticLayer
     config = LlamaConfig(num_hidden_layers=4, hidden_size=64, num_attention_heads=2, vocab_size=99)
@@ -326,6 +326,8 @@ def test_head_dims_that_cannot_be_packed_stay_in_full_precision(room, early, cap
     assert "2 of 4 layers compressed: 1, 3" in repr(cache)
     assert "head_dim 8 cannot be packed: 0" in repr(cache) and "head_dim 18 cannot be packed: 2" in repr(cache)
     assert caplog.text.count("Layers of head_dim 8 stay in full precision") == 1
+    cache.save_pretrained(tmp_path / "saved")
+    assert repr(TurboQuantCache.from_pretrained(tmp_path / "saved", config)) == repr(cache)
     cache.reset()
     assert "2 of 4 layers compressed" in repr(cache)
 
@@ -351,9 +353,22 @@ def test_recurrent_states_outlive_the_codes_of_their_layer():
 def test_a_model_without_any_layer_to_compress_is_refused():
     config = LlamaConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=99)
     model, cache = LlamaForCausalLM(config).eval(), TurboQuantCache(config)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="multiple of 4, 16 at least, got head_dim 8 in layer 1.*`DynamicCache`"):
-            model(tokens(5), **{cache_name(model): cache})
+    assert "0 of 2 layers compressed" in repr(cache) and "head_dim 8 cannot be packed: 0-1" in repr(cache)
+    # the config does not always tell
+    unaware = TurboQuantCache(CONFIG)
+    for each in (cache, cache, unaware, unaware):
+        with pytest.raises(ValueError, match="multiple of 4, 16 at least, got head_dim 8 in layer 0.*`DynamicCache`"):
+            model(tokens(5), **{cache_name(model): each})
+
+
+def test_layers_of_different_configs():
+    """A config whose layers differ refuses to tell one head_dim for all."""
+    config = LlamaConfig(
+        num_hidden_layers=3, hidden_size=64, num_attention_heads=2, per_layer_config={1: {"head_dim": 8}}
+    )
+    cache = TurboQuantCache(config)
+    assert "2 of 3 layers compressed: 0, 2" in repr(cache) and "head_dim 8 cannot be packed: 1" in repr(cache)
+    assert len(cache.layers[0].frequencies) == 16
 
 
 @pytest.mark.parametrize(
