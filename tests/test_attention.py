@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_turboquant import TurboQuantCache, ops, states
+from hf_turboquant._supported import cache_name
 
 CONFIG = LlamaConfig(
     hidden_size=64,
@@ -47,7 +48,7 @@ def run(implementation, padded, paths, pieces=(40, 1, 4, 1), **options):
     for piece in pieces:
         stop = start + piece
         with torch.no_grad():
-            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, **options)
+            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], **{cache_name(model): cache}, **options)
         start = stop
         after_prefill.append(list(paths))
         paths.clear()
@@ -76,7 +77,7 @@ def test_generate_reaches_the_codes(implementation, paths):
         attention_mask=torch.ones_like(ids),
         max_new_tokens=5,
         min_new_tokens=5,
-        past_key_values=TurboQuantCache(CONFIG, residual_length=8),
+        **{cache_name(model): TurboQuantCache(CONFIG, residual_length=8)},
     )
     assert paths == ["codes"] * 2 * 4
 
@@ -117,7 +118,7 @@ def test_softcap(with_cache, paths):
                 continue
             cache = TurboQuantCache(config, residual_length=8, condition="none")
             for piece in (ids[:, :290], ids[:, 290:291], ids[:, 291:295]):
-                outputs[implementation] = model(piece, past_key_values=cache).logits
+                outputs[implementation] = model(piece, **{cache_name(model): cache}).logits
     assert (outputs["turboquant"] - outputs["eager"]).norm() < 1e-5 * outputs["eager"].norm()
     assert ("codes" in paths) == with_cache
 
@@ -130,8 +131,8 @@ def test_full_precision_cache_under_our_attention(paths):
         model.set_attn_implementation(implementation)
         cache = DynamicCache(config=CONFIG)
         with torch.no_grad():
-            model(ids[:, :15], past_key_values=cache)
-            logits.append(model(ids[:, 15:], past_key_values=cache).logits)
+            model(ids[:, :15], **{cache_name(model): cache})
+            logits.append(model(ids[:, 15:], **{cache_name(model): cache}).logits)
     assert torch.equal(*logits) and paths == []
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import nullcontext
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -341,6 +341,6 @@ def _pick(backend: str, device: torch.device, kernels, name: str, *args):
     return getattr(reference, name)
 
 
-@cache
+@lru_cache(maxsize=64)
 def _log_choice(level: int, name: str, choice: str, reason: str) -> None:
     logger.log(level, "%s runs on %s%s.", name, choice, f": {reason}" if reason else "")

@@ -1,7 +1,7 @@
 """What is prepared before a call: compiled kernels, the constants of quantizers, scratch memory."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -176,6 +176,7 @@ class NewScratch(Scratch):
         return torch.empty(size, dtype=self.dtypes.get(name, torch.float32), device=self.device)
 
 
+# torch has a pool of a few dozen streams for each device.
 SCRATCH: dict[tuple, Scratch] = {}
 
 
@@ -187,14 +188,13 @@ def scratch_of(device: torch.device) -> Scratch:
     return scratch
 
 
-@cache
+@lru_cache(maxsize=64)
 def is_portable(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip:
         return True
     return torch.cuda.get_device_capability(device) < (8, 0)
 
 
-@cache
 def count_splits(wave: int, programs: int, blocks: int, limit: int) -> int:
     """Number of splits, at most `limit`, for which `programs * splits` best fills whole waves of `wave` programs."""
     best = 1
@@ -390,4 +390,4 @@ class Kernels:
         return max(1, min(warps // self.warps, shared)) * properties.multi_processor_count
 
 
-kernels_for = cache(Kernels)
+kernels_for = lru_cache(maxsize=1024)(Kernels)

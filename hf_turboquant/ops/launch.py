@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 INTERPRETED = triton.knobs.runtime.interpret
-# Compiled kernels by the key that they were launched with.
+# Compiled kernels by the key that they were launched with. Keys must not hold lengths, of which there is no end.
 COMPILED: dict[tuple, object] = {}
 # Whether launches only compile.
 _only_compiling = False
