@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -313,20 +313,23 @@ def _log_dequantize(operation: str) -> None:
     )
 
 
-def _call_plain(func, args, kwargs):
-    """Calls `func` with plain tensors in place of handles; layers that wait for a query are told that none was seen."""
+def plain(handle: QuantizedStates, operation: str) -> torch.Tensor:
+    """The tensor that `handle` stands for, for an operation that is not attention; what waits is told of no query."""
+    if isinstance(handle.states, ExactStates):
+        handle.states.observe(None, None)
+    else:
+        _log_dequantize(operation)
+    return handle.dequantize()
 
-    def plain(handle: QuantizedStates) -> torch.Tensor:
-        if isinstance(handle.states, ExactStates):
-            handle.states.observe(None, None)
-        else:
-            _log_dequantize(getattr(func, "__name__", str(func)))
-        return handle.dequantize()
+
+def _call_plain(func, args, kwargs):
+    """Calls `func` with plain tensors in place of handles."""
+    convert = partial(plain, operation=getattr(func, "__name__", str(func)))
 
     def replaced(item):
         # Most arguments are not trees, and searching a tree takes longer than everything else here.
         if isinstance(item, (tuple, list, dict)):
-            return tree_map_only(QuantizedStates, plain, item)
-        return plain(item) if isinstance(item, QuantizedStates) else item
+            return tree_map_only(QuantizedStates, convert, item)
+        return convert(item) if isinstance(item, QuantizedStates) else item
 
     return func(*map(replaced, args), **{name: replaced(item) for name, item in kwargs.items()})
