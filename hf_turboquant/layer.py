@@ -138,7 +138,7 @@ class TurboQuantLayer(DynamicLayer):
         return self._update(key_states, value_states)
 
     def _update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check(key_states, value_states)
+        as_held = self._check(key_states, value_states)
         if self.step is not None or self.pending is not None:
             self.settle()
         if self.is_offloaded:
@@ -147,6 +147,8 @@ class TurboQuantLayer(DynamicLayer):
         if fresh:
             self.lazy_initialization(key_states, value_states)
         states = {"keys": key_states, "values": value_states}
+        if not as_held:
+            states = self._in_one_dtype(states)
         before = self.length
         if self.found is None and self.config.condition == "attention":
             exact = states if before == 0 else {r: torch.cat([self._exact(r), states[r]], dim=2) for r in ROLES}
@@ -155,7 +157,7 @@ class TurboQuantLayer(DynamicLayer):
             self.pending = states
             return handles
         if before > 0 and key_states.shape[2] == 1:
-            return self._step(key_states, value_states)
+            return self._step(*states.values())
         # Allocate what attention reads of a long chunk first: if memory runs out, nothing has changed yet.
         long_chunk = before > 0 and 0 < self.config.residual_length < key_states.shape[2]
         exact = self._exact_with_chunk(states) if long_chunk else None
@@ -297,13 +299,26 @@ class TurboQuantLayer(DynamicLayer):
         """All tokens, as long as none is quantised."""
         return self.exact[role][:, :, : self.length]
 
-    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _in_one_dtype(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As `torch.cat` would: exact tokens and new ones in the wider dtype of both, for keys and for values."""
+        dtypes = {role: torch.promote_types(self.exact[role].dtype, states[role].dtype) for role in ROLES}
+        if any(dtypes[role] != self.exact[role].dtype for role in ROLES):
+            self._widen(dtypes)
+        return {role: states[role].to(dtypes[role]) for role in ROLES}
+
+    def _widen(self, dtypes: dict[str, torch.dtype]) -> None:
+        # Handles returned earlier keep the tensors they read.
+        self.exact = self.exact.snapshot()
+        self.exact.to(dtypes)
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Raises a `ValueError` if the states don't fit; returns whether they have the dtypes of the tokens held."""
         given = None
         if isinstance(key_states, torch.Tensor) and isinstance(value_states, torch.Tensor):
             keys, values = key_states, value_states
             given = keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device
             if given == self.checked:
-                return
+                return True
         for name, states in (("key_states", key_states), ("value_states", value_states)):
             if not isinstance(states, torch.Tensor) or states.dim() != 4 or not states.is_floating_point():
                 got = f"{states.dtype} of shape {list(states.shape)}" if isinstance(states, torch.Tensor) else states
@@ -312,28 +327,30 @@ class TurboQuantLayer(DynamicLayer):
                     f"head_dim], got {got} at layer {self.layer_idx}."
                 )
         keys, values = key_states, value_states
-        if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype or keys.device != values.device:
+        if keys.shape[:3] != values.shape[:3] or keys.device != values.device:
             raise ValueError(
-                "`key_states` and `value_states` must agree in batch, heads, tokens, dtype and device, got "
-                f"{list(keys.shape)} {keys.dtype} {keys.device} and "
-                f"{list(values.shape)} {values.dtype} {values.device} at layer {self.layer_idx}."
+                "`key_states` and `value_states` must agree in batch, heads, tokens and device, got "
+                f"{list(keys.shape)} {keys.device} and {list(values.shape)} {values.device} at layer {self.layer_idx}."
             )
         if not self.is_initialized:
-            return
+            return True
         for name, states, held in (
             ("key_states", keys, self.exact["keys"]),
             ("value_states", values, self.exact["values"]),
         ):
-            expected = (*held.shape[:2], held.shape[3], self.dtype, self.device)
-            got = (*states.shape[:2], states.shape[3], states.dtype, states.device)
+            expected = (*held.shape[:2], held.shape[3], self.device)
+            got = (*states.shape[:2], states.shape[3], states.device)
             if expected != got:
                 raise ValueError(
-                    f"`{name}` must keep the batch size, heads, head_dim, dtype and device of the cached tokens, "
+                    f"`{name}` must keep the batch size, heads, head_dim and device of the cached tokens, "
                     f"{expected}, got {got} at layer {self.layer_idx}. Use a new cache or `reset()` for another "
                     "batch, and `batch_repeat_interleave` or `batch_select_indices` to change the batch of this one."
                 )
+        if (keys.dtype, values.dtype) != (self.exact["keys"].dtype, self.exact["values"].dtype):
+            return False
         # Steps have the same shapes: the next one can skip the check.
         self.checked = given
+        return True
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.codes["keys"].length:

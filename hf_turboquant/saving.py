@@ -213,7 +213,7 @@ def _restore(layer, length, quantized, stored, condition, provisional, learned, 
     for role in ROLES:
         buffer, blocks = layer.codes[role], -(-quantized // layer.codes[role].block)
         expected = {name: (t.dtype, (batch, heads, blocks, *t.shape[3:])) for name, t in buffer.tensors.items()}
-        expected["exact"] = layer.dtype, (batch, heads, length - quantized, layer.exact[role].shape[3])
+        expected["exact"] = layer.exact[role].dtype, (batch, heads, length - quantized, layer.exact[role].shape[3])
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored[role].items()}
         _must(found == expected, f"tokens of {role}", found)
         # Tolerates the rounding of another machine, but not another random stream.

@@ -117,7 +117,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     @torch.compiler.disable(reason=_NOT_COMPILED)
     def _plain_update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check(key_states, value_states)
+        as_held = self._check(key_states, value_states)
         self.settle()
         tokens = key_states.shape[2]
         if tokens > self.step_tokens or not self.is_initialized:
@@ -125,6 +125,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self._check_room(tokens)
             return super().update(key_states, value_states)
         self.find_room(tokens)
+        if not as_held:
+            self._in_one_dtype({"keys": key_states, "values": value_states})
         ops.append(self.states, key_states.detach(), value_states.detach())
         self.count(tokens)
         return tuple(QuantizedStates(self.states, role) for role in ROLES)
@@ -273,13 +275,20 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             return
         self.settle()
         self.measure()
+        self._hold([{name: function(tensor) for name, tensor in part.items()} for part in _parts(self.states)])
+
+    def _widen(self, dtypes: dict[str, torch.dtype]) -> None:
+        self.measure()
+        exact, *codes = _parts(self.states)
+        self._hold([{role: exact[role].to(dtypes[role]) for role in ROLES}, *codes])
+
+    def _hold(self, parts: list[dict[str, torch.Tensor]]) -> None:
+        """Holds the tokens in `parts`, see [`_parts`], instead of its own."""
         self.checked = None
-        before = self.states
-        mapped = [{name: function(tensor) for name, tensor in tensors.items()} for tensors in _parts(before)]
-        exact = mapped[0]
+        before, exact = self.states, parts[0]
         description = describe(self.config, self.layer_idx, exact["keys"], exact["values"])
         if description != self.description:
-            # Another batch size needs other memory.
+            # Another batch size or dtype needs other memory.
             arena = new_arena(description, self.device)
             self.arena, self.description, quantized = arena, description, self.codes["keys"].length
             self._open()
@@ -288,7 +297,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             for buffer in self.codes.values():
                 buffer.length = quantized
             self._write_lengths()
-        for held, new in zip(_parts(self.states), mapped, strict=True):
+        for held, new in zip(_parts(self.states), parts, strict=True):
             for name, tensor in held.items():
                 tensor.copy_(new[name])
 

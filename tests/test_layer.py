@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
-from hf_turboquant import QuantizedStates, TurboQuantConfig
+from hf_turboquant import QuantizedStates, TurboQuantConfig, ops
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
+from hf_turboquant.static import TurboQuantStaticLayer
 
 
 def options(**options):
@@ -154,9 +156,7 @@ BAD_UPDATES = {
     "batch": (states(1, batch=3), "must keep the batch size"),
     "heads": (states(1, heads=1), "must keep the batch size"),
     "head_dim": (states(1, head_dim=64), "must keep the batch size"),
-    "dtype": (tuple(t.half() for t in states(1)), "must keep the batch size"),
     "unequal lengths": ((states(1)[0], states(2)[1]), "must agree in batch, heads, tokens"),
-    "unequal dtypes": ((states(1)[0], states(1)[1].half()), "must agree in batch, heads, tokens"),
     "no batch": (tuple(t[0] for t in states(1)), "must be a floating-point tensor of shape"),
     "integers": (tuple(t.int() for t in states(1)), "must be a floating-point tensor of shape"),
     "nothing": ((None, None), "must be a floating-point tensor of shape"),
@@ -174,6 +174,54 @@ def test_bad_updates_change_nothing(case):
     assert "at layer 2" in str(error.value)
     assert layer.get_seq_length() == 100
     assert torch.equal(plain(layer.keys), before[0]) and torch.equal(plain(layer.values), before[1])
+
+
+@pytest.mark.parametrize("kind", (TurboQuantLayer, TurboQuantStaticLayer))
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        # keys, then values: of the prompt, and of what follows
+        (("float32", "bfloat16"), ("float32", "bfloat16")),
+        (("float32", "bfloat16"), ("float32", "float32")),
+        (("float32", "float32"), ("float32", "bfloat16")),
+        (("bfloat16", "bfloat16"), ("float32", "float16")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("condition", ("none", "attention"))
+def test_each_role_has_its_own_dtype(kind, dtypes, condition):
+    """As under autocast, which may begin or end between two updates: the dtypes that torch.cat would give."""
+    layer = kind(TurboQuantConfig(residual_length=16, nbits=4, max_cache_len=400, condition=condition), 0)
+    full, start = DynamicLayer(), 0
+    keys, values = states(300, value_dim=64)
+    for index, piece in enumerate([150, 1, 1, 12, 30, 1, 1]):
+        chosen = [getattr(torch, dtype) for dtype in dtypes[index > 0]]
+        new = [x[:, :, start : start + piece].to(dtype) for x, dtype in zip((keys, values), chosen, strict=True)]
+        start += piece
+        handles, expected = layer.update(*new), full.update(*new)
+        assert [x.dtype for x in handles] == [x.dtype for x in expected]
+        # what is read differs from what was given by the error of codes alone, and not at all in the window
+        for held, given in zip((layer.keys, layer.values), expected, strict=True):
+            assert held.dtype == given.dtype
+            assert torch.equal(plain(held)[:, :, start - 16 : start], given[:, :, start - 16 :])
+            assert (plain(held)[:, :, :start] - given).norm() < 0.15 * given.norm()
+    assert len(layer.codes["keys"].tensors) > 1 and layer.codes["keys"].length == start - 20
+
+
+def test_autocast_does_not_round_codes():
+    keys, values = states(200)
+    held = []
+    for enabled in (False, True):
+        layer = TurboQuantLayer(options(residual_length=16, nbits=8), 0)
+        with torch.autocast("cpu", enabled=enabled):
+            feed(layer, keys, values, [100, 1, 99])
+            held.append((plain(layer.keys), plain(layer.values)))
+            query = torch.ones(2, 2, 1, 32)
+            held[-1] += (
+                ops.attention(query, layer._read(), scaling=1.0),
+                ops.scores(query, layer._read(), scaling=1.0),
+            )
+    assert all(map(torch.equal, *held))
 
 
 def test_too_small_head_dim_is_refused_before_anything_is_made():

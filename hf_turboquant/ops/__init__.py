@@ -89,7 +89,8 @@ def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None
 
     Args:
         states (`LayerStates`): before the step.
-        key_states, value_states (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`, few tokens.
+        key_states, value_states (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`, few tokens; stored in
+            the dtypes of the exact slots.
 
     Raises:
         `ValueError`: shapes don't fit, the requested backend cannot do it or, with the reference, the capacity is used
@@ -104,6 +105,7 @@ def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None
                 f"The {role} of a step must be of shape [{batch}, {heads}, {key_states.shape[2]}, {head_dim}], got "
                 f"{list(state.shape)}."
             )
+    new = {role: state.to(states.exact[role].dtype) for role, state in new.items()}
     kernels = {
         _pick(states.backend, state.device, quantize_kernels, "append", state, states.quantizers[role])
         for role, state in new.items()
@@ -296,7 +298,7 @@ def _dequantized_attention(query, states, scaling, attention_mask, is_causal) ->
             attention_mask = attention_mask[..., : states.kv_len].masked_fill(~visible, -torch.inf)
     elif attention_mask is not None:
         attention_mask = attention_mask[..., : states.kv_len]
-    keys, values = states.dequantize("keys"), states.dequantize("values")
+    keys, values = (states.dequantize(role).to(query.dtype) for role in ("keys", "values"))
     groups = query.shape[1] // keys.shape[1]
     if groups > 1 and attention_mask is not None and query.is_cuda:
         # With groups and a mask, torch may offer only its slowest kernel, which holds all logits.

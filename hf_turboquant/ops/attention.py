@@ -88,8 +88,9 @@ def warm(states) -> None:
     if _decline(states) is not None:
         # The reference has no constants of its own.
         return
-    keys, values, dtype = states.quantizers["keys"], states.quantizers["values"], states.exact["keys"].dtype
-    constants_of(keys).query_operators(keys, dtype)
+    keys, values = states.quantizers["keys"], states.quantizers["values"]
+    dtypes = {exact.dtype for exact in states.exact.values()}
+    constants_of(keys).query_operators(keys, dtypes.pop() if len(dtypes) == 1 else torch.float32)
     constants_of(values).dual_operator(values, torch.float16)
     if keys.annealing is not None:
         constants_of(keys).search_operator(keys)
@@ -163,7 +164,7 @@ class AttentionPlan:
             query.device,
             is_portable(query.device) if portable is None else portable,
             query.dtype,
-            states.exact["keys"].dtype,
+            tuple(exact.dtype for exact in states.exact.values()),
             (
                 keys.nbits,
                 keys.estimator == "qjl",

@@ -201,12 +201,13 @@ class Kernels:
     """The kernels of one configuration: everything known at compile time and all that follows from it."""
 
     def __init__(
-        self, device, portable, query_dtype, exact_dtype, keys, values, mask, causal, softcap, few_rows, static
+        self, device, portable, query_dtype, exact_dtypes, keys, values, mask, causal, softcap, few_rows, static
     ):
         mask_dtype, alike = mask
         key_bits, qjl, key_dim, key_scale, key_mean, key_codebook = keys
         value_bits, value_dim, value_mean, value_codebook = values
-        exact_dot = tl.float32 if INTERPRETED or torch.float32 in (query_dtype, exact_dtype) else DTYPES[query_dtype]
+        # Different 16 bits have no product without loss.
+        exact_dot = tl.float32 if INTERPRETED or {*exact_dtypes} != {query_dtype} else DTYPES[query_dtype]
         count = 2 if key_bits == 4 else 4
         # Matrix products of int8 are at least 32 deep.
         width = max(32, triton.next_power_of_2(key_dim // count))
