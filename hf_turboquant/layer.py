@@ -119,7 +119,8 @@ class TurboQuantLayer(DynamicLayer):
 
         Args:
             key_states, value_states (`torch.Tensor`): of shape `[batch, num_key_value_heads, tokens, head_dim]`; keys
-                and values may differ in head_dim.
+                and values may differ in head_dim and dtype. If the dtype differs from that of the tokens held, as when
+                autocast begins or ends, both get the wider one.
 
         Returns:
             Keys and values of all tokens, as [`QuantizedStates`] or, if all of them are exact, as plain tensors.

@@ -204,6 +204,8 @@ def _new_layer(options: TurboQuantConfig, index: int, kind: str, fields: dict, t
 
 def _restore(layer, length, quantized, stored, condition, provisional, learned, query_energy, constants) -> None:
     sinks, window, room = layer.config.sink_length, layer.config.residual_length, layer.config.max_cache_len
+    for role in ROLES:
+        _must(stored[role]["exact"].is_floating_point(), f"tokens of {role}", stored[role]["exact"].dtype)
     layer.lazy_initialization(*(stored[role]["exact"][:, :, :0] for role in ROLES))
     batch, heads, _, head_dim = stored["keys"]["exact"].shape
     recent = length - min(sinks, length) - quantized

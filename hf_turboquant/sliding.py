@@ -14,9 +14,6 @@ class StaticSlidingLayer(StaticSlidingWindowLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As in the base class; states have shape `[batch, num_key_value_heads, tokens, head_dim]`."""
-        if self.is_initialized:
-            # Autocast may have begun or ended.
-            key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
         full = self.is_initialized and self.cumulative_length_int >= self.max_cache_len
         if torch.compiler.is_compiling() or not full or key_states.shape[2] != 1:
             return super().update(key_states, value_states, *args, **kwargs)

@@ -104,6 +104,27 @@ def test_path(implementation, padded, paths, implementations):
     assert "paged" in implementation or (out.logits - reference.logits).norm() < 1e-5 * reference.logits.norm()
 
 
+@pytest.mark.parametrize("capacity", (None, 60))
+@pytest.mark.parametrize("inside", [(True, True, True), (True, False, False), (False, True, True), (True, False, True)])
+@pytest.mark.parametrize("implementation", ("sdpa", "turboquant", "eager"))
+def test_autocast(implementation, inside, capacity):
+    """Of a model in fp32, rotary embeddings leave keys in fp32 and values in bf16; autocast may begin or end."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
+    model.set_attn_implementation(implementation)
+    ids, logits = torch.randint(3, 99, (2, 50)), []
+    for cache in (
+        DynamicCache(config=CONFIG),
+        TurboQuantCache(CONFIG, residual_length=8, nbits=8, max_cache_len=capacity),
+    ):
+        for piece, enabled in zip(ids.split([40, 9, 1], dim=1), inside, strict=True):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled):
+                out = model(piece, past_key_values=cache).logits
+        logits.append(out.float())
+    assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
+    assert cache.layers[0].codes["keys"].length > 0
+
+
 @pytest.mark.parametrize("implementation", ("sdpa", "turboquant"))
 def test_generate_reaches_the_codes(implementation, paths):
     torch.manual_seed(0)

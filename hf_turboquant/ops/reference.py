@@ -22,7 +22,7 @@ CELLS = 2**13
 
 
 def full_precision(function):
-    """`function`, of whose arguments one is a tensor, outside of autocast, which would round its products to 16 bits."""
+    """`function`, one of whose arguments is a tensor, outside of autocast, which would round products to 16 bits."""
 
     @wraps(function)
     def run(*args, **kwargs):
