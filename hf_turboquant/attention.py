@@ -64,6 +64,14 @@ def turboquant_attention_forward(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # As with sdpa: a missing mask means plain causal attention, and a single query sees everything.
     is_causal = bool(is_causal) and attention_mask is None and query_length > 1
+    if are_pair(key, value) and isinstance(key.states, ExactStates):
+        key.states.observe(query, attention_mask)
+        key, value = key.dequantize(), value.dequantize()
+    elif are_pair(key, value) and (key.states.training is not None or ops.trains(query)):
+        # Codes have no gradients.
+        states = key.states.measured()
+        key, value = states.dequantize("keys"), states.dequantize("values")
+        attention_mask = None if attention_mask is None else attention_mask[..., : states.kv_len]
     if position_bias is not None:
         attention_mask = create_position_bias_mask(position_bias, attention_mask, is_causal, query, key)
         is_causal = False
@@ -72,9 +80,6 @@ def turboquant_attention_forward(
         if output_attentions:
             raise ValueError("A compiled step must not be asked for `output_attentions`. Pass `disable_compile=True`.")
         return key.attend(query, scaling, attention_mask, softcap, s_aux).transpose(1, 2).contiguous(), None
-    if are_pair(key, value) and isinstance(key.states, ExactStates):
-        key.states.observe(query, attention_mask)
-        key, value = key.dequantize(), value.dequantize()
     if are_pair(key, value):
         out = ops.attention(query, key.states, sinks=s_aux, **options)
         weights = _probabilities(ops.scores(query, key.states, **options), s_aux) if output_attentions else None

@@ -1,7 +1,9 @@
 """TurboQuantLayer: exact sinks and an exact recent window, with codes for all tokens between them."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -14,6 +16,8 @@ from .plans import Plans
 from .quantizer import Quantizer
 from .states import ExactStates, LayerStates, QuantizedStates
 from .storage import SlotBuffer, TokenBuffer
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("keys", "values")
 
@@ -58,6 +62,8 @@ class TurboQuantLayer(DynamicLayer):
         self.query_energy: torch.Tensor | None = None
         # Whether tokens are kept on the CPU between updates.
         self.is_offloaded = False
+        # Whether a gradient could have flowed to a token that is held now.
+        self.cut_off = False
         # What the last step returned: its token may not be stored anywhere else yet.
         self.step: LayerStates | None = None
         # What launches on the same buffers share, and the description of the last states that passed the check.
@@ -124,14 +130,14 @@ class TurboQuantLayer(DynamicLayer):
 
         Returns:
             Keys and values of all tokens, as [`QuantizedStates`] or, if all of them are exact, as plain tensors.
-            Attention reads the first prefill, and any chunk longer than the recent window, exactly.
+            Attention reads the first prefill, and any chunk longer than the recent window, exactly. If the new states
+            require gradients, these flow to them through plain tensors; none flow to tokens of earlier calls.
 
         Raises:
             `ValueError`: the states don't fit what the layer holds. The layer is left unchanged.
         """
-        if torch.compiler.is_compiling():
-            return self._untraced_update(key_states, value_states)
-        return self._update(key_states, value_states)
+        update = self._untraced_update if torch.compiler.is_compiling() else self._update
+        return update(key_states, value_states)
 
     # Lengths change with every step: a graph that contained them would be compiled again each time.
     @torch.compiler.disable
@@ -139,6 +145,10 @@ class TurboQuantLayer(DynamicLayer):
         return self._update(key_states, value_states)
 
     def _update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
+        held = self._append(key_states, value_states)
+        return self._train(held, key_states, value_states) if ops.trains(key_states, value_states) else held
+
+    def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         as_held = self._check(key_states, value_states)
         if self.step is not None or self.pending is not None:
             self.settle()
@@ -220,7 +230,7 @@ class TurboQuantLayer(DynamicLayer):
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         """Quantises what leaves the recent window and writes the rest to the exact slots."""
-        # Nobody differentiates through a cache; without detach, buffers would keep every autograd graph alive.
+        # Without detach, buffers would keep every autograd graph alive.
         states = {role: states[role].detach() for role in ROLES}
         sinks, window = self.config.sink_length, self.config.residual_length
         before, after = self.length, self.length + states["keys"].shape[2]
@@ -266,6 +276,20 @@ class TurboQuantLayer(DynamicLayer):
         self.length += 1
         self.step = states
         return _handles(states) if states.quantized else tuple(self._exact(role) for role in ROLES)
+
+    def _train(self, held, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lets gradients flow from what attention reads to the new tokens, the last of it: what is stored has none."""
+        states = held[0].states if isinstance(held[0], QuantizedStates) else None
+        earlier = held[0].shape[2] - new[0].shape[2]
+        if earlier and self.cut_off:
+            _log_cut_off()
+        self.cut_off = True
+        if not earlier or isinstance(states, ExactStates):
+            return held
+        if states is None:
+            return tuple(torch.cat([x[:, :, :earlier], y], dim=2) for x, y in zip(held, new, strict=True))
+        states.training = dict(zip(ROLES, new, strict=True))
+        return held
 
     def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
         """The tokens at positions `start` to `stop`, taken from the recent window and then from `states`."""
@@ -461,6 +485,15 @@ class TurboQuantLayer(DynamicLayer):
         """Moves codes and exact tokens back to the layer's device on the current stream."""
         if self.is_offloaded and self.exact["keys"].device != self.device:
             self._replace(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+
+@cache
+def _log_cut_off() -> None:
+    logger.warning(
+        "Gradients flow to the keys and values of a call's own tokens, and to none of earlier calls: a TurboQuantCache "
+        "holds these as codes. Pass all tokens in one call or use a `DynamicCache` to train with them, and call the "
+        "model under `torch.no_grad()` if nothing is trained."
+    )
 
 
 def _handles(states: LayerStates) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,6 +47,9 @@ class LayerStates:
             Key and value of the last token, of shape `[batch, num_key_value_heads, 1, head_dim]`, while they are not
             stored yet: the attention kernels append them, all other readers call [`settle`] first.
         leaving (`int`): tokens that `newest` pushes out of the recent window: 1 or 0.
+        training (`dict[str, torch.Tensor]`, *optional*):
+            By role, the last tokens as they came, if gradients flow to them: then attention reads these, and of all
+            others dequantised ones.
     """
 
     quantizers: dict[str, Quantizer]
@@ -62,6 +65,7 @@ class LayerStates:
     plans: dict | None = None
     newest: tuple[torch.Tensor, torch.Tensor] | None = None
     leaving: int = 0
+    training: dict[str, torch.Tensor] | None = None
 
     def measured(self) -> "LayerStates":
         """The same states with their lengths on the host; waits for the device if they are only there."""
@@ -133,6 +137,9 @@ class LayerStates:
         for position, run in self.exact_runs():
             piece = exact[:, :, run]
             out[:, :, position : position + piece.shape[2]] = piece
+        if self.training is not None:
+            new = self.training[role]
+            out = torch.cat([out[:, :, : -new.shape[2]], new], dim=2)
         return out
 
 

@@ -1,14 +1,15 @@
 """TurboQuantStaticLayer: a layer of static capacity, whose decode step needs nothing from the host."""
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 
 from . import ops
 from .arena import describe, new_arena, open_arena
 from .config import KERNEL_BITS, TurboQuantConfig
-from .layer import ROLES, TurboQuantLayer
-from .states import LayerStates, QuantizedStates
+from .layer import ROLES, TurboQuantLayer, _handles
+from .states import LayerStates
 from .storage import SlotBuffer
 from .traced import TracedStates, append, seq_length
 
@@ -19,8 +20,8 @@ _VIEWS = {"states", "quantizers", "codes", "exact"}
 STEP_TOKENS = 16
 
 _NOT_COMPILED = (
-    "Only steps of a few tokens are compiled over a cache with `max_cache_len`, after a prefill that was not and whose "
-    "attention has run: `generate` does so. Leave `fullgraph=True` out for longer ones."
+    "Only steps of a few tokens without gradients are compiled over a cache with `max_cache_len`, after a prefill that "
+    "was not and whose attention has run: `generate` does so. Leave `fullgraph=True` out for others."
 )
 
 
@@ -111,7 +112,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             `ValueError`: as there, or the capacity is used up. The layer is left unchanged.
         """
         step = self.is_initialized and self.pending is None and key_states.shape[2] <= self.step_tokens
-        if torch.compiler.is_compiling() and step:
+        if torch.compiler.is_compiling() and step and not ops.trains(key_states, value_states):
             return self._traced_update(key_states, value_states)
         return self._plain_update(key_states, value_states)
 
@@ -129,7 +130,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self._in_one_dtype({"keys": key_states, "values": value_states})
         ops.append(self.states, key_states.detach(), value_states.detach())
         self.count(tokens)
-        return tuple(QuantizedStates(self.states, role) for role in ROLES)
+        if not ops.trains(key_states, value_states):
+            return _handles(self.states)
+        return self._train(_handles(copy(self.states)), key_states, value_states)
 
     def count(self, tokens: int) -> None:
         """

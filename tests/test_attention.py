@@ -13,7 +13,7 @@ from transformers.integrations import flash_attention
 from transformers.integrations.flex_attention import WrappedFlexAttention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_turboquant import TurboQuantCache, ops, states
+from hf_turboquant import TurboQuantCache, layer, ops, states
 
 CONFIG = LlamaConfig(
     hidden_size=64,
@@ -24,6 +24,19 @@ CONFIG = LlamaConfig(
     head_dim=32,
     vocab_size=99,
     eos_token_id=2,
+)
+
+GEMMA2 = Gemma2Config(
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    vocab_size=99,
+    sliding_window=16,
+    # so low that it matters for a random model
+    attn_logit_softcapping=0.05,
 )
 
 
@@ -125,6 +138,58 @@ def test_autocast(implementation, inside, capacity):
     assert cache.layers[0].codes["keys"].length > 0
 
 
+def gradients(model, cache, ids, prompt, names, train_prompt=False):
+    """Of a loss over the tokens after a cached prompt."""
+    model.zero_grad()
+    with torch.set_grad_enabled(train_prompt):
+        model(ids[:, :prompt], past_key_values=cache)
+    model(ids[:, prompt:], past_key_values=cache).logits.square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if any(part in name for part in names)}
+
+
+@pytest.mark.parametrize(
+    "options", ({}, {"condition": "none"}, {"residual_length": 0}, {"max_cache_len": 90, "condition": "none"}), ids=str
+)
+@pytest.mark.parametrize("implementation", ("sdpa", "turboquant", "eager"))
+@pytest.mark.parametrize("model_type", ("llama", "gemma2", "only queries"))
+def test_gradients_flow_to_the_tokens_of_the_call(model_type, implementation, options):
+    torch.manual_seed(0)
+    # softcap has a path of its own; sdpa has none
+    kind, config = (Gemma2ForCausalLM, GEMMA2) if model_type == "gemma2" else (LlamaForCausalLM, CONFIG)
+    if model_type == "gemma2" and implementation == "sdpa":
+        pytest.skip("sdpa has no softcap")
+    model, names = kind(copy.deepcopy(config)).train(), ("q_proj", "k_proj", "v_proj", "embed")
+    if model_type == "only queries":
+        names = ("layers.0.self_attn.q_proj",)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(names[0] in name)
+    model.set_attn_implementation(implementation)
+    # all exact, and with codes; as few as the window and more
+    for prompt, tokens in ((10, 4), (60, 1), (60, 4), (60, 20)):
+        ids = torch.randint(3, 99, (2, prompt + tokens))
+        cache = TurboQuantCache(config, **{"nbits": 8, "residual_length": 16, **options})
+        expected = gradients(model, DynamicCache(config=config), ids, prompt, names)
+        for name, found in gradients(model, cache, ids, prompt, names).items():
+            assert (found - expected[name]).norm() < 0.05 * expected[name].norm(), (name, prompt, tokens)
+
+
+@pytest.mark.parametrize("prompt", (10, 60))
+def test_gradients_that_are_cut_off_are_said_once(prompt, caplog):
+    torch.manual_seed(0)
+    model, ids = LlamaForCausalLM(copy.deepcopy(CONFIG)).train(), torch.randint(3, 99, (1, prompt + 4))
+    found = []
+    for train_prompt in (False, True, True):
+        layer._log_cut_off.cache_clear()
+        caplog.clear()
+        cache = TurboQuantCache(CONFIG, residual_length=16)
+        found.append(gradients(model, cache, ids, prompt, ("k_proj",), train_prompt))
+        said = [record.getMessage() for record in caplog.records if "Gradients" in record.getMessage()]
+        assert len(said) == train_prompt
+    assert "use a `DynamicCache` to train with them" in said[0]
+    # what the prompt was computed for does not matter
+    assert all(torch.equal(found[0][name], x) for name, x in found[1].items())
+
+
 @pytest.mark.parametrize("implementation", ("sdpa", "turboquant"))
 def test_generate_reaches_the_codes(implementation, paths):
     torch.manual_seed(0)
@@ -151,20 +216,8 @@ def test_probabilities_come_from_the_scores(paths):
 
 @pytest.mark.parametrize("with_cache", (True, False))
 def test_softcap(with_cache, paths):
-    config = Gemma2Config(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=99,
-        sliding_window=16,
-        # so low that it matters for a random model
-        attn_logit_softcapping=0.05,
-    )
     torch.manual_seed(0)
-    model = Gemma2ForCausalLM(config).eval()
+    model, config = Gemma2ForCausalLM(copy.deepcopy(GEMMA2)).eval(), GEMMA2
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)

@@ -221,7 +221,8 @@ def attention(
     Raises:
         `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
     """
-    if states.plans and attention_mask is None:
+    differentiable = trains(query) or states.training is not None
+    if states.plans and attention_mask is None and not differentiable:
         out = attention_kernels.attention_again(query, states, scaling, is_causal, softcap, sinks)
         if out is not None:
             return out
@@ -235,10 +236,15 @@ def attention(
         "softcap": softcap,
         "sinks": sinks,
     }
-    if query.shape[2] > MAX_KERNEL_QUERIES and softcap is None and sinks is None:
+    if (differentiable or query.shape[2] > MAX_KERNEL_QUERIES) and softcap is None and sinks is None:
         states = states.measured()
         return _dequantized_attention(query, states, scaling, attention_mask, is_causal)
     return _pick(states.backend, query.device, attention_kernels, "attention", query, states)(query, states, **options)
+
+
+def trains(*tensors: torch.Tensor) -> bool:
+    """Whether gradients are wanted for one of these: codes have none, nor do the kernels compute any."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def scores(
