@@ -34,6 +34,8 @@ class TurboQuantLayer(DynamicLayer):
         layer_idx (`int`): index of the layer in the model; seeds its rotations.
     """
 
+    step: LayerStates | None = None
+
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.config = config
         self.layer_idx = layer_idx
@@ -64,8 +66,12 @@ class TurboQuantLayer(DynamicLayer):
         self.is_offloaded = False
         # Whether a gradient could have flowed to a token that is held now.
         self.cut_off = False
-        # What the last step returned: its token may not be stored anywhere else yet.
-        self.step: LayerStates | None = None
+        # What the last update returned, if it reads codes: the token of a step may not be stored anywhere else yet.
+        self._outdate()
+        # Whether attention read what the last step returned, so that the next token may wait for it too.
+        self.attended = False
+        # Whether what `keys` and `values` returned shares memory with the layer.
+        self.lent = False
         # What launches on the same buffers share, and the description of the last states that passed the check.
         self.plans = Plans()
         self.checked: tuple | None = None
@@ -79,15 +85,18 @@ class TurboQuantLayer(DynamicLayer):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """The keys held: a handle, or a plain tensor while nothing is quantised; `None` before the first token."""
+        """
+        The keys held, as a handle that later updates don't change; `None` before the first token. While nothing is
+        quantised, writing to it changes what is held; after that it raises a `ValueError`.
+        """
         self.come_to_rest()
-        return self._states()[0] if self.is_initialized else None
+        return self._held()[0] if self.is_initialized else None
 
     @property
     def values(self) -> torch.Tensor | None:
         """The values held, in the same form as `keys`."""
         self.come_to_rest()
-        return self._states()[1] if self.is_initialized else None
+        return self._held()[1] if self.is_initialized else None
 
     @keys.setter
     def keys(self, states: None) -> None:
@@ -129,7 +138,9 @@ class TurboQuantLayer(DynamicLayer):
                 autocast begins or ends, both get the wider one.
 
         Returns:
-            Keys and values of all tokens, as [`QuantizedStates`] or, if all of them are exact, as plain tensors.
+            Keys and values of all tokens, as [`QuantizedStates`] or, if all of them are exact, as plain tensors. They
+            are valid until the next update. The states given belong to the caller again once this returns or, if
+            attention read what it returned the last time, once attention does.
             Attention reads the first prefill, and any chunk longer than the recent window, exactly. If the new states
             require gradients, these flow to them through plain tensors; none flow to tokens of earlier calls.
 
@@ -145,13 +156,21 @@ class TurboQuantLayer(DynamicLayer):
         return self._update(key_states, value_states)
 
     def _update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
+        previous = self.step
         held = self._append(key_states, value_states)
+        if previous is not None:
+            previous.outdated = True
+            if self.step is previous:
+                self.step = None
         return self._train(held, key_states, value_states) if ops.trains(key_states, value_states) else held
 
     def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         as_held = self._check(key_states, value_states)
-        if self.step is not None or self.pending is not None:
+        if self.pending is not None or (self.step is not None and self.step.newest is not None):
             self.settle()
+        if self.lent:
+            # Others read and write there.
+            self._replace(torch.clone)
         if self.is_offloaded:
             self.prefetch()
         fresh = not self.is_initialized
@@ -160,30 +179,37 @@ class TurboQuantLayer(DynamicLayer):
         states = {"keys": key_states, "values": value_states}
         if not as_held:
             states = self._in_one_dtype(states)
-        before = self.length
-        if self.found is None and self.config.condition == "attention":
-            exact = states if before == 0 else {r: torch.cat([self._exact(r), states[r]], dim=2) for r in ROLES}
-            waiting = ExactStates(exact, self.settle)
-            handles = tuple(QuantizedStates(waiting, role) for role in ROLES)
-            self.pending = states
-            return handles
-        if before > 0 and key_states.shape[2] == 1:
-            return self._step(*states.values())
-        # Allocate what attention reads of a long chunk first: if memory runs out, nothing has changed yet.
-        long_chunk = before > 0 and 0 < self.config.residual_length < key_states.shape[2]
-        exact = self._exact_with_chunk(states) if long_chunk else None
         try:
-            self._store(states)
+            return self._take(states)
         except BaseException:
             # A smaller batch may come next.
             if fresh:
                 TurboQuantLayer.reset(self)
             raise
+
+    def _take(self, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends states that fit; returns what attention reads."""
+        if self.found is None and self.config.condition == "attention":
+            return self._wait(states)
+        sinks, window = self.config.sink_length, self.config.residual_length
+        before, tokens = self.length, states["keys"].shape[2]
+        coded = self.codes["keys"].length > 0 or before + tokens > sinks + window
+        if before > 0 and coded and tokens == 1:
+            return self._step(*states.values())
+        self.attended = False
+        # Attention reads the first tokens, or the sinks, and the new ones exactly. Allocate that before anything
+        # changes: memory may run out.
+        exact = None
         if before == 0:
-            return key_states, value_states
-        if long_chunk:
-            return self._states_with_chunk(before, exact)
-        return self._states()
+            exact = states
+        elif not coded or 0 < window < tokens:
+            exact = self._with_exact(states, min(before, sinks) if coded else before)
+        self._store(states)
+        if exact is not None and (not coded or before <= sinks):
+            return tuple(exact.values())
+        # Between the sinks and a long chunk, all tokens are in codes.
+        self.step = self._read() if exact is None else self._read_from(exact, before - sinks, self.length - before, 0)
+        return _handles(self.step)
 
     def settle(self, query: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
         """
@@ -197,9 +223,10 @@ class TurboQuantLayer(DynamicLayer):
                 it, keys are only centred.
             attention_mask (`torch.Tensor`, *optional*): the mask of that query; distinguishes padding from tokens.
         """
-        if self.step is not None:
+        if self.step is not None and self.step.newest is not None:
+            # No attention has read it: the next token may not wait where the caller may write.
+            self.attended = False
             self.step.settle()
-            self.step = None
         if self.pending is None:
             return
         kv_len = self.length + self.pending["keys"].shape[2]
@@ -252,6 +279,8 @@ class TurboQuantLayer(DynamicLayer):
         """Appends one token, which pushes at most one out of the recent window; returns what attention reads."""
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
+        if not self.attended:
+            key_states, value_states = key_states.clone(), value_states.clone()
         sinks, window, quantized = self.config.sink_length, self.config.residual_length, self.codes["keys"].length
         leaving = int(self.length + 1 - sinks - window > quantized)
         quantizers, found = self.quantizers, self.found
@@ -267,28 +296,23 @@ class TurboQuantLayer(DynamicLayer):
         states = self._read(leaving)
         states.quantizers, states.newest = quantizers, (key_states, value_states)
         # Offloaded tensors move before attention reads them, so the token must be stored now.
-        if self.is_offloaded or not states.quantized:
+        if self.is_offloaded:
             states.settle()
         if found is not self.found:
             self._freeze(quantizers, found)
         for buffer in self.codes.values():
             buffer.length += leaving
         self.length += 1
-        self.step = states
-        return _handles(states) if states.quantized else tuple(self._exact(role) for role in ROLES)
+        self.step, self.attended = states, True
+        return _handles(states)
 
     def _train(self, held, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lets gradients flow from what attention reads to the new tokens, the last of it: what is stored has none."""
-        states = held[0].states if isinstance(held[0], QuantizedStates) else None
-        earlier = held[0].shape[2] - new[0].shape[2]
-        if earlier and self.cut_off:
+        """Lets gradients flow from what attention reads to the new tokens, the last of it: codes have none."""
+        if held[0].shape[2] > new[0].shape[2] and self.cut_off:
             _log_cut_off()
         self.cut_off = True
-        if not earlier or isinstance(states, ExactStates):
-            return held
-        if states is None:
-            return tuple(torch.cat([x[:, :, :earlier], y], dim=2) for x, y in zip(held, new, strict=True))
-        states.training = dict(zip(ROLES, new, strict=True))
+        if self.step is not None:
+            self.step.training = dict(zip(ROLES, new, strict=True))
         return held
 
     def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
@@ -377,10 +401,26 @@ class TurboQuantLayer(DynamicLayer):
         self.checked = given
         return True
 
-    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.codes["keys"].length:
-            return tuple(self._exact(role) for role in ROLES)
-        return _handles(self._read())
+    def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Handles of all tokens held, which the next update leaves what they are."""
+        self.lent = True
+        if self.codes["keys"].length:
+            return _handles(self._read())
+        return _handles(ExactStates({role: self._exact(role) for role in ROLES}, lambda *_: None, writable=True))
+
+    def _wait(self, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps a copy of the states until the query that attends to them is seen; returns what attention reads."""
+        before = self.length
+        # Ordinary tensors even in inference mode, whose versions show whether they were written to.
+        with torch.inference_mode(False):
+            exact = self._with_exact(states, before)
+        self.pending = {role: tensor[:, :, before:].detach() for role, tensor in exact.items()}
+        return _handles(ExactStates(exact, self.settle))
+
+    def _outdate(self) -> None:
+        """What the last update returned must not be read any more."""
+        if self.step is not None:
+            self.step.outdated, self.step = True, None
 
     def _read(self, leaving: int | None = None) -> LayerStates:
         """What attention reads now or, with `leaving`, after one more token, with `leaving` more tokens quantised."""
@@ -391,17 +431,9 @@ class TurboQuantLayer(DynamicLayer):
             states.leaving = leaving
         return states
 
-    def _exact_with_chunk(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The sinks held so far, followed by the new tokens, which may fill the remaining sinks."""
-        sinks = min(self.length, self.config.sink_length)
-        return {role: torch.cat([self.exact[role][:, :, :sinks], states[role]], dim=2) for role in ROLES}
-
-    def _states_with_chunk(self, before: int, exact: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Handles that read earlier tokens from the sinks and codes, and the chunk itself exactly."""
-        sinks = self.config.sink_length
-        if before <= sinks:
-            return tuple(exact[role] for role in ROLES)
-        return _handles(self._read_from(exact, before - sinks, self.length - before, 0))
+    def _with_exact(self, states: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+        """The first `count` tokens, which are exact, followed by new ones, in memory of their own."""
+        return {role: torch.cat([self.exact[role][:, :, :count], states[role]], dim=2) for role in ROLES}
 
     def _read_from(self, exact: dict[str, torch.Tensor], quantized: int, ring: int, phase: int) -> LayerStates:
         sinks, backend = self.config.sink_length, self.config.backend
@@ -455,7 +487,7 @@ class TurboQuantLayer(DynamicLayer):
         self.codes = dict(zip(ROLES, buffers, strict=False))
         self.exact = buffers[-1]
         # Old plans would keep the old buffers alive.
-        self.plans = Plans()
+        self.plans, self.lent = Plans(), False
         self.checked = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -496,5 +528,5 @@ def _log_cut_off() -> None:
     )
 
 
-def _handles(states: LayerStates) -> tuple[torch.Tensor, torch.Tensor]:
+def _handles(states: LayerStates | ExactStates) -> tuple[torch.Tensor, torch.Tensor]:
     return QuantizedStates(states, "keys"), QuantizedStates(states, "values")

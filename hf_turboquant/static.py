@@ -14,7 +14,7 @@ from .storage import SlotBuffer
 from .traced import TracedStates, append, seq_length
 
 # Attributes that are views of the arena and are made again with it.
-_VIEWS = {"states", "quantizers", "codes", "exact"}
+_VIEWS = {"states", "quantizers", "codes", "exact", "step"}
 
 # Most tokens of a step: one token of a compiled model, or those that a draft proposes.
 STEP_TOKENS = 16
@@ -130,9 +130,10 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self._in_one_dtype({"keys": key_states, "values": value_states})
         ops.append(self.states, key_states.detach(), value_states.detach())
         self.count(tokens)
-        if not ops.trains(key_states, value_states):
-            return _handles(self.states)
-        return self._train(_handles(copy(self.states)), key_states, value_states)
+        self._outdate()
+        self.step = copy(self.states)
+        held = _handles(self.step)
+        return self._train(held, key_states, value_states) if ops.trains(key_states, value_states) else held
 
     def count(self, tokens: int) -> None:
         """
@@ -227,9 +228,10 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.measure()
         return super().condition
 
-    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.measure()
-        return super()._states()
+        # A copy, because compiled steps write to the arena without any Python.
+        return _handles(open_arena(self.arena.clone(), self.description).measured())
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens held; once there are any, a tensor on the device, as in transformers' static layers."""
@@ -270,6 +272,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         if self.is_initialized:
             self.settle()
             self.measure()
+            self._outdate()
             super().crop(tokens_to_remove)
             self._write_lengths()
 
@@ -287,6 +290,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def _hold(self, parts: list[dict[str, torch.Tensor]]) -> None:
         """Holds the tokens in `parts`, see [`_parts`], instead of its own."""
+        self._outdate()
         self.checked = None
         before, exact = self.states, parts[0]
         description = describe(self.config, self.layer_idx, exact["keys"], exact["values"])

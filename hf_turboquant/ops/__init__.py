@@ -221,6 +221,9 @@ def attention(
     Raises:
         `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
     """
+    if states.outdated:
+        # Raises the error.
+        states.settle()
     differentiable = trains(query) or states.training is not None
     if states.plans and attention_mask is None and not differentiable:
         out = attention_kernels.attention_again(query, states, scaling, is_causal, softcap, sinks)
