@@ -171,6 +171,7 @@ class TurboQuantLayer(DynamicLayer):
         if self.lent:
             # Others read and write there.
             self._replace(torch.clone)
+            self.lent = False
         if self.is_offloaded:
             self.prefetch()
         fresh = not self.is_initialized
@@ -487,7 +488,7 @@ class TurboQuantLayer(DynamicLayer):
         self.codes = dict(zip(ROLES, buffers, strict=False))
         self.exact = buffers[-1]
         # Old plans would keep the old buffers alive.
-        self.plans, self.lent = Plans(), False
+        self.plans = Plans()
         self.checked = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

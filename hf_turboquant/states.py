@@ -373,9 +373,9 @@ _TO_NUMPY = torch.Tensor.numpy, torch.Tensor.__array__
 
 def _call_plain(func, args, kwargs, kind: type, protect: bool = True):
     """
-    Calls `func` with plain tensors in place of tensors of `kind`: handles, or [`ReadOnly`]. Those are copies that nobody
-    else has: raises a `ValueError` if `func` wrote to one, and with `protect` returns [`ReadOnly`] what shares memory
-    with one.
+    Calls `func` with plain tensors in place of those of `kind`: handles, or [`ReadOnly`]. These are copies that nobody
+    else has: raises a `ValueError` if `func` wrote to one, and with `protect` returns as [`ReadOnly`] what shares
+    memory with one.
     """
     name, copies = getattr(func, "__name__", str(func)), []
 

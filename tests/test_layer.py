@@ -7,6 +7,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_turboquant import QuantizedStates, TurboQuantConfig, ops
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
+from hf_turboquant.states import LayerStates
 from hf_turboquant.static import TurboQuantStaticLayer
 
 
@@ -82,6 +83,117 @@ def test_a_chunk_longer_than_the_window_is_read_exactly():
     assert not torch.equal(plain(out[0])[:, :, 100:200], keys[:, :, 100:200])
     # the layer itself keeps only the window
     assert not torch.equal(plain(layer.keys)[:, :, 200:284], keys[:, :, 200:284])
+
+
+KINDS = {"grows": (TurboQuantLayer, {}), "static": (TurboQuantStaticLayer, {"max_cache_len": 300})}
+MEMORY = (
+    {},
+    {"condition": "none"},
+    {"residual_length": 16},
+    {"residual_length": 16, "condition": "none"},
+    {"residual_length": 0, "condition": "none"},
+)
+
+
+@pytest.fixture(params=[(kind, options) for kind in KINDS for options in MEMORY], ids=str)
+def new_layer(request):
+    kind, options = request.param
+    return lambda: KINDS[kind][0](TurboQuantConfig(nbits=4, **KINDS[kind][1], **options), 0)
+
+
+@pytest.mark.parametrize("attends", (True, False))
+@pytest.mark.parametrize(
+    "pieces", ([200, *[1] * 12], [20, *[1] * 120], [150, 1, 1, 20, 1, 1, 40, 1], [1, 3, 160, 1]), ids=str
+)
+def test_what_was_taken_may_be_written_to(new_layer, pieces, attends):
+    """One buffer for every update, overwritten after attention or, if there is none, at once."""
+    kept, fed = new_layer(), new_layer()
+    keys, values = states(sum(pieces))
+    buffers, start = [x.clone() for x in (keys, values)], 0
+    for piece in pieces:
+        new = [x[:, :, start : start + piece] for x in (keys, values)]
+        for buffer, x in zip(buffers, new, strict=True):
+            buffer[:, :, :piece] = x
+        start += piece
+        given = [buffer[:, :, :piece] for buffer in buffers]
+        for layer, taken in ((kept, given), (fed, [x.clone() for x in new])):
+            handles = layer.update(*taken)
+            if attends:
+                query = torch.ones(2, 2, piece, 32)
+                torch.nn.functional.scaled_dot_product_attention(query, *handles)
+        for buffer in buffers:
+            buffer.zero_()
+    for ours, expected in ((kept.keys, fed.keys), (kept.values, fed.values)):
+        assert torch.equal(plain(ours), plain(expected)) and plain(ours)[:, :, : sum(pieces)].any(-1).all()
+
+
+def test_a_token_that_attention_reads_is_not_copied():
+    layer = TurboQuantLayer(options(residual_length=16), 0)
+    keys, values = states(110)
+    feed(layer, keys, values, [100])
+    copied = []
+    for at in range(100, 110):
+        token = [x[:, :, at : at + 1] for x in (keys, values)]
+        handles = layer.update(*token)
+        copied.append(layer.step.newest[0].data_ptr() != token[0].data_ptr())
+        if at != 105:
+            torch.nn.functional.scaled_dot_product_attention(torch.ones(2, 2, 1, 32), *handles)
+    # the first, and the one after that which was not read
+    assert copied == [at in (100, 106) for at in range(100, 110)]
+
+
+def test_what_was_given_stays_what_it_was(new_layer):
+    keys, values = states(300)
+    layer, given = new_layer(), []
+    start = 0
+
+    def go_on(*pieces):
+        nonlocal start
+        for piece in pieces:
+            layer.update(*(x[:, :, start : start + piece] for x in (keys, values)))
+            start += piece
+            given.extend((x, plain(x).clone()) for x in (layer.keys, layer.values))
+
+    go_on(20, 1, 100, 11, *[1] * 30, 50, *[1] * 5)
+    layer.crop(-150)
+    start -= 150
+    go_on(1, 130)
+    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.offload() if type(layer) is TurboQuantLayer else None
+    go_on(1, 1)
+    layer.reset()
+    start = 0
+    go_on(200, 1)
+    for held, was in given:
+        assert torch.equal(plain(held), was)
+
+
+def test_what_update_returned_is_read_before_the_next_one(new_layer):
+    keys, values = states(300)
+    layer, query = new_layer(), torch.ones(2, 2, 1, 32)
+    start, exact = 0, []
+    for piece in (1, 10, *[1] * 9, 40, 1, 100, 3, 1, 40):
+        handles = layer.update(*(x[:, :, start : start + piece] for x in (keys, values)))
+        start += piece
+        if isinstance(handles[0], QuantizedStates) and isinstance(handles[0].states, LayerStates):
+            layer.get_seq_length()
+            assert plain(handles[0])[:, :, :start].any(-1).all()
+            read = [lambda h=handles: plain(h[0]), lambda h=handles: h[1].clone()]
+            read.append(lambda h=handles: torch.nn.functional.scaled_dot_product_attention(query, *h))
+            read.append(lambda h=handles: ops.scores(query, h[0].states, scaling=1.0))
+            layer.update(*(x[:, :, start : start + 1] for x in (keys, values)))
+            start += 1
+            for late in read:
+                with pytest.raises(ValueError, match="before the next update or reset .* Keep a `.clone"):
+                    late()
+        else:
+            # exact ones have memory of their own
+            exact.append((handles[0], plain(handles[0]).clone()))
+    assert exact and all(torch.equal(plain(held), was) for held, was in exact)
+    handles = layer.update(*(x[:, :, :1] for x in (keys, values)))
+    layer.reset()
+    with pytest.raises(ValueError, match="before the next update or reset"):
+        plain(handles[0])
 
 
 def test_pure_streaming_holds_nothing_exact():
