@@ -103,7 +103,9 @@ def new_layer(request):
 
 @pytest.mark.parametrize("attends", (True, False))
 @pytest.mark.parametrize(
-    "pieces", ([200, *[1] * 12], [20, *[1] * 120], [150, 1, 1, 20, 1, 1, 40, 1], [1, 3, 160, 1]), ids=str
+    "pieces",
+    ([200, *[1] * 12], [20, *[1] * 120], [150, 1, 1, 20, 1, 1, 40, 1], [1, 3, 160, 1]),
+    ids=("long prompt", "short prompt", "chunks", "one token first"),
 )
 def test_what_was_taken_may_be_written_to(new_layer, pieces, attends):
     """One buffer for every update, overwritten after attention or, if there is none, at once."""
