@@ -42,6 +42,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_turboquant
 from hf_turboquant import TurboQuantCache
+from hf_turboquant._supported import cache_name
 from hf_turboquant.evaluation.benchmark import CUDNN, EFFICIENT, FLASH, call_ms, copy_bandwidth
 from hf_turboquant.generation import release
 from hf_turboquant.layer import TurboQuantLayer
@@ -76,8 +77,8 @@ STATIC_COLUMNS = (
 )  # fmt: skip
 # Arguments of `generate`.
 LOOP_CACHES = {
-    "dynamic": lambda config: {"past_key_values": DynamicCache(config=config)},
-    "static": lambda config: {"cache_implementation": "static"},
+    "dynamic": lambda model: {cache_name(model): DynamicCache(config=model.config)},
+    "static": lambda _: {"cache_implementation": "static"},
     **{f"turboquant-{n}": lambda _, n=n: {"custom_generate": hf_turboquant.generate, "nbits": n} for n in (4, 3, 2)},
 }
 LOOP_COLUMNS = (
@@ -136,7 +137,7 @@ class Entry:
         fill(self.cache, config, batch, context)
 
     def step(self, model, token: torch.Tensor) -> None:
-        self.times_ms.append(call_ms(lambda: model(token, past_key_values=self.cache, logits_to_keep=1)))
+        self.times_ms.append(call_ms(partial(model, token, **{cache_name(model): self.cache}, logits_to_keep=1)))
 
 
 @torch.inference_mode()
@@ -162,7 +163,7 @@ def decode(model, makers: dict, batch: int, context: int, steps: int, query_leng
     for name, entry in entries.items():
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             for _ in range(3):
-                model(token, past_key_values=entry.cache, logits_to_keep=1)
+                model(token, **{cache_name(model): entry.cache}, logits_to_keep=1)
             torch.cuda.synchronize()
         busy_ms = sum(event.self_device_time_total for event in profiler.key_averages()) / 3e3
         medians = [statistics.median(column) for column in zip(*entry.times_ms[2:], strict=True)]
@@ -206,7 +207,7 @@ def generate(model, cache, ids: torch.Tensor, tokens: int, profiler=None) -> tup
     clock = Clock(profiler)
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     ids = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, stopping_criteria=[clock], **options
+        ids, attention_mask=torch.ones_like(ids), **{cache_name(model): cache}, stopping_criteria=[clock], **options
     )
     return ids, [stop - start for start, stop in zip(clock.times_s, clock.times_s[1:], strict=False)]
 
@@ -291,9 +292,9 @@ def loop(model, makers: dict, batch: int, context: int, tokens: int, chunk: int 
     torch.cuda.reset_peak_memory_stats()
     # cuDNN makes a plan for every length; only a static length avoids that cost in each step.
     with sdpa_kernel([CUDNN, FLASH, EFFICIENT] if name == "static" else [FLASH, EFFICIENT]):
-        first = request(model, ids, tokens, chunk, options(config))
+        first = request(model, ids, tokens, chunk, options(model))
         peak = torch.cuda.max_memory_allocated()
-        again = request(model, ids, tokens, chunk, options(config))
+        again = request(model, ids, tokens, chunk, options(model))
     # Release the cache, so that the next one does not share its memory.
     release(model)
     # Mean over all tokens and not a median, because the host may do work only between some of them.
@@ -332,7 +333,7 @@ def prefill(model, makers: dict, context: int) -> dict[str, tuple[str]]:
     for _ in range(9):
         for name, make_cache in makers.items():
             cache = make_cache(model.config)
-            times_ms[name].append(call_ms(partial(model, ids, past_key_values=cache, logits_to_keep=1))[0])
+            times_ms[name].append(call_ms(partial(model, ids, **{cache_name(model): cache}, logits_to_keep=1))[0])
             del cache
     return {name: (f"{statistics.median(times[1:]):.1f} ms",) for name, times in times_ms.items()}
 

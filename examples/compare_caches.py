@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
+from hf_turboquant._supported import cache_name
 from hf_turboquant.evaluation.caches import held_bytes, label, new_cache, parse
 
 QUESTION = "Write a short article about the lighthouse for the visitors of the museum."
@@ -66,9 +67,8 @@ def main():
     for options in caches:
         cache, clock = new_cache(model.config, options), Clock()
         with console.status(f"{label(options)}: {length:,} tokens read, then new ones"):
-            output = model.generate(
-                **inputs, past_key_values=cache, max_new_tokens=args.max_new_tokens, do_sample=False, streamer=clock
-            )
+            inputs[cache_name(model)] = cache
+            output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, streamer=clock)
         tokens = output[0, length:]
         held = cache.memory().total_bytes if hasattr(cache, "memory") else held_bytes(cache)
         first = first or (tokens, clock.step_s, held)

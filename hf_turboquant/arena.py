@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -80,7 +80,7 @@ class _Layout:
         options, layer_idx, batch, heads, dims, dtypes = json.loads(description)
         self.config = config = TurboQuantConfig(**options)
         self.quantizers = {
-            role: Quantizer.create(config, role, layer_idx, head_dim, device) for role, head_dim in dims.items()
+            role: _quantizer(config, role, layer_idx, head_dim, device) for role, head_dim in dims.items()
         }
         exact = min(config.sink_length + config.residual_length, config.max_cache_len)
         self.code_tokens = config.max_cache_len - exact
@@ -105,5 +105,15 @@ class _Layout:
         return arena[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
-# Never freed, because captured graphs keep reading the constants of the quantizers.
-_layout = cache(_Layout)
+# Every length of a request has another description.
+_layout = lru_cache(maxsize=1024)(_Layout)
+# Never freed: graphs that torch.compile captured read their constants, and run again for an arena at the address of a
+# freed one. Two for each layer and setting, whatever the requests.
+_quantizers: dict[tuple, Quantizer] = {}
+
+
+def _quantizer(config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device: torch.device) -> Quantizer:
+    key = replace(config, max_cache_len=None), role, layer_idx, head_dim, device
+    if key not in _quantizers:
+        _quantizers[key] = Quantizer.create(config, role, layer_idx, head_dim, device)
+    return _quantizers[key]

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import sys
-import warnings
 from collections import Counter
 
 from .config import KEY_ESTIMATORS, TurboQuantConfig
@@ -18,10 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; errors that the user can fix give one line on stderr and exit code 2."""
     args = _parser().parse_args(arguments)
     try:
-        with warnings.catch_warnings():
-            # transformers warns of names that it will change, which the user of a command cannot fix.
-            warnings.simplefilter("ignore", FutureWarning)
-            args.run(args)
+        args.run(args)
         return 0
     except BrokenPipeError:
         # The reader of our output has closed the pipe; without this, Python complains again while it shuts down.

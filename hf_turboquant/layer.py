@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from . import ops
+from .ahead import compile_ahead
 from .conditioning import condition, energy_of_queries, outcome, valid_tokens
 from .config import TurboQuantConfig
 from .packing import BLOCK
@@ -238,6 +239,7 @@ class TurboQuantLayer(DynamicLayer):
             known = valid if query.shape[2] == kv_len else None
             energy = energy_of_queries(query, known, self.pending["keys"].shape[1])
             self.query_energy = energy if before is None else energy + before
+            compile_ahead(self, self.pending["keys"], self.pending["values"], query, valid is not None)
         try:
             self._store(self.pending, valid)
         except BaseException:

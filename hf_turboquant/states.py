@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -334,7 +334,7 @@ def _attention_call(
     }
 
 
-@cache
+@lru_cache(maxsize=64)
 def _log_dequantize(operation: str) -> None:
     logger.warning(
         "`%s` was called on quantised keys or values, which are dequantised for it: the result is right, but takes the "

@@ -14,6 +14,7 @@ from transformers.integrations.flex_attention import WrappedFlexAttention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_turboquant import QuantizedStates, TurboQuantCache, layer, ops, states
+from hf_turboquant._supported import cache_name
 
 CONFIG = LlamaConfig(
     hidden_size=64,
@@ -90,7 +91,7 @@ def run(implementation, padded, paths, pieces=(40, 1, 4, 1), cache=None, **optio
     for piece in pieces:
         stop = start + piece
         with torch.no_grad():
-            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, **options)
+            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], **{cache_name(model): cache}, **options)
         start = stop
         after_prefill.append(list(paths))
         paths.clear()
@@ -132,7 +133,7 @@ def test_autocast(implementation, inside, capacity):
     ):
         for piece, enabled in zip(ids.split([40, 9, 1], dim=1), inside, strict=True):
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled):
-                out = model(piece, past_key_values=cache).logits
+                out = model(piece, **{cache_name(model): cache}).logits
         logits.append(out.float())
     assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
     assert cache.layers[0].codes["keys"].length > 0
@@ -142,8 +143,8 @@ def gradients(model, cache, ids, prompt, names, train_prompt=False):
     """Of a loss over the tokens after a cached prompt."""
     model.zero_grad()
     with torch.set_grad_enabled(train_prompt):
-        model(ids[:, :prompt], past_key_values=cache)
-    model(ids[:, prompt:], past_key_values=cache).logits.square().mean().backward()
+        model(ids[:, :prompt], **{cache_name(model): cache})
+    model(ids[:, prompt:], **{cache_name(model): cache}).logits.square().mean().backward()
     return {name: p.grad for name, p in model.named_parameters() if any(part in name for part in names)}
 
 
@@ -201,7 +202,7 @@ def test_generate_reaches_the_codes(implementation, paths):
         attention_mask=torch.ones_like(ids),
         max_new_tokens=5,
         min_new_tokens=5,
-        past_key_values=TurboQuantCache(CONFIG, residual_length=8),
+        **{cache_name(model): TurboQuantCache(CONFIG, residual_length=8)},
     )
     assert paths == ["codes"] * 2 * 4
 
@@ -230,7 +231,7 @@ def test_softcap(with_cache, paths):
                 continue
             cache = TurboQuantCache(config, residual_length=8, condition="none")
             for piece in (ids[:, :290], ids[:, 290:291], ids[:, 291:295]):
-                outputs[implementation] = model(piece, past_key_values=cache).logits
+                outputs[implementation] = model(piece, **{cache_name(model): cache}).logits
     assert (outputs["turboquant"] - outputs["eager"]).norm() < 1e-5 * outputs["eager"].norm()
     assert ("codes" in paths) == with_cache
 
@@ -243,8 +244,8 @@ def test_full_precision_cache_under_our_attention(paths):
         model.set_attn_implementation(implementation)
         cache = DynamicCache(config=CONFIG)
         with torch.no_grad():
-            model(ids[:, :15], past_key_values=cache)
-            logits.append(model(ids[:, 15:], past_key_values=cache).logits)
+            model(ids[:, :15], **{cache_name(model): cache})
+            logits.append(model(ids[:, 15:], **{cache_name(model): cache}).logits)
     assert torch.equal(*logits) and paths == []
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant._supported import cache_name
 from hf_turboquant.config import PRESETS
 from hf_turboquant.evaluation.caches import bits_per_coordinate, new_cache
 from hf_turboquant.evaluation.quality import Quality
@@ -97,7 +98,7 @@ def test_all_bits_count(tiny):
         cache = new_cache(tiny.config, options)
         with torch.no_grad():
             for part in torch.randint(0, 97, (1, 400)).split([384, 16], dim=1):
-                tiny(part, past_key_values=cache)
+                tiny(part, **{cache_name(tiny): cache})
         return bits_per_coordinate(cache, with_exact=True)
 
     # 4 first and 128 last tokens exact, otherwise 4 bits and a scale of 16 for every 16 coordinates
@@ -262,10 +263,10 @@ def test_statistics_of_another_text_stay_when_its_tokens_go(tiny):
         early, whole = TurboQuantCache(tiny.config, **options), TurboQuantCache(tiny.config, **options)
         later = informed(tiny, ids, options)
         assert later.get_seq_length() == 0
-        tiny(ids, past_key_values=whole)
+        tiny(ids, **{cache_name(tiny): whole})
         for cache in (early, later):
-            tiny(ids[:, :200], past_key_values=cache)
-            tiny(ids[:, 200:300], past_key_values=cache)
+            tiny(ids[:, :200], **{cache_name(tiny): cache})
+            tiny(ids[:, 200:300], **{cache_name(tiny): cache})
     for mine, other, first in zip(later.layers, whole.layers, early.layers, strict=True):
         assert mine.condition == first.condition == "attention" and mine.get_seq_length() == 300
         # 300 tokens but sinks and window, no more
@@ -322,5 +323,5 @@ def test_the_host_has_little_to_do_in_a_step(monkeypatch, capsys):
         model, caches = measure_host.prepare(4)
         for _ in range(3):
             for name, cache in caches.items():
-                counted(name, lambda cache=cache: measure_host.step(model, cache))
+                counted(name, lambda cache=cache: measure_host.step(model, cache, cache_name(model)))
     assert calls["TurboQuantCache"] - calls["DynamicCache"] < 4 * 90

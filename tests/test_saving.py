@@ -20,6 +20,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from hf_turboquant import TurboQuantCache, saving
+from hf_turboquant._supported import cache_name
 from hf_turboquant.hybrid import TurboQuantHybridLayer
 
 TINY = {
@@ -75,13 +76,13 @@ def tokens(length, batch=2):
 def go_on(model, cache, steps=6):
     """Logits of tokens that follow, one at a time: the codes grow meanwhile."""
     with torch.no_grad():
-        return torch.stack([model(ids, past_key_values=cache).logits for ids in tokens(steps).split(1, dim=1)])
+        return torch.stack([model(ids, **{cache_name(model): cache}).logits for ids in tokens(steps).split(1, dim=1)])
 
 
 def prefilled(model, length=150, **options):
     cache = TurboQuantCache(model.config, **{**OPTIONS, **options})
     with torch.no_grad():
-        model(tokens(length), past_key_values=cache)
+        model(tokens(length), **{cache_name(model): cache})
     return cache
 
 
@@ -142,16 +143,16 @@ def test_another_process_writes_the_same_tokens(family, capacity, tmp_path):
     cache = prefilled(model, max_cache_len=capacity)
     cache.save_pretrained(tmp_path / "saved")
     ids = torch.cat([tokens(150), tokens(7)], dim=1)
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **{cache_name(model): cache}, max_new_tokens=12)
     script = f"""
 import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_saving import make_model, tokens, TurboQuantCache
+from test_saving import cache_name, make_model, tokens, TurboQuantCache
 model = make_model({family!r})
 cache = TurboQuantCache.from_pretrained({str(tmp_path / "saved")!r}, config=model.config)
 ids = torch.cat([tokens(150), tokens(7)], dim=1)
-out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12)
+out = model.generate(ids, attention_mask=torch.ones_like(ids), **{{cache_name(model): cache}}, max_new_tokens=12)
 print(out.tolist())
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

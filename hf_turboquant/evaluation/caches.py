@@ -128,7 +128,7 @@ def new_cache(config, options: dict):
         except TypeError as error:
             raise ValueError(f"A {kind} cache must be given options that it has: {error}.") from None
     if kind != "fp8":
-        size = options.setdefault("q_group_size", head_dim(config.get_text_config(decoder=True)))
+        size = options.setdefault("q_group_size", head_dim(config))
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`q_group_size` must be a positive integer, got {size!r}.")
     if kind == "hqq":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
+from .._supported import cache_name
 from .caches import bits_per_coordinate, held_bytes, named, new_cache
 
 
@@ -127,7 +128,7 @@ def measure(
             full = None
             for cache, quality, options in zip(caches, qualities, [{}, *configurations], strict=True):
                 with nullcontext() if callable(options) else named(options):
-                    logits = model(inputs, past_key_values=cache).logits[:, : targets.shape[1]]
+                    logits = model(inputs, **{cache_name(model): cache}).logits[:, : targets.shape[1]]
                 log_probs = logits.float().log_softmax(-1)
                 full = log_probs if full is None else full
                 if start >= score_from:

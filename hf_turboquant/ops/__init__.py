@@ -1,7 +1,8 @@
 """The operations on codes. Only this module checks arguments and picks the backend."""
 
 import logging
-from functools import cache
+from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 
@@ -13,12 +14,13 @@ try:
     # Imported before the functions below, which replace these submodules as attributes of the package.
     from . import attention as attention_kernels
     from . import dequantize as dequantize_kernels
+    from . import launch
     from . import quantize as quantize_kernels
     from . import statistics as statistics_kernels
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "triton":
         raise
-    attention_kernels = dequantize_kernels = quantize_kernels = statistics_kernels = None
+    attention_kernels = dequantize_kernels = launch = quantize_kernels = statistics_kernels = None
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,17 @@ def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None
         for role, state in new.items()
     }
     (kernels.pop() if len(kernels) == 1 else reference.append)(states, new)
+
+
+def compile_only():
+    """A context in which launches only compile their kernels; does nothing where there are none."""
+    compiles = launch is not None and not launch.INTERPRETED and hasattr(launch.triton, "AsyncCompileMode")
+    return launch.compile_only() if compiles else nullcontext()
+
+
+def is_only_compiling() -> bool:
+    """Whether this runs within [`compile_only`]."""
+    return launch is not None and launch.is_only_compiling()
 
 
 def warm(states) -> None:
@@ -339,6 +352,6 @@ def _pick(backend: str, device: torch.device, kernels, name: str, *args):
     return getattr(reference, name)
 
 
-@cache
+@lru_cache(maxsize=64)
 def _log_choice(level: int, name: str, choice: str, reason: str) -> None:
     logger.log(level, "%s runs on %s%s.", name, choice, f": {reason}" if reason else "")
