@@ -5,7 +5,7 @@ from bisect import bisect
 from dataclasses import dataclass
 
 import torch
-from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedConfig
 
 from ._supported import cache_name
 from .cache import TurboQuantCache
@@ -15,6 +15,7 @@ from .memory import MemoryReport, layer_memory
 
 # The search for the longest context stops here.
 MAX_CONTEXT = 2**40
+COUNT = "Count from `cache.memory()` of a real run"
 KINDS = {
     "DynamicLayer": "full attention",
     "TurboQuantLayer": "full attention",
@@ -97,8 +98,7 @@ class Estimate:
             raise ValueError(f"{must}{error}.") from None
         except Exception as error:
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            advice = "Update transformers, or count from `cache.memory()` of a real run."
-            raise ValueError(f"{must}{reason}. {advice}") from None
+            raise ValueError(f"{must}{reason}. {COUNT}, or update transformers.") from None
         layers = []
         for first, second in zip(one.layers, two.layers, strict=True):
             token_bytes = layer_memory(second).full_bytes - layer_memory(first).full_bytes
@@ -106,7 +106,7 @@ class Estimate:
             window = getattr(second, "sliding_window", None)
             layers.append(
                 LayerCost(
-                    kind=KINDS.get(type(second).__name__, type(second).__name__),
+                    kind=KINDS[type(second).__name__],
                     token_bytes=token_bytes,
                     state_bytes=layer_memory(first).full_bytes - token_bytes,
                     # The window includes the current token, which the layer need not keep.
@@ -184,7 +184,7 @@ def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuan
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
-        raise _NoDecoder("its decoder caches the states of an encoder too. Count from `cache.memory()` of a real run")
+        raise _NoDecoder(f"its decoder caches the states of an encoder too. {COUNT}")
     # Some parts have a class only within the whole.
     source = text if type(text) in MODEL_MAPPING else config
     if type(source) not in MODEL_MAPPING:
@@ -201,7 +201,9 @@ def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuan
         name = cache_name(model)
     except ValueError as error:
         raise _NoDecoder(str(error).rstrip(".")) from None
-    if {module.is_causal for module in model.modules() if hasattr(module, "is_causal")} == {False}:
+    # Models that read images may see all of a prompt at once.
+    seen = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
+    if seen == {False} and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise _NoDecoder("its attention sees later tokens, as that of an encoder does")
     cache = TurboQuantCache(config, condition="none")
     # So that it takes any head_dim: what cannot be packed is told by the layers.
@@ -210,6 +212,10 @@ def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuan
         model(torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True, **{name: cache})
     if not any(layer_memory(layer).full_bytes for layer in cache.layers):
         raise _NoDecoder("it leaves its cache empty")
+    # What two tokens show of these says too little about many.
+    own = sorted({type(layer).__name__ for layer in cache.layers} - KINDS.keys())
+    if own:
+        raise _NoDecoder(f"its cache has layers of its own kind, {own[0]}. {COUNT}")
     return cache
 
 

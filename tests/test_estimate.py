@@ -145,11 +145,16 @@ KINDS_OF_MODELS = {
     "whisper": "its decoder caches the states of an encoder too",
     "t5": "its decoder caches the states of an encoder too",
     "encoder-decoder": "its decoder caches the states of an encoder too",
+    "colpali": "its attention sees later tokens",
     "clap_text_model": "transformers has no model of its own for ClapTextConfig",
+    "deepseek_v4": "its cache has layers of its own kind, DeepseekV4",
+    "unlimited_ocr": "its cache has layers of its own kind, UnlimitedOcr",
     "xlstm": "no attribute 'rnn_state'",
     # by default, all of it is recurrent
     "bamba": "only contain LinearAttention layers",
     "bert decoder": "2 × full attention, 12 KV heads of 64: compressed",
+    # sees all of a prompt, and generates
+    "paligemma": "18 × full attention, 1 KV head of 256: compressed",
     "gpt_neox": "2 × full attention, 64 KV heads of 96: compressed",
     "modernbert-decoder": "2 × full attention, 12 KV heads of 64: compressed",
     # the sizes are those of a test
@@ -193,7 +198,7 @@ def test_kinds_of_models(name):
 def test_the_whole_reason(monkeypatch):
     error = RuntimeError("first line,\n\n second line.")
     monkeypatch.setattr("hf_turboquant.estimate._run", Mock(side_effect=error))
-    with pytest.raises(ValueError, match="'llama': first line, second line\\. Update transformers"):
+    with pytest.raises(ValueError, match="'llama': first line, second line\\. Count from"):
         Estimate.from_config(AutoConfig.for_model("llama"))
 
 
