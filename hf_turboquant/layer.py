@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -522,7 +522,7 @@ class TurboQuantLayer(DynamicLayer):
             self._replace(lambda tensor: tensor.to(self.device, non_blocking=True))
 
 
-@cache
+@lru_cache(maxsize=1)
 def _log_cut_off() -> None:
     logger.warning(
         "Gradients flow to the keys and values of a call's own tokens, and to none of earlier calls: a TurboQuantCache "
