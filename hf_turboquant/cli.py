@@ -11,7 +11,7 @@ from collections import Counter
 from .config import KEY_ESTIMATORS, TurboQuantConfig
 from .memory import readable
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+UNITS = ["", "K", "M", "G", "T"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "memory of the cache, from the config alone"
     estimate = commands.add_parser("estimate", help=about, parents=[shape])
     estimate.add_argument("--budget", type=parse_bytes, metavar="BYTES", help="memory for the cache alone, such as 24G")
-    contexts = {"type": _positive, "nargs": "+", "metavar": "TOKENS"}
+    contexts = {"type": parse_tokens, "nargs": "+", "metavar": "TOKENS", "help": "tokens, such as 8192 or 128k"}
     estimate.add_argument("--contexts", **contexts, default=[8192, 32768, 131072])
     estimate.set_defaults(run=_estimate)
 
@@ -118,10 +118,13 @@ def _estimate(args) -> None:
     kinds = Counter(f"{cost}{': compressed' * (i in compressed)}" for i, cost in enumerate(estimate.layers))
     for kind, count in kinds.items():
         print(f"  {count:3} × {kind}")
-    print(f"\nKeys and values at batch {args.batch}, every byte counted ({args.key_estimator} keys, bf16 model)")
-    print("".join(["    context", *(f"{name:>11}" for name in next(iter(rows.values())))]))
+    about = f"every byte counted ({args.key_estimator} keys); ×: how many times smaller than bf16"
+    print(f"\nKeys and values at batch {args.batch}, {about}")
+    print("".join(["    context       bf16", *(f"{name:>11}      ×" for name in ("fp8", *options))]))
     for context, row in rows.items():
-        print("".join([f"{context:11,}", *(f"{readable(count):>11}" for count in row.values())]))
+        full, *others = row.values()
+        cells = (f"{readable(count):>11}{full / count if count else 1:6.1f}×" for count in others)
+        print("".join([f"{context:11,}{readable(full):>11}", *cells]))
     if any("linear" in cost.kind or "recurrent" in cost.kind for cost in estimate.layers):
         print(f"Beside them, whatever the context: {readable(states)} of states that are not compressed")
     if longest:
@@ -137,10 +140,11 @@ def _notes(estimate, compressed: list[int], context: int, row: dict[str, int], s
         yield f"{growing} of {len(estimate.layers)} layers hold a KV cache that grows with the context."
     if any(len({dim for _, dim in estimate.layers[index].shapes}) > 1 for index in compressed):
         yield "keys and values of different widths are latents (MLA): every step dequantises them."
-    total, ours = row["bf16"] + states, min(row.values()) + states
+    # The cache's own widths: fp8 takes sliding windows too.
+    total, ours = row["bf16"] + states, min(count for name, count in row.items() if name.endswith("bits")) + states
     if total < 2 * ours:
         yield (
-            f"compression can't help much: at {context:,} tokens the whole cache, states included, goes from "
+            f"this cache can't help much: at {context:,} tokens the whole cache, states included, goes from "
             f"{readable(total)} to {readable(ours)} at best."
         )
 
@@ -179,17 +183,22 @@ def _benchmark(args) -> None:
         benchmark.show(found)
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, base: int = 1000, what: str = "bytes such as 24G or 800M") -> int:
     """`"24G"` -> 24 · 10⁹."""
-    number = text.upper().removesuffix("B")
-    unit = number[-1:] if number[-1:] in UNITS else ""
+    digits = text.upper().removesuffix("B")
+    unit = digits[-1:] if digits[-1:] in UNITS else ""
     try:
-        count = float(number.removesuffix(unit)) * UNITS[unit]
+        count = float(digits.removesuffix(unit)) * base ** UNITS.index(unit)
     except ValueError:
         count = 0
-    if not 0 < count < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of bytes such as 24G or 800M, got {text!r}")
+    if not 1 <= count < (2**31 if base == 1024 else float("inf")):
+        raise argparse.ArgumentTypeError(f"must be a number of {what}, got {text!r}")
     return int(count)
+
+
+def parse_tokens(text: str) -> int:
+    """`"128k"` -> 131,072, as model cards count."""
+    return parse_bytes(text, 1024, "tokens such as 8192 or 128k")
 
 
 def _positive(text: str) -> int:
