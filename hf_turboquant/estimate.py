@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModel, DynamicCache, PreTrainedConfig
 
-from .cache import TurboQuantCache
+from .cache import TurboQuantCache, check_config
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
 
@@ -80,8 +80,9 @@ class Estimate:
         with two. The caches show what each token adds and what is constant.
 
         Raises:
-            `ValueError`: transformers cannot make or run the model from this config.
+            `ValueError`: transformers cannot make or run the model from this config, or `config` is something else.
         """
+        check_config(config)
         try:
             one, two = (_run(config, tokens, dtype) for tokens in (1, 2))
         except Exception as error:

@@ -304,12 +304,11 @@ def _attention_call(
 
 
 @cache
-def _log_dequantize(operation: str) -> None:
+def _log_dequantize() -> None:
     logger.warning(
-        "`%s` was called on quantised keys or values, which are dequantised for it: the result is right, but takes the "
-        "memory of full precision. Load the model with `attn_implementation='sdpa'` or `'turboquant'` to attend "
-        "straight from the codes.",
-        operation,
+        "An operation other than torch's attention was called on quantised keys or values, which are dequantised for "
+        "it: the result is right, but takes the memory of full precision. Load the model with "
+        "`attn_implementation='sdpa'` or `'turboquant'` to attend straight from the codes."
     )
 
 
@@ -320,7 +319,7 @@ def _call_plain(func, args, kwargs):
         if isinstance(handle.states, ExactStates):
             handle.states.observe(None, None)
         else:
-            _log_dequantize(getattr(func, "__name__", str(func)))
+            _log_dequantize()
         return handle.dequantize()
 
     def replaced(item):

@@ -136,6 +136,11 @@ def test_encoder_decoders_are_refused():
         Estimate.from_config(row.config())
 
 
+def test_a_model_in_place_of_its_config():
+    with pytest.raises(ValueError, match="got LlamaForCausalLM. Use `model.config`"):
+        Estimate.from_config(DECODERS[0].model())
+
+
 @pytest.fixture
 def config_file(tmp_path):
     def write(name):

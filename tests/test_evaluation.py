@@ -363,7 +363,7 @@ def one_line(capsys) -> str:
         (["--needle-depths", "2"], "--needle-depths must be from 0"),
         (["--caches", "turboquant:nbits=9"], "`nbits` must be"),
         (["--caches", "hqq:nbits=7"], "transformers' hqq cache must fit this model"),
-        (["--caches", "turboquant:colour=4"], "must be given options that it has"),
+        (["--caches", "turboquant:nbit=4"], "Did you mean `nbits`?"),
         (["--dtype", "float33"], "--dtype must be"),
         (["--dtype", "float8_e4m3fn"], "--dtype must be"),
         (["--device", "gpu"], "--device must be one that this machine"),

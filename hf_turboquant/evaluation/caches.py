@@ -121,13 +121,9 @@ def new_cache(config, options: dict):
     """
     options = dict(options)
     kind = options.pop("cache", "turboquant")
-    if kind in ("turboquant", "dynamic"):
-        make = TurboQuantCache if kind == "turboquant" else DynamicCache
-        try:
-            return make(config=config, **options)
-        except TypeError as error:
-            raise ValueError(f"A {kind} cache must be given options that it has: {error}.") from None
-    if kind != "fp8":
+    if kind == "turboquant":
+        return TurboQuantCache(config, **options)
+    if kind in ("quanto", "hqq"):
         size = options.setdefault("q_group_size", head_dim(config.get_text_config(decoder=True)))
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`q_group_size` must be a positive integer, got {size!r}.")
@@ -139,7 +135,7 @@ def new_cache(config, options: dict):
         if not usual and any(axes.values()):
             raise ValueError(f"HQQ's 3 bits must have `axis_key` and `axis_value` 0, got {axes}. Take 4 or 2 bits.")
     try:
-        return QuantizedCache(kind, config, **options)
+        return DynamicCache(config=config, **options) if kind == "dynamic" else QuantizedCache(kind, config, **options)
     except (ImportError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers' {kind} cache must fit this model and be installed: {reason}") from None
