@@ -24,7 +24,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from report import conditions, head, line
+from report import conditions, head, line, parse_for_gpu
 from rich.progress import track
 from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
@@ -42,6 +42,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_turboquant
 from hf_turboquant import TurboQuantCache
+from hf_turboquant.cli import Formatter, run
 from hf_turboquant.evaluation.benchmark import CUDNN, EFFICIENT, FLASH, call_ms, copy_bandwidth
 from hf_turboquant.generation import release
 from hf_turboquant.layer import TurboQuantLayer
@@ -360,11 +361,11 @@ def largest_batch(model, make_cache, context: int, start: int) -> int:
 
 def arguments() -> tuple[argparse.Namespace, dict]:
     """The parsed arguments, and functions that make the caches, by name."""
-    parser = argparse.ArgumentParser(description="Steps of an 8B-shaped model through each cache, on a GPU.")
-    parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 32768, 131072])
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--caches", nargs="+", choices={**CACHES, **STATIC_CACHES, **LOOP_CACHES})
-    parser.add_argument("--steps", type=int, default=12)
+    parser = argparse.ArgumentParser(description="Steps of an 8B-shaped model.", formatter_class=Formatter)
+    parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 32768, 131072], help="tokens")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8], help="sequences")
+    parser.add_argument("--caches", nargs="+", choices={**CACHES, **STATIC_CACHES, **LOOP_CACHES}, help="which")
+    parser.add_argument("--steps", type=int, default=12, help="steps that are timed")
     parser.add_argument("--query-length", type=int, default=1, help="tokens of a step, as in a later turn of a chat")
     parser.add_argument(
         "--in-turns", action="store_true", help="keep all caches in memory and let them step and prefill in turns"
@@ -375,7 +376,7 @@ def arguments() -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--loop", type=int, nargs="?", const=200, default=0, help="time requests of this many tokens")
     parser.add_argument("--chunk", type=int, help="with --loop, tokens of a piece of the prefill")
     parser.add_argument("--largest-batch", type=int, default=0, help="find the largest batch at this context")
-    args = parser.parse_args()
+    args = parse_for_gpu(parser)
     caches = LOOP_CACHES if args.loop else STATIC_CACHES if args.static else CACHES
     # Offloading saves memory, not time: it runs only if requested.
     names = args.caches or [name for name in caches if "offloaded" not in name]
@@ -387,8 +388,6 @@ def arguments() -> tuple[argparse.Namespace, dict]:
         parser.error("--static and --loop are two tables: run them one by one")
     if args.loop and args.loop < 8:
         parser.error(f"--loop must be of at least 8 tokens, got {args.loop}")
-    if not torch.cuda.is_available():
-        parser.error("a GPU is needed: on a CPU these times say nothing")
     return args, {name: caches[name] for name in names}
 
 
@@ -434,4 +433,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

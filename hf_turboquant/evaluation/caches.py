@@ -9,6 +9,7 @@ from transformers import DynamicCache, QuantizedCache
 
 from ..cache import TurboQuantCache
 from ..conditioning import head_dim
+from ..config import TurboQuantConfig
 from ..layer import TurboQuantLayer
 from ..memory import layer_memory
 
@@ -25,7 +26,7 @@ def parse(spec: str) -> list[dict]:
     `"turboquant:nbits=4/3,key_estimator=qjl"` -> two sets of options, one for each of the values between slashes.
 
     Raises:
-        `ValueError`: the spec has another form, or names an unknown kind of cache.
+        `ValueError`: the spec has another form, names an unknown kind of cache, or has options that ours refuses.
     """
     kind, _, rest = spec.partition(":")
     pairs = [pair.partition("=") for pair in rest.split(",") if pair]
@@ -35,7 +36,10 @@ def parse(spec: str) -> list[dict]:
             "Try `turboquant:nbits=4/3,key_estimator=rescaled`."
         )
     choices = [[(name, _value(value)) for value in values.split("/")] for name, _, values in pairs]
-    return [{"cache": kind, **dict(chosen)} for chosen in itertools.product(*choices)]
+    found = [dict(chosen) for chosen in itertools.product(*choices)]
+    for options in found if kind == "turboquant" else ():
+        TurboQuantConfig(**options)
+    return [{"cache": kind, **options} for options in found]
 
 
 def _value(text: str):
