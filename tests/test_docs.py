@@ -118,8 +118,8 @@ def test_extras_hold_what_pages_use():
     code = [path.read_text(encoding="utf-8") for path in [*EXAMPLES, *ROOT.glob("hf_turboquant/evaluation/*.py")]]
     for path in ROOT.glob("notebooks/*.ipynb"):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        lines = [line for cell in cells if cell["cell_type"] == "code" for line in cell["source"]]
-        code.append("".join(line for line in lines if not line.startswith("%")) + "\n")
+        lines = [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).split("\n")]
+        code.append("\n".join(line for line in lines if not line.startswith("%")))
     used = set()
     for node in (node for text in code for node in ast.walk(ast.parse(text))):
         if isinstance(node, ast.Import):
