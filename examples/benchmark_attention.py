@@ -232,7 +232,9 @@ def layer_step_us(shape, make_layer) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE", help="what")
+    parser.add_argument(
+        "--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE", help="what to time"
+    )
     parser.add_argument(
         "--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS), metavar="FORMAT", help="how"
     )

@@ -89,7 +89,7 @@ def test_commands_parse(path, monkeypatch):
     "command",
     [
         "python examples/compare_quality.py --text FILE --windws 3",
-        "python examples/benchmark_generate.py --caches turboquant-5",
+        "python examples/benchmark_generate.py --static --loop",
         "hf-turboquant evaluate",
         "hf-turboquant evaluate MODEL --text FILE --caches turbo:nbits=4",
         "python examples/no_such_example.py",

@@ -3,9 +3,10 @@
 import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from transformers import DynamicCache, QuantizedCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from ..cache import TurboQuantCache
 from ..conditioning import head_dim
@@ -13,7 +14,7 @@ from ..config import TurboQuantConfig
 from ..layer import TurboQuantLayer
 from ..memory import layer_memory
 
-KINDS = ("turboquant", "dynamic", "quanto", "hqq", "fp8")
+KINDS = ("turboquant", "dynamic", "static", "quanto", "hqq", "fp8")
 # How a label words each option, in this order; options that are not listed follow under their own names.
 _WORDS = {"cache": "{}", "nbits": "{} bits", "key_bits": ", keys {} bits", "key_estimator": "{}", "sketch": "{}"}
 _WORDS |= {"value_bits": ", values {} bits", "value_estimator": "{}", "condition": ", {}"}
@@ -38,7 +39,7 @@ def parse(spec: str) -> list[dict]:
     choices = [[(name, _value(value)) for value in values.split("/")] for name, _, values in pairs]
     found = [dict(chosen) for chosen in itertools.product(*choices)]
     for options in found if kind == "turboquant" else ():
-        TurboQuantConfig(**options)
+        TurboQuantConfig(**{name: value for name, value in options.items() if "offload" not in name})
     return [{"cache": kind, **options} for options in found]
 
 
@@ -139,7 +140,8 @@ def new_cache(config, options: dict):
         if not usual and any(axes.values()):
             raise ValueError(f"HQQ's 3 bits must have `axis_key` and `axis_value` 0, got {axes}. Take 4 or 2 bits.")
     try:
-        return DynamicCache(config=config, **options) if kind == "dynamic" else QuantizedCache(kind, config, **options)
+        theirs = {"dynamic": DynamicCache, "static": StaticCache}.get(kind, partial(QuantizedCache, kind))
+        return theirs(config=config, **options)
     except (ImportError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers' {kind} cache must fit this model and be installed: {reason}") from None
