@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hf_turboquant
+from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import Formatter, run
 from hf_turboquant.evaluation.benchmark import CUDNN, EFFICIENT, FLASH, call_ms, copy_bandwidth
 from hf_turboquant.evaluation.caches import held_bytes, label, new_cache, parse
@@ -105,7 +106,7 @@ class Entry:
     def step(self, model, token: torch.Tensor) -> None:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        self.times_ms.append(call_ms(lambda: model(token, past_key_values=self.cache, logits_to_keep=1)))
+        self.times_ms.append(call_ms(partial(model, token, **{cache_name(model): self.cache}, logits_to_keep=1)))
         self.peak = max(self.peak, self.held + torch.cuda.max_memory_allocated() - before)
         self.held += torch.cuda.memory_allocated() - before
 
@@ -128,7 +129,7 @@ def decode(model, caches: list[dict], batch: int, context: int, steps: int, quer
     for entry in entries:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             for _ in range(3):
-                model(token, past_key_values=entry.cache, logits_to_keep=1)
+                model(token, **{cache_name(model): entry.cache}, logits_to_keep=1)
             torch.cuda.synchronize()
         busy_ms = sum(event.self_device_time_total for event in profiler.key_averages()) / 3e3
         medians = [statistics.median(column) for column in zip(*entry.times_ms[2:], strict=True)]
@@ -191,12 +192,12 @@ def decode_static(model, caches: list[dict], batch: int, context: int, tokens: i
     torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(0, model.config.vocab_size, (batch, context + 1), device="cuda")
     start, times, profiled = time.perf_counter(), Times(), Profiled()
-    ids = generate(model, ids, tokens, times, past_key_values=cache)
+    ids = generate(model, ids, tokens, times, **{cache_name(model): cache})
     late_s = times.steps_s[len(times.steps_s) // 4 :]
     # Compilation, and the steps that run before CUDA graphs are captured.
     first_s = time.perf_counter() - start - sum(late_s)
     peak = torch.cuda.max_memory_allocated()
-    generate(model, ids, 8, profiled, past_key_values=cache)
+    generate(model, ids, 8, profiled, **{cache_name(model): cache})
     torch.cuda.synchronize()
     profiled.profiler.stop()
     steps = len(profiled.steps_s)
@@ -210,7 +211,7 @@ def request(model, ids: torch.Tensor, tokens: int, chunk: int | None, options: d
     """Generates `tokens` tokens per sequence; returns seconds to the first, then from each to the next."""
     times, options = Times(), dict(options)
     kind = options.pop("cache")
-    how = {"dynamic": {"past_key_values": DynamicCache(config=model.config)}, "static": {"cache_implementation": kind}}
+    how = {"dynamic": {cache_name(model): DynamicCache(config=model.config)}, "static": {"cache_implementation": kind}}
     how = how.get(kind) or {"custom_generate": hf_turboquant.generate, **options}
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -257,7 +258,7 @@ def prefill(model, caches: list[dict], context: int) -> list[tuple[str]]:
     for _ in range(9):
         for times, options in zip(times_ms, caches, strict=True):
             cache = new_cache(model.config, options)
-            times.append(call_ms(partial(model, ids, past_key_values=cache, logits_to_keep=1))[0])
+            times.append(call_ms(partial(model, ids, **{cache_name(model): cache}, logits_to_keep=1))[0])
             del cache
     return [(f"{statistics.median(times[1:]):.1f} ms",) for times in times_ms]
 

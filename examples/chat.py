@@ -12,6 +12,7 @@ from load_model import load, parser
 from transformers import TextStreamer
 
 from hf_turboquant import TurboQuantCache, TurboQuantConfig
+from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import number, run
 
 
@@ -39,7 +40,7 @@ def reply(model, tokenizer, messages: list[dict], cache, seen: torch.Tensor, max
         cache.crop(kept - cache.get_seq_length())
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     return model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
+        **inputs, **{cache_name(model): cache}, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
     )[0]
 
 

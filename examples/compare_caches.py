@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import hf_turboquant
+from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import number, run
 from hf_turboquant.evaluation.caches import held_bytes, label, new_cache, parse
 from hf_turboquant.evaluation.load import read_text
@@ -28,7 +29,7 @@ def ask(model, inputs, options: dict, tokens: int):
     # Our own loop makes the cache from its options.
     cache = {"custom_generate": hf_turboquant.generate, **options}
     if cache.pop("cache") != "turboquant":
-        cache = {"past_key_values": new_cache(model.config, options)}
+        cache = {cache_name(model): new_cache(model.config, options)}
     times = Times()
     found = model.generate(
         **inputs, **cache, max_new_tokens=tokens, do_sample=False, streamer=times, return_dict_in_generate=True

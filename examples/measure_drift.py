@@ -16,6 +16,7 @@ from load_model import load, parser
 from report import conditions, named, table
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import run
 from hf_turboquant.evaluation.load import read_text
 from hf_turboquant.evaluation.quality import measure, split_windows
@@ -32,7 +33,7 @@ SETTINGS = {
 def informed(model, ids: torch.Tensor, options: dict) -> TurboQuantCache:
     """An empty cache whose conditioning comes from `ids`, of shape `[1, tokens]`."""
     cache = TurboQuantCache(model.config, **options)
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, **{cache_name(model): cache}, logits_to_keep=1)
     # Tokens are removed, but the frozen statistics stay.
     cache.crop(-ids.shape[1])
     return cache

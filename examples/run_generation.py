@@ -12,6 +12,7 @@ from load_model import QUESTION, TEXT, encode, load
 from transformers import DynamicCache, TextStreamer, set_seed
 
 from hf_turboquant import TurboQuantCache, TurboQuantConfig
+from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import Formatter, number, run
 from hf_turboquant.config import KEY_ESTIMATORS
 from hf_turboquant.evaluation.load import read_text
@@ -77,7 +78,7 @@ def main():
     output = model.generate(
         **inputs,
         **sampling,
-        past_key_values=cache,
+        **{cache_name(model): cache},
         max_new_tokens=args.length,
         repetition_penalty=args.repetition_penalty,
         num_beams=args.num_beams,

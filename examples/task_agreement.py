@@ -22,6 +22,7 @@ from load_model import load, parser
 from report import command, conditions, named, table
 from tqdm import tqdm
 
+from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import run
 from hf_turboquant.evaluation.caches import label, new_cache, parse
 from hf_turboquant.evaluation.needle import find_needle
@@ -61,7 +62,8 @@ def essays() -> str:
 def complete(model, prompt: torch.Tensor, options: dict, tokens: int) -> torch.Tensor:
     """The greedy completion and what follows, as ids of shape `[new tokens]`: a line alone would agree too easily."""
     settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": tokens, "do_sample": False}
-    return model.generate(prompt, past_key_values=new_cache(model.config, options), **settings)[0, prompt.shape[1] :]
+    settings[cache_name(model)] = new_cache(model.config, options)
+    return model.generate(prompt, **settings)[0, prompt.shape[1] :]
 
 
 def code_rows(model, tokenizer, problems: list[dict], context: str, caches: list[dict], tokens: int) -> list[tuple]:

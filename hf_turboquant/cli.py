@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable
 
@@ -40,10 +39,7 @@ def run(command: Callable[[], object], program: str | None = None, stopped: str 
     """
     code = 2
     try:
-        with warnings.catch_warnings():
-            # transformers warns of names that it will change, which the user of a command cannot fix.
-            warnings.simplefilter("ignore", FutureWarning)
-            command()
+        command()
         return 0
     except BrokenPipeError:
         # The reader of our output has closed the pipe; without this, Python complains again while it shuts down.

@@ -169,6 +169,17 @@ class TurboQuantConfig:
         object.__setattr__(self, "skip_layers", skip_layers)
 
 
+def _refuse(self, name: str, value) -> None:
+    raise ValueError(
+        f"The options of a cache must stay as they are, got {name}={value!r}. Make another cache. To export a model, "
+        "take a `DynamicCache`: an exported graph cannot hold codes."
+    )
+
+
+# transformers' exporters begin by assigning to everything that a cache holds, its options first.
+TurboQuantConfig.__setattr__ = _refuse
+
+
 def _check_bits(name: str, value, choices: tuple) -> int | float:
     if not isinstance(value, (int, float)) or value not in choices:
         *others, last = choices

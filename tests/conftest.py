@@ -39,21 +39,25 @@ def smollm2():
     return load(None)
 
 
+def forget_quantizers():
+    """The next caches make quantizers anew."""
+    from hf_turboquant import arena, quantizer
+
+    arena._layout.cache_clear()
+    arena._quantizers.clear()
+    quantizer._create.cache_clear()
+
+
 @pytest.fixture
 def same_search(monkeypatch):
     """
     Tokens that come alone are searched for as long as those that come together, in four rounds: then how tokens arrive
     does not matter.
     """
-    from hf_turboquant import arena, quantizer
     from hf_turboquant.search import ANNEALINGS
-
-    def forget():
-        arena._layout.cache_clear()
-        quantizer._create.cache_clear()
 
     for bits, annealing in ANNEALINGS.items():
         monkeypatch.setitem(ANNEALINGS, bits, dataclasses.replace(annealing, rounds=annealing.single_rounds))
-    forget()
+    forget_quantizers()
     yield
-    forget()
+    forget_quantizers()

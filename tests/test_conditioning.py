@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
+from hf_turboquant._supported import cache_name
 from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, outcome, rotary_frequencies, valid_tokens
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.quantizer import Quantizer
@@ -202,7 +203,7 @@ def test_models_show_their_queries(implementation, expected, padded):
     mask[0, : 9 if padded else 0] = 0
     cache = TurboQuantCache(CONFIG, residual_length=8)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **{cache_name(model): cache})
     assert [layer.condition for layer in cache.layers] == [expected] * 2
     assert {"attention": "conditioned", "center": "centred"}[expected] in repr(cache)
 
@@ -226,8 +227,8 @@ def test_a_model_that_collapses_is_cured():
         kl, full = {}, None
         for kind in ("full", "none", "attention"):
             cache = DynamicCache(config=config) if kind == "full" else TurboQuantCache(config, nbits=3, condition=kind)
-            model(ids[:, :400], past_key_values=cache)
-            log_probs = model(ids[:, 400:], past_key_values=cache).logits.log_softmax(-1)
+            model(ids[:, :400], **{cache_name(model): cache})
+            log_probs = model(ids[:, 400:], **{cache_name(model): cache}).logits.log_softmax(-1)
             full = log_probs if full is None else full
             kl[kind] = (full.exp() * (full - log_probs)).sum(-1).mean().item()
     assert kl["attention"] < kl["none"] / 10 and kl["none"] > 1e-4

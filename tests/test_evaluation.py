@@ -1,5 +1,6 @@
 """The parts of `hf-turboquant evaluate`, on a real small model and on tensors whose answers are known."""
 
+import functools
 import io
 import json
 import re
@@ -15,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import hf_turboquant
 from hf_turboquant import TurboQuantCache, cli
-from hf_turboquant.evaluation import caches, claims, fidelity, load, needle, plots, quality, run
+from hf_turboquant._supported import cache_name
+from hf_turboquant.estimate import Estimate
+from hf_turboquant.evaluation import benchmark, caches, claims, fidelity, load, needle, plots, quality, run
 from hf_turboquant.evaluation.results import Results
 
 TINY = {
@@ -35,6 +38,34 @@ TEXT = "".join(f"Line {i} of the log says that nothing happened at {i * 7 % 24} 
 def tiny():
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)).eval()
+
+
+def test_the_cache_arrives_without_the_old_name(tiny, monkeypatch):
+    """In transformers 5.40 `forward` loses `past_key_values` among its other keywords."""
+    if cache_name(tiny) != "cache":
+        pytest.skip("before transformers 5.24 there is the old name alone")
+
+    def stripped(shimmed):
+        @functools.wraps(shimmed)
+        def forward(*args, past_key_values=None, **kwargs):
+            return shimmed(*args, **kwargs)
+
+        return forward
+
+    for kind in (type(tiny), type(tiny.model)):
+        monkeypatch.setattr(kind, "forward", stripped(kind.forward))
+    arrived, update = [], TurboQuantCache.update
+    monkeypatch.setattr(TurboQuantCache, "update", lambda *args, **kwargs: arrived.append(1) or update(*args, **kwargs))
+    ids = torch.randint(0, 97, (1, 60), generator=torch.Generator().manual_seed(0))
+    for run_model in (
+        lambda: quality.measure(tiny, ids, [{"nbits": 2}], block=20),
+        lambda: fidelity.capture(tiny, ids),
+        lambda: benchmark.generate_rate(tiny, TurboQuantCache(tiny.config), 20, 2),
+    ):
+        arrived.clear()
+        run_model()
+        assert arrived
+    assert len(Estimate.from_config(tiny.config).compressed()) == 2
 
 
 def test_specs():
@@ -144,7 +175,7 @@ def test_bits_are_counted(tiny):
             assert spec == "fp8" and "Unknown quantization backend" in str(error)
             continue
         with torch.no_grad():
-            tiny(tokens, past_key_values=cache)
+            tiny(tokens, **{cache_name(tiny): cache})
         assert caches.bits_per_coordinate(cache) == pytest.approx(bits, rel=0.01)
         if spec == "dynamic":
             assert caches.held_bytes(cache) == 2 * 2 * 2 * 400 * 16 * 4
@@ -156,7 +187,7 @@ def test_integers_of_transformers(tiny):
     (options,) = caches.parse("quanto:nbits=4")
     cache = caches.new_cache(tiny.config, options)
     with torch.no_grad():
-        tiny(tokens, past_key_values=cache)
+        tiny(tokens, **{cache_name(tiny): cache})
     # a group is one vector of 16: two bytes of scale, and of zero point
     assert caches.bits_per_coordinate(cache) == pytest.approx(4 + 32 / 16)
 
@@ -173,8 +204,8 @@ def test_integers_of_hqq(tiny):
     }.items():
         cache = caches.new_cache(tiny.config, *caches.parse(spec))
         with torch.no_grad():
-            tiny(tokens, past_key_values=cache)
-            logits = tiny(tokens[:, :8], past_key_values=cache).logits
+            tiny(tokens, **{cache_name(tiny): cache})
+            logits = tiny(tokens[:, :8], **{cache_name(tiny): cache}).logits
         assert caches.bits_per_coordinate(cache) == pytest.approx(bits)
         found[spec] = logits
         layer = cache.layers[1]
@@ -211,7 +242,7 @@ def test_quality_adds_up(tiny):
     assert coded.kl > 0 and coded.kl_p99 > coded.kl and coded.compression_ratio > 1
     with torch.no_grad():
         cache = TurboQuantCache(tiny.config, **configurations[1])
-        logits = [tiny(part, past_key_values=cache).logits for part in (windows[:, :160], windows[:, 160:176])]
+        logits = [tiny(part, **{cache_name(tiny): cache}).logits for part in (windows[:, :160], windows[:, 160:176])]
         plain = tiny(windows).logits[:, 160:176].log_softmax(-1)
     kl = (plain.exp() * (plain - logits[1].log_softmax(-1))).sum(-1)
     assert torch.tensor(coded.kls[: kl.numel()]) == pytest.approx(kl.flatten(), abs=1e-5)
@@ -239,7 +270,7 @@ def test_attention_is_compared_on_what_the_model_computes(tiny):
     assert [layer.layer_idx for layer in layers] == [0, 1]
     cache = DynamicCache(config=tiny.config)
     with torch.no_grad():
-        tiny(ids, past_key_values=cache)
+        tiny(ids, **{cache_name(tiny): cache})
     for layer, held in zip(layers, cache.layers, strict=True):
         assert torch.allclose(layer.keys, held.keys, atol=1e-5) and torch.allclose(layer.values, held.values, atol=1e-5)
         assert layer.query.shape == (1, 4, 320, 16)

@@ -1,6 +1,7 @@
 """The examples start, on the model that comes with them, and tell the truth about what they did."""
 
 import cProfile
+import functools
 import gzip
 import importlib
 import io
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_turboquant import TurboQuantCache, cli
+from hf_turboquant._supported import cache_name
 from hf_turboquant.config import PRESETS
 from hf_turboquant.evaluation.caches import bits_per_coordinate, new_cache
 from hf_turboquant.evaluation.quality import Quality
@@ -134,6 +136,8 @@ def test_chat_reads_only_what_is_new(run, smollm2, monkeypatch):
     read = []
     forward = type(model).forward
 
+    # it keeps its signature, which says what the argument for the cache is called
+    @functools.wraps(forward)
     def spy(self, input_ids=None, *args, **kwargs):
         read.append(input_ids.shape[1])
         return forward(self, input_ids, *args, **kwargs)
@@ -154,7 +158,7 @@ def test_ctrl_c_in_a_chat(run, smollm2, monkeypatch):
     def interrupted(**arguments):
         output = generate(**arguments)
         if not stopped:
-            stopped.append(arguments["past_key_values"].get_seq_length())
+            stopped.append(arguments[cache_name(model)].get_seq_length())
             raise KeyboardInterrupt
         return output
 
@@ -201,7 +205,7 @@ def test_all_bits_count(tiny):
         cache = new_cache(tiny.config, options)
         with torch.no_grad():
             for part in torch.randint(0, 97, (1, 400)).split([384, 16], dim=1):
-                tiny(part, past_key_values=cache)
+                tiny(part, **{cache_name(tiny): cache})
         return bits_per_coordinate(cache, with_exact=True)
 
     # 4 first and 128 last tokens exact, otherwise 4 bits and a scale of 16 for every 16 coordinates
@@ -365,10 +369,10 @@ def test_statistics_of_another_text_stay_when_its_tokens_go(tiny):
         early, whole = TurboQuantCache(tiny.config, **options), TurboQuantCache(tiny.config, **options)
         later = informed(tiny, ids, options)
         assert later.get_seq_length() == 0
-        tiny(ids, past_key_values=whole)
+        tiny(ids, **{cache_name(tiny): whole})
         for cache in (early, later):
-            tiny(ids[:, :200], past_key_values=cache)
-            tiny(ids[:, 200:300], past_key_values=cache)
+            tiny(ids[:, :200], **{cache_name(tiny): cache})
+            tiny(ids[:, 200:300], **{cache_name(tiny): cache})
     for mine, other, first in zip(later.layers, whole.layers, early.layers, strict=True):
         assert mine.condition == first.condition == "attention" and mine.get_seq_length() == 300
         # 300 tokens but sinks and window, no more
@@ -425,5 +429,5 @@ def test_the_host_has_little_to_do_in_a_step(monkeypatch, capsys):
         model, caches = measure_host.prepare(4)
         for _ in range(3):
             for name, cache in caches.items():
-                counted(name, lambda cache=cache: measure_host.step(model, cache))
+                counted(name, lambda cache=cache: measure_host.step(model, cache, cache_name(model)))
     assert calls["TurboQuantCache"] - calls["DynamicCache"] < 4 * 90

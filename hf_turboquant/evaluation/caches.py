@@ -129,7 +129,7 @@ def new_cache(config, options: dict):
     if kind == "turboquant":
         return TurboQuantCache(config, **options)
     if kind in ("quanto", "hqq"):
-        size = options.setdefault("q_group_size", head_dim(config.get_text_config(decoder=True)))
+        size = options.setdefault("q_group_size", head_dim(config))
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`q_group_size` must be a positive integer, got {size!r}.")
     if kind == "hqq":

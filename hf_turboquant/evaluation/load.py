@@ -251,7 +251,6 @@ def _found(what: str, name: str, load: Callable):
         raise
     # Config, weights and tokenizer can fail in any way.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise ValueError(
-            f"MODEL must be {what}, got {name!r}: {reason}. Check the name, the path and the network."
-        ) from None
+        reason = " ".join(str(error).split()).rstrip(".")
+        advice = "Look at the files" if Path(name).exists() else "Check the name, the path and the network"
+        raise ValueError(f"MODEL must be {what}, got {name!r}: {reason}. {advice}.") from None

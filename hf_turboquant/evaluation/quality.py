@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._supported import cache_name
 from .caches import bits_per_coordinate, held_bytes, named, new_cache
 
 
@@ -92,7 +93,7 @@ def _predict(model, cache, ids, block=32, prefill=None, score_from=0, advance=la
     for start, stop in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
         # The window's last token has no next one.
         targets = ids[:, start + 1 : stop + 1]
-        logits = model(ids[:, start:stop], past_key_values=cache).logits[:, : targets.shape[1]]
+        logits = model(ids[:, start:stop], **{cache_name(model): cache}).logits[:, : targets.shape[1]]
         advance(ids[:, start:stop].numel())
         if start >= score_from:
             yield logits.float().log_softmax(-1), targets

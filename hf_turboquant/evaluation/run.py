@@ -112,7 +112,7 @@ def _fidelity_units(model, tokenizer, text, settings, advance):
 
 
 def _claims_units(model, tokenizer, text, settings, advance):
-    width = head_dim(model.config.get_text_config(decoder=True))
+    width = head_dim(model.config)
     for nbits in WIDTHS:
         for dim in DIMENSIONS:
             yield f"distortion, {nbits} bits, dimension {dim}", 50, partial(claims.distortion, nbits, dim)

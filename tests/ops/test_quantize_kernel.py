@@ -193,6 +193,22 @@ def test_strided_states():
         assert torch.equal(codes_of(quantizer, buffer)[0], codes_of(*appended(case, states, (20, 130)))[0])
 
 
+def test_prompts_of_all_lengths_share_compiled_kernels(monkeypatch):
+    """The table of compiled kernels would otherwise have one more for every length, since strides hold it."""
+    used = set()
+    monkeypatch.setattr(kernels, "run", lambda kernel, key, *_: used.add(key))
+    case = Case("keys", 4, "qjl", 64)
+    quantizer, buffer = appended(case, random_states(case, 1))
+    buffer.reserve(600)
+    for tokens in range(130, 170):
+        states = random_states(case, tokens, batch=2)
+        # as models give them: of heads or of tokens next to each other
+        for x in (states.transpose(1, 2).contiguous().transpose(1, 2), states):
+            kernels.quantize(x, quantizer, buffer)
+            buffer.length = 0
+    assert len(used) == 1
+
+
 def test_pair():
     cases = (Case("keys", 4, "qjl", 64), Case("values", 3, "rescaled", 80))
     states = [random_states(case, 132, batch=2) for case in cases]
