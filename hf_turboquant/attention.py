@@ -98,7 +98,7 @@ _flex_attention_forward = ALL_ATTENTION_FUNCTIONS["flex_attention"]
 
 def flex_attention_forward(module, query, key, value, *args, **kwargs):
     """`"flex_attention"` of transformers, which gives keys and values to a compiled operator: it gets plain ones."""
-    key, value = (plain(x, "flex_attention") if isinstance(x, QuantizedStates) else x for x in (key, value))
+    key, value = (plain(x) if isinstance(x, QuantizedStates) else x for x in (key, value))
     return _flex_attention_forward(module, query, key, value, *args, **kwargs)
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedConfig
 
 from ._supported import cache_name
-from .cache import TurboQuantCache
+from .cache import TurboQuantCache, check_config
 from .config import TurboQuantConfig
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
@@ -38,7 +38,8 @@ class LayerCost:
         kind (`str`): in words, see `KINDS`.
         token_bytes (`int`): bytes of every token, in the model's dtype.
         state_bytes (`int`): bytes that do not depend on the context: the state of linear attention.
-        window (`int`, *optional*): the number of tokens that are kept; without one, all of them.
+        window (`int`, *optional*): tokens of a sliding window, as model cards give it: the current token is one of
+            them, and is not kept. Without a window, all tokens are kept.
         shapes (`tuple`): (num_key_value_heads, head_dim) of keys and of values; `()` if the layer has none.
         compressed (`bool`): whether a [`TurboQuantCache`] holds it in codes.
     """
@@ -55,7 +56,7 @@ class LayerCost:
         if len(shapes) > 1:
             (heads, keys), (_, values) = self.shapes
             shapes = {f"{heads} KV head{'s' * (heads > 1)} with keys of {keys} and values of {values}"}
-        window = f" of {self.window} tokens" if self.window else ""
+        window = f" of {self.window:,} tokens" if self.window else ""
         notes = []
         if self.kind.startswith("full") and not self.compressed:
             # Layers that attend to an image, say, hold nothing here.
@@ -64,7 +65,7 @@ class LayerCost:
 
     def full_bytes(self, context: int) -> int:
         """Bytes of keys and values in the model's dtype, for one sequence."""
-        return self.token_bytes * (context if self.window is None else min(context, self.window))
+        return self.token_bytes * (context if self.window is None else min(context, self.window - 1))
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ class Estimate:
         with two. The caches show what each token adds and what is constant.
 
         Raises:
-            `ValueError`: it is no decoder-only model, or transformers cannot make or run it from this config.
+            `ValueError`: it is no config or no decoder-only model, or transformers cannot make or run it from that.
         """
+        check_config(config)
         must = f"`config` must be of a decoder-only model that transformers can make, got {config.model_type!r}: "
         try:
             one, two = (_run(config, tokens, dtype) for tokens in (1, 2))
@@ -103,14 +105,12 @@ class Estimate:
         for first, second in zip(one.layers, two.layers, strict=True):
             token_bytes = layer_memory(second).full_bytes - layer_memory(first).full_bytes
             keys_values = [second.keys, second.values] if getattr(second, "keys", None) is not None else []
-            window = getattr(second, "sliding_window", None)
             layers.append(
                 LayerCost(
                     kind=KINDS[type(second).__name__],
                     token_bytes=token_bytes,
                     state_bytes=layer_memory(first).full_bytes - token_bytes,
-                    # The window includes the current token, which the layer need not keep.
-                    window=None if window is None else window - 1,
+                    window=getattr(second, "sliding_window", None),
                     shapes=tuple((states.shape[1], states.shape[3]) for states in keys_values),
                     compressed=isinstance(second, TurboQuantLayer) and bool(keys_values),
                 )
@@ -129,13 +129,11 @@ class Estimate:
 
     def full_bytes(self, context: int, batch: int = 1, fp8: bool = False) -> int:
         """
-        Bytes of keys and values in a `DynamicCache`, without the states of linear attention. With `fp8`, the layers
-        that a `TurboQuantCache` compresses take one byte per coordinate.
+        Bytes of keys and values in a `DynamicCache`, without the states of linear attention. With `fp8`, a byte per
+        coordinate, in sliding windows too.
         """
-        size, shrunk = self.dtype.itemsize, self.compressed() if fp8 else ()
-        return batch * sum(
-            layer.full_bytes(context) // (size if index in shrunk else 1) for index, layer in enumerate(self.layers)
-        )
+        full = batch * sum(layer.full_bytes(context) for layer in self.layers)
+        return full // self.dtype.itemsize if fp8 else full
 
     def memory(self, context: int, batch: int = 1, **options) -> MemoryReport:
         """

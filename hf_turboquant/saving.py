@@ -302,6 +302,9 @@ def _refusing(folder: Path) -> Iterator[None]:
 
 
 def _read_header(folder: Path) -> dict:
+    if not (folder / HEADER).exists():
+        what = f"holds no {HEADER}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"`folder` must be one that `save_pretrained` wrote, got {folder}, which {what}.")
     with _refusing(folder):
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         if header["format"] != FORMAT:

@@ -334,22 +334,21 @@ def _attention_call(
     }
 
 
-@lru_cache(maxsize=64)
-def _log_dequantize(operation: str) -> None:
+@lru_cache(maxsize=1)
+def _log_dequantize() -> None:
     logger.warning(
-        "`%s` was called on quantised keys or values, which are dequantised for it: the result is right, but takes the "
-        "memory of full precision. Load the model with `attn_implementation='sdpa'` or `'turboquant'` to attend "
-        "straight from the codes.",
-        operation,
+        "Quantised keys or values were dequantised for an operation that does not read codes: the result is right, but "
+        "takes the memory of full precision. Load the model with `attn_implementation='sdpa'` or `'turboquant'` to "
+        "attend straight from the codes."
     )
 
 
-def plain(handle: QuantizedStates, operation: str) -> torch.Tensor:
+def plain(handle: QuantizedStates) -> torch.Tensor:
     """The tensor that `handle` stands for, for an operation that is not attention; what waits is told of no query."""
     if isinstance(handle.states, ExactStates):
         handle.states.observe(None, None)
     else:
-        _log_dequantize(operation)
+        _log_dequantize()
     # An ordinary tensor even in inference mode: its version shows whether it was written to.
     with torch.inference_mode(False):
         return handle.dequantize()
@@ -381,7 +380,7 @@ def _call_plain(func, args, kwargs, kind: type, protect: bool = True):
 
     def convert(item: torch.Tensor) -> torch.Tensor:
         if isinstance(item, QuantizedStates):
-            copy = plain(item, name)
+            copy = plain(item)
             if item.is_writable:
                 return copy
         else:

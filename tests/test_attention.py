@@ -191,6 +191,13 @@ def test_gradients_that_are_cut_off_are_said_once(prompt, caplog):
     assert all(torch.equal(found[0][name], x) for name, x in found[1].items())
 
 
+def test_eager_attention_says_once_that_it_dequantises(paths, caplog):
+    states._log_dequantize.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="hf_turboquant.states"):
+        run("eager", False, paths)
+    assert len(caplog.records) == 1 and "attn_implementation='sdpa'" in caplog.text
+
+
 @pytest.mark.parametrize("implementation", ("sdpa", "turboquant"))
 def test_generate_reaches_the_codes(implementation, paths):
     torch.manual_seed(0)

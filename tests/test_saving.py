@@ -408,7 +408,7 @@ CORRUPTIONS = {
     "json edited": (edit, "must be as it was written"),
     "json cut off": (lambda f: (f / saving.HEADER).write_text('{"format'), "as `save_pretrained` writes it"),
     "json a list": (lambda f: (f / saving.HEADER).write_text("[]"), "as `save_pretrained` writes it"),
-    "no json": (lambda f: (f / saving.HEADER).unlink(), "No such file"),
+    "no json": (lambda f: (f / saving.HEADER).unlink(), "holds no cache.json"),
     "no tensors": (lambda f: (f / saving.TENSORS).unlink(), "No such file"),
     "foreign json": (in_header("format", "safetensors index"), "`format` must be 'hf_turboquant cache', got 'safe"),
     "pickle": (pickled, "as `save_pretrained` writes it"),
@@ -473,11 +473,13 @@ def test_a_cache_of_an_older_format_is_replaced(saved, tmp_path):
     assert same(TurboQuantCache.from_pretrained(tmp_path), cache)
 
 
-@pytest.mark.parametrize("folder", ("nothing there", "a model"))
-def test_folders_that_hold_no_cache(folder, tmp_path):
-    if folder == "a model":
-        make_model("llama").save_pretrained(tmp_path / folder)
-    with pytest.raises(ValueError, match="must be a folder as `save_pretrained` writes it"):
+@pytest.mark.parametrize(
+    "folder, what",
+    [("nothing there", "does not exist"), ("a model", "holds no cache.json"), ("a model/config.json", "is a file")],
+)
+def test_folders_that_hold_no_cache(folder, what, tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "a model")
+    with pytest.raises(ValueError, match=f"one that `save_pretrained` wrote, got .*{folder}, which {what}."):
         TurboQuantCache.from_pretrained(tmp_path / folder)
 
 
