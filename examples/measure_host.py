@@ -22,6 +22,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_turboquant import TurboQuantCache
 from hf_turboquant._supported import cache_name
+from hf_turboquant.cli import Formatter, run
 
 
 def launches_left_out():
@@ -55,9 +56,9 @@ def step(model: LlamaForCausalLM, cache, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=100)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser.add_argument("--layers", type=int, default=32, help="layers of the model")
+    parser.add_argument("--steps", type=int, default=100, help="steps that are timed")
     args = parser.parse_args()
     with launches_left_out(), torch.inference_mode():
         model, caches = prepare(args.layers)
@@ -73,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from hf_turboquant import TurboQuantCache
 from hf_turboquant._supported import cache_name
+from hf_turboquant.cli import run
 from hf_turboquant.evaluation.caches import label, new_cache, parse
 from hf_turboquant.evaluation.needle import find_needle
 from hf_turboquant.evaluation.quality import Quality, measure
@@ -162,7 +163,13 @@ def main():
     add("--problems", type=int, default=20, help="the number of HumanEval problems, of 164; 0 leaves them out")
     add("--shots", type=int, default=0, help="solved problems before each, from the end of HumanEval")
     add("--max-new-tokens", type=int, default=64, help="most tokens of a completion")
-    add("--caches", nargs="+", default=["turboquant:nbits=4/3/2,residual_length=32"], metavar="SPEC")
+    add(
+        "--caches",
+        nargs="+",
+        default=["turboquant:nbits=4/3/2,residual_length=32"],
+        metavar="SPEC",
+        help="KIND:OPTION=VALUE/VALUE",
+    )
     add("--needle-lengths", type=int, nargs="*", default=[], help="tokens of the haystacks; none by default")
     add("--needle-depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 first, 1 last")
     add("--recall", type=int, default=0, help=f"codes to tell and to ask for in later turns, at most {len(NAMES)}")
@@ -194,4 +201,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

@@ -25,7 +25,9 @@ def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, q
         groups = query.shape[1] // key_states.shape[1]
         frequencies = None if layer.frequencies is None else tuple(layer.frequencies)
         short = key_states.shape[2] < HORIZON
-        _compile(type(layer), layer.config, frequencies, shapes, dtypes, groups, short, masked, key_states.device)
+        # Kernels are the same for every capacity, and requests have many.
+        config = replace(layer.config, max_cache_len=layer.config.max_cache_len and 1)
+        _compile(type(layer), config, frequencies, shapes, dtypes, groups, short, masked, key_states.device)
 
 
 @lru_cache(maxsize=64)

@@ -25,8 +25,8 @@ def describe(config: TurboQuantConfig, layer_idx: int, key_states: torch.Tensor,
     """
     batch, heads = key_states.shape[:2]
     dims = {"keys": key_states.shape[3], "values": value_states.shape[3]}
-    dtype = str(key_states.dtype).removeprefix("torch.")
-    return json.dumps([asdict(config), layer_idx, batch, heads, dims, dtype])
+    dtypes = {role: str(x.dtype).removeprefix("torch.") for role, x in (("keys", key_states), ("values", value_states))}
+    return json.dumps([asdict(config), layer_idx, batch, heads, dims, dtypes])
 
 
 def head_dims(description: str) -> dict[str, int]:
@@ -77,7 +77,7 @@ class _Layout:
     """The layout of an arena: offset, dtype and shape of every tensor by (part, name)."""
 
     def __init__(self, description: str, device: torch.device):
-        options, layer_idx, batch, heads, dims, dtype = json.loads(description)
+        options, layer_idx, batch, heads, dims, dtypes = json.loads(description)
         self.config = config = TurboQuantConfig(**options)
         self.quantizers = {
             role: _quantizer(config, role, layer_idx, head_dim, device) for role, head_dim in dims.items()
@@ -91,7 +91,7 @@ class _Layout:
             for name in ("mean", "scale"):
                 self._add("condition", name, torch.float32, (heads, 1, dims["keys"]))
         for role, head_dim in dims.items():
-            self._add("exact", role, getattr(torch, dtype), (batch, heads, exact, head_dim))
+            self._add("exact", role, getattr(torch, dtypes[role]), (batch, heads, exact, head_dim))
             for name, (code_dtype, shape) in self.quantizers[role].buffer_shapes().items():
                 self._add(role, name, code_dtype, (batch, heads, -(-self.code_tokens // BLOCK), *shape))
 

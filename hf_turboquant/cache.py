@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 )
 
 from .conditioning import known_head_dims, rotary_frequencies
-from .config import PRESETS, TurboQuantConfig
+from .config import PRESETS, TurboQuantConfig, check_names
 from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
@@ -30,7 +30,15 @@ from .static import TurboQuantStaticLayer
 logger = logging.getLogger(__name__)
 
 
-class TurboQuantCache(DynamicCache):
+class _CacheClass(type):
+    def __setattr__(cls, name, value):
+        # `generate` marks the cache that it is given.
+        if name == "_is_user_defined":
+            raise ValueError(f"The cache must be an object, got the class. Pass `{cls.__name__}(model.config)`.")
+        super().__setattr__(name, value)
+
+
+class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
     """
     `model.generate(**inputs, cache=TurboQuantCache(model.config))`; before transformers 5.24 the argument was called
     `past_key_values`.
@@ -60,8 +68,9 @@ class TurboQuantCache(DynamicCache):
         offload_only_non_sliding: bool = False,
         **options,
     ):
+        check_config(config)
+        check_names(options, type(self).__signature__.parameters)
         self.options = TurboQuantConfig(**options)
-        _check_config(config)
         if offloading and not torch.cuda.is_available():
             raise ValueError("`offloading` must be False without a CUDA GPU: there is nothing to move tokens from.")
         if offloading and self.options.max_cache_len is not None:
@@ -156,6 +165,7 @@ class TurboQuantCache(DynamicCache):
         Raises:
             `ValueError`: there is no such preset, or the constructor raises it.
         """
+        check_config(config)
         # Raises the error for an unknown preset.
         TurboQuantConfig.from_preset(preset)
         return cls(config, **{**PRESETS[preset], **options})
@@ -171,6 +181,16 @@ class TurboQuantCache(DynamicCache):
         if any(value is not before.get(name) for name, value in vars(updated).items()):
             # A model's only layer fetches itself and reads at once.
             current.wait_stream(self.prefetch_stream)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns of the next mask, and the position of the first one."""
+        if query_length == 0:
+            held = int(self.get_seq_length(layer_idx))
+            raise ValueError(
+                f"The prompt must go on from the {held:,} tokens that the cache holds, got one that is no longer. Give "
+                "the whole text so far, or `reset()` the cache for another."
+            )
+        return super().get_mask_sizes(query_length, layer_idx)
 
     @property
     def is_compileable(self) -> bool:
@@ -243,7 +263,7 @@ class TurboQuantCache(DynamicCache):
             `ValueError`: `folder` is not a saved cache, was changed or truncated, has another format, or comes from
                 a model other than `config`'s.
         """
-        _check_config(config)
+        check_config(config)
         return load_cache(cls, folder, config, device)
 
     def memory(self) -> MemoryReport:
@@ -297,9 +317,16 @@ TurboQuantCache.__signature__ = inspect.Signature(
 )
 
 
-def _check_config(config) -> None:
+def check_config(config) -> None:
+    """
+    Raises:
+        `ValueError`: `config` is neither a config nor `None`.
+    """
     if config is not None and not isinstance(config, PreTrainedConfig):
-        raise ValueError(f"`config` must be the model's config, got {type(config).__name__}. Use `model.config`.")
+        preset = isinstance(config, str) and config in PRESETS
+        advice = f"`TurboQuantCache.from_preset(model.config, {config!r})`" if preset else "`model.config`"
+        got = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+        raise ValueError(f"`config` must be the model's config, got {repr(config) if preset else got}. Use {advice}.")
 
 
 @lru_cache(maxsize=64)

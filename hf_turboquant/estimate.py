@@ -5,16 +5,17 @@ from bisect import bisect
 from dataclasses import dataclass
 
 import torch
-from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedConfig
 
 from ._supported import cache_name
-from .cache import TurboQuantCache
+from .cache import TurboQuantCache, check_config
 from .config import TurboQuantConfig
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
 
 # The search for the longest context stops here.
 MAX_CONTEXT = 2**40
+COUNT = "Count from `cache.memory()` of a real run"
 KINDS = {
     "DynamicLayer": "full attention",
     "TurboQuantLayer": "full attention",
@@ -37,7 +38,8 @@ class LayerCost:
         kind (`str`): in words, see `KINDS`.
         token_bytes (`int`): bytes of every token, in the model's dtype.
         state_bytes (`int`): bytes that do not depend on the context: the state of linear attention.
-        window (`int`, *optional*): the number of tokens that are kept; without one, all of them.
+        window (`int`, *optional*): tokens of a sliding window, as model cards give it: the current token is one of
+            them, and is not kept. Without a window, all tokens are kept.
         shapes (`tuple`): (num_key_value_heads, head_dim) of keys and of values; `()` if the layer has none.
         compressed (`bool`): whether a [`TurboQuantCache`] holds it in codes.
     """
@@ -54,7 +56,7 @@ class LayerCost:
         if len(shapes) > 1:
             (heads, keys), (_, values) = self.shapes
             shapes = {f"{heads} KV head{'s' * (heads > 1)} with keys of {keys} and values of {values}"}
-        window = f" of {self.window} tokens" if self.window else ""
+        window = f" of {self.window:,} tokens" if self.window else ""
         notes = []
         if self.kind.startswith("full") and not self.compressed:
             # Layers that attend to an image, say, hold nothing here.
@@ -63,7 +65,7 @@ class LayerCost:
 
     def full_bytes(self, context: int) -> int:
         """Bytes of keys and values in the model's dtype, for one sequence."""
-        return self.token_bytes * (context if self.window is None else min(context, self.window))
+        return self.token_bytes * (context if self.window is None else min(context, self.window - 1))
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,9 @@ class Estimate:
         with two. The caches show what each token adds and what is constant.
 
         Raises:
-            `ValueError`: it is no decoder-only model, or transformers cannot make or run it from this config.
+            `ValueError`: it is no config or no decoder-only model, or transformers cannot make or run it from that.
         """
+        check_config(config)
         must = f"`config` must be of a decoder-only model that transformers can make, got {config.model_type!r}: "
         try:
             one, two = (_run(config, tokens, dtype) for tokens in (1, 2))
@@ -97,20 +100,17 @@ class Estimate:
             raise ValueError(f"{must}{error}.") from None
         except Exception as error:
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            advice = "Update transformers, or count from `cache.memory()` of a real run."
-            raise ValueError(f"{must}{reason}. {advice}") from None
+            raise ValueError(f"{must}{reason}. {COUNT}, or update transformers.") from None
         layers = []
         for first, second in zip(one.layers, two.layers, strict=True):
             token_bytes = layer_memory(second).full_bytes - layer_memory(first).full_bytes
             keys_values = [second.keys, second.values] if getattr(second, "keys", None) is not None else []
-            window = getattr(second, "sliding_window", None)
             layers.append(
                 LayerCost(
-                    kind=KINDS.get(type(second).__name__, type(second).__name__),
+                    kind=KINDS[type(second).__name__],
                     token_bytes=token_bytes,
                     state_bytes=layer_memory(first).full_bytes - token_bytes,
-                    # The window includes the current token, which the layer need not keep.
-                    window=None if window is None else window - 1,
+                    window=getattr(second, "sliding_window", None),
                     shapes=tuple((states.shape[1], states.shape[3]) for states in keys_values),
                     compressed=isinstance(second, TurboQuantLayer) and bool(keys_values),
                 )
@@ -129,13 +129,11 @@ class Estimate:
 
     def full_bytes(self, context: int, batch: int = 1, fp8: bool = False) -> int:
         """
-        Bytes of keys and values in a `DynamicCache`, without the states of linear attention. With `fp8`, the layers
-        that a `TurboQuantCache` compresses take one byte per coordinate.
+        Bytes of keys and values in a `DynamicCache`, without the states of linear attention. With `fp8`, a byte per
+        coordinate, in sliding windows too.
         """
-        size, shrunk = self.dtype.itemsize, self.compressed() if fp8 else ()
-        return batch * sum(
-            layer.full_bytes(context) // (size if index in shrunk else 1) for index, layer in enumerate(self.layers)
-        )
+        full = batch * sum(layer.full_bytes(context) for layer in self.layers)
+        return full // self.dtype.itemsize if fp8 else full
 
     def memory(self, context: int, batch: int = 1, **options) -> MemoryReport:
         """
@@ -184,7 +182,7 @@ def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuan
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
-        raise _NoDecoder("its decoder caches the states of an encoder too. Count from `cache.memory()` of a real run")
+        raise _NoDecoder(f"its decoder caches the states of an encoder too. {COUNT}")
     # Some parts have a class only within the whole.
     source = text if type(text) in MODEL_MAPPING else config
     if type(source) not in MODEL_MAPPING:
@@ -201,7 +199,9 @@ def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuan
         name = cache_name(model)
     except ValueError as error:
         raise _NoDecoder(str(error).rstrip(".")) from None
-    if {module.is_causal for module in model.modules() if hasattr(module, "is_causal")} == {False}:
+    # Models that read images may see all of a prompt at once.
+    seen = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
+    if seen == {False} and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise _NoDecoder("its attention sees later tokens, as that of an encoder does")
     cache = TurboQuantCache(config, condition="none")
     # So that it takes any head_dim: what cannot be packed is told by the layers.
@@ -210,6 +210,10 @@ def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuan
         model(torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True, **{name: cache})
     if not any(layer_memory(layer).full_bytes for layer in cache.layers):
         raise _NoDecoder("it leaves its cache empty")
+    # What two tokens show of these says too little about many.
+    own = sorted({type(layer).__name__ for layer in cache.layers} - KINDS.keys())
+    if own:
+        raise _NoDecoder(f"its cache has layers of its own kind, {own[0]}. {COUNT}")
     return cache
 
 

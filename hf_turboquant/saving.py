@@ -209,6 +209,8 @@ def _new_layer(options: TurboQuantConfig, index: int, kind: str, fields: dict, t
 
 def _restore(layer, length, quantized, stored, condition, provisional, learned, query_energy, constants) -> None:
     sinks, window, room = layer.config.sink_length, layer.config.residual_length, layer.config.max_cache_len
+    for role in ROLES:
+        _must(stored[role]["exact"].is_floating_point(), f"tokens of {role}", stored[role]["exact"].dtype)
     layer.lazy_initialization(*(stored[role]["exact"][:, :, :0] for role in ROLES))
     batch, heads, _, head_dim = stored["keys"]["exact"].shape
     recent = length - min(sinks, length) - quantized
@@ -218,7 +220,7 @@ def _restore(layer, length, quantized, stored, condition, provisional, learned, 
     for role in ROLES:
         buffer, blocks = layer.codes[role], -(-quantized // layer.codes[role].block)
         expected = {name: (t.dtype, (batch, heads, blocks, *t.shape[3:])) for name, t in buffer.tensors.items()}
-        expected["exact"] = layer.dtype, (batch, heads, length - quantized, layer.exact[role].shape[3])
+        expected["exact"] = layer.exact[role].dtype, (batch, heads, length - quantized, layer.exact[role].shape[3])
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored[role].items()}
         _must(found == expected, f"tokens of {role}", found)
         # Tolerates the rounding of another machine, but not another random stream.
@@ -300,6 +302,9 @@ def _refusing(folder: Path) -> Iterator[None]:
 
 
 def _read_header(folder: Path) -> dict:
+    if not (folder / HEADER).exists():
+        what = f"holds no {HEADER}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"`folder` must be one that `save_pretrained` wrote, got {folder}, which {what}.")
     with _refusing(folder):
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         if header["format"] != FORMAT:

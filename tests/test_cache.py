@@ -376,13 +376,37 @@ def test_layers_of_different_configs():
     [
         ({"config": CONFIG, "skip_layers": (2,)}, "`skip_layers` must be from -2 to 1 for this model"),
         ({"skip_layers": (-1,)}, "Negative `skip_layers` need the model's `config`"),
-        ({"config": "llama"}, "`config` must be the model's config, got str"),
+        ({"config": "llama"}, "`config` must be the model's config, got str. Use `model.config`"),
+        ({"config": LlamaForCausalLM}, "got the class LlamaForCausalLM. Use `model.config`"),
+        ({"config": LlamaForCausalLM(CONFIG)}, "got LlamaForCausalLM. Use `model.config`"),
+        ({"nbit": 3}, "got `nbit`. Did you mean `nbits`?"),
+        ({"offload": True}, "got `offload`. Did you mean `offloading`?"),
+        ({"colour": 3}, "got `colour`. Take one of config, nbits, .*, offload_only_non_sliding."),
         ({"config": CONFIG, "nbits": 9}, "`nbits` must be 2, 2.5, 3, 3.5, 4 or 8, got 9"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         TurboQuantCache(**arguments)
+
+
+@pytest.mark.parametrize("options", ({}, {"custom_generate": hf_turboquant.generate}))
+def test_the_class_in_place_of_an_object(model, options):
+    with pytest.raises(ValueError, match=r"got the class. Pass `TurboQuantCache\(model.config\)`"):
+        model.generate(tokens(5), **{cache_name(model): TurboQuantCache}, max_new_tokens=2, **options)
+    # and no cache that is made later takes itself for the user's
+    assert not hasattr(TurboQuantCache(CONFIG), "_is_user_defined")
+
+
+@pytest.mark.parametrize("options", ({}, {"max_cache_len": 64}))
+@pytest.mark.parametrize("loop", ({}, {"custom_generate": hf_turboquant.generate}))
+def test_a_cache_of_another_prompt(model, options, loop):
+    cache = TurboQuantCache(CONFIG, **options)
+    loop = {cache_name(model): cache, "max_new_tokens": 3, "min_new_tokens": 3, **loop}
+    model.generate(tokens(20, batch=1), **loop)
+    with pytest.raises(ValueError, match=r"go on from the 22 tokens that the cache holds.* or `reset\(\)` the cache"):
+        model.generate(tokens(10, batch=1), **loop)
+    assert cache.get_seq_length() == 22
 
 
 def test_signature_shows_every_option():
@@ -427,12 +451,35 @@ def test_report_counts_every_tensor():
     assert f"{report.compression_ratio:.2f} times smaller" in str(report)
 
 
+@pytest.mark.parametrize(
+    "options", ({}, {"nbits": 2}, {"residual_length": 32, "key_estimator": "rescaled"}, {"max_cache_len": 2000})
+)
+def test_short_texts_say_from_where_on_the_cache_is_smaller(options):
+    def report(length):
+        cache = TurboQuantCache(CONFIG, **options)
+        for layer in range(2):
+            cache.update(*states(length, layer), layer)
+            cache.layers[layer].settle(torch.randn(2, 4, length, 32))
+        return cache.memory()
+
+    short = report(20)
+    count = short.smaller_from
+    assert f"{1 / short.compression_ratio:.1f} times larger; smaller from about {count:,} tokens on" in str(short)
+    assert report(int(0.9 * count)).compression_ratio < 1 < report(int(1.05 * count)).compression_ratio
+    # a capacity that is all exact never is
+    never = TurboQuantCache(CONFIG, max_cache_len=40)
+    never.update(*states(20), 0)
+    assert "times larger (" in str(never.memory())
+
+
 def test_a_preset_takes_every_option_of_the_cache():
     cache = TurboQuantCache.from_preset(CONFIG, "small", value_bits=3, max_cache_len=64, offloading=False)
     assert (cache.options.key_bits, cache.options.value_bits) == (2, 3)
     assert cache.options.key_estimator == "qjl" and cache.is_compileable
     with pytest.raises(ValueError, match="`preset` must be one of"):
         TurboQuantCache.from_preset(CONFIG, "fast")
+    with pytest.raises(ValueError, match=r"got 'small'. Use `TurboQuantCache.from_preset\(model.config, 'small'\)`"):
+        TurboQuantCache.from_preset("small", CONFIG)
 
 
 @pytest.mark.parametrize("kind", (DynamicCache, TurboQuantCache))

@@ -70,7 +70,15 @@ def test_a_hybrid_at_200k_tokens_and_a_small_model_at_8k():
 
 def test_the_sizes_of_other_kinds():
     windows = {cost.window for cost in estimate("gpt-oss-20b").layers}
-    assert windows == {None, 127}
+    # as the model card gives it, though the current token is one of them and is not kept
+    assert windows == {None, 128}
+    gemma = estimate("gemma-3-27b")
+    assert {str(cost) for cost in gemma.layers} == {
+        f"{kind}, 16 KV heads of 128" for kind in ("full attention", "sliding window of 1,024 tokens")
+    }
+    assert gemma.full_bytes(10**5) - gemma.full_bytes(1023) == 10 * 16 * 256 * 2 * (10**5 - 1023)
+    # an fp8 cache takes sliding windows too
+    assert 2 * gemma.full_bytes(10**5, fp8=True) == gemma.full_bytes(10**5)
     mamba = estimate("Mamba2-2.7B")
     assert mamba.full_bytes(10**6) == 0 and mamba.longest_context(10**9, nbits=4) == MAX_CONTEXT
     assert mamba.longest_context(10**6) == 0
@@ -145,11 +153,16 @@ KINDS_OF_MODELS = {
     "whisper": "its decoder caches the states of an encoder too",
     "t5": "its decoder caches the states of an encoder too",
     "encoder-decoder": "its decoder caches the states of an encoder too",
+    "colpali": "its attention sees later tokens",
     "clap_text_model": "transformers has no model of its own for ClapTextConfig",
+    "deepseek_v4": "its cache has layers of its own kind, DeepseekV4",
+    "unlimited_ocr": "its cache has layers of its own kind, UnlimitedOcr",
     "xlstm": "no attribute 'rnn_state'",
     # by default, all of it is recurrent
     "bamba": "only contain LinearAttention layers",
     "bert decoder": "2 × full attention, 12 KV heads of 64: compressed",
+    # sees all of a prompt, and generates
+    "paligemma": "18 × full attention, 1 KV head of 256: compressed",
     "gpt_neox": "2 × full attention, 64 KV heads of 96: compressed",
     "modernbert-decoder": "2 × full attention, 12 KV heads of 64: compressed",
     # the sizes are those of a test
@@ -157,7 +170,8 @@ KINDS_OF_MODELS = {
     # its text has a class only within the whole, and some layers see nothing but images
     "mllama": "32 × full attention, 8 KV heads of 128: compressed; 8 × full attention, empty for text alone",
     # layers run several times, over a cache each
-    "dory": "42 × sliding window of 1023 tokens, 4 KV heads of 256; 14 × full attention, 4 KV heads of 256: compressed",
+    "dory": "42 × sliding window of 1,024 tokens, 4 KV heads of 256; "
+    "14 × full attention, 4 KV heads of 256: compressed",
 }
 MODEL_OPTIONS = {
     "gpt_neox": {"num_hidden_layers": 2},
@@ -193,8 +207,13 @@ def test_kinds_of_models(name):
 def test_the_whole_reason(monkeypatch):
     error = RuntimeError("first line,\n\n second line.")
     monkeypatch.setattr("hf_turboquant.estimate._run", Mock(side_effect=error))
-    with pytest.raises(ValueError, match="'llama': first line, second line\\. Update transformers"):
+    with pytest.raises(ValueError, match="'llama': first line, second line\\. Count from"):
         Estimate.from_config(AutoConfig.for_model("llama"))
+
+
+def test_a_model_in_place_of_its_config():
+    with pytest.raises(ValueError, match="got LlamaForCausalLM. Use `model.config`"):
+        Estimate.from_config(DECODERS[0].model())
 
 
 @pytest.fixture
@@ -213,7 +232,10 @@ def test_the_command(config_file, capsys):
     text = capsys.readouterr().out
     assert "10 × full attention, 2 KV heads of 256: compressed" in text and "4.1 GB" in text
     assert "10 of 40 layers hold a KV cache" in text and "64.9 MB of states" in text
-    assert "compression can't help" not in text
+    assert "this cache can't help" not in text
+    # bf16, fp8, then 4, 3 and 2 bits, each with how many times smaller it is
+    (row,) = re.findall(r"^ +200,000 .*$", text, re.MULTILINE)
+    assert re.findall(r"([\d.]+)×", row) == ["2.0", "3.8", "5.0", "7.3"] and row.count("B") == 5
     assert cli.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["kv_bytes"]["200000"]["bf16"] == 4_096_000_000 and len(found["compressed"]) == 10
@@ -226,7 +248,9 @@ def test_the_command(config_file, capsys):
     assert list(found["kv_bytes"]["8192"]) == ["bf16", "fp8", "2.5 bits"]
     # at 1,000 tokens the states of linear attention are most of the cache
     assert cli.main(["estimate", config_file("Qwen3.5-35B-A3B"), "--contexts", "1000"]) == 0
-    assert "compression can't help much" in capsys.readouterr().out
+    assert "this cache can't help much" in capsys.readouterr().out
+    assert cli.main(["estimate", config_file("Qwen3-8B"), "--contexts", "8k", "128K", "1M", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["kv_bytes"]) == ["8192", "131072", "1048576"]
     assert cli.main(["estimate", config_file("Mamba2-2.7B"), "--budget", "1G"]) == 0
     assert "4 bits any" in capsys.readouterr().out
 
@@ -253,7 +277,9 @@ def test_bad_input_is_one_line(config_file, tmp_path, capsys, monkeypatch, argum
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
-@pytest.mark.parametrize("flag", [["--contexts", "0"], ["--batch", "-1"], ["--budget", "much"], ["--budget", "nanG"]])
+@pytest.mark.parametrize(
+    "flag", [["--contexts", "0"], ["--contexts", "128q"], ["--batch", "-1"], ["--budget", "much"], ["--budget", "nanG"]]
+)
 def test_bad_flags_are_refused(flag, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["estimate", "model", *flag])

@@ -505,25 +505,22 @@ def test_two_threads_with_two_caches(model):
         assert len(outputs) == 3 and all(torch.equal(out, expected) for out in outputs)
 
 
-@pytest.mark.parametrize("other", ({"num_key_value_heads": 4}, {"head_dim": 32}, {"dtype": torch.bfloat16}))
+@pytest.mark.parametrize("other", ({"num_key_value_heads": 4}, {"head_dim": 32}))
 def test_a_cache_of_another_model_is_refused(model, other):
-    dtype = other.get("dtype", torch.float32)
     config = copy.deepcopy(CONFIG)
-    config.update({name: value for name, value in other.items() if name != "dtype"})
-    stranger, ids = LlamaForCausalLM(config).to(dtype).eval(), torch.arange(3, 43)[None]
+    config.update(other)
+    stranger, ids = LlamaForCausalLM(config).eval(), torch.arange(3, 43)[None]
     cache = TurboQuantCache(CONFIG, residual_length=8)
     with torch.no_grad():
         model(ids, **{cache_name(model): cache})
         before = [plain(layer.keys) for layer in cache.layers]
-        with pytest.raises(
-            ValueError, match="must keep the batch size, heads, head_dim, dtype and device .* at layer 0"
-        ):
+        with pytest.raises(ValueError, match="must keep the batch size, heads, head_dim and device .* at layer 0"):
             stranger(ids[:, :1], **{cache_name(stranger): cache})
         assert all(torch.equal(plain(layer.keys), held) for layer, held in zip(cache.layers, before, strict=True))
         # reset lets the other model have it
         cache.reset()
         stranger(ids, **{cache_name(stranger): cache})
-    assert cache.get_seq_length() == 40 and cache.layers[0].dtype == dtype
+    assert cache.get_seq_length() == 40
 
 
 def outcome(function):

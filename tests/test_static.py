@@ -424,14 +424,18 @@ def test_generate_says_when_the_room_is_used_up():
         generate(model, TurboQuantCache(model.config, max_cache_len=100))
 
 
-@pytest.mark.parametrize("implementation, tokens", [("eager", 1), ("sdpa", 17)])
+@pytest.mark.parametrize("implementation, tokens", [("eager", 1), ("flex_attention", 1), ("sdpa", 17)])
 def test_what_cannot_be_compiled_says_so(implementation, tokens):
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=implementation)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     cache = TurboQuantCache(model.config, max_cache_len=300)
     with torch.no_grad():
         model(torch.full((1, 150), 5), **{cache_name(model): cache})
         step = torch.compile(model, backend="eager", fullgraph=True)
-        with pytest.raises(Exception, match="attn_implementation='sdpa'|Only steps of a few tokens"):
+        # not by `set_attn_implementation`: the mask of flex attention would break the graph
+        for layer in model.model.layers:
+            layer.self_attn.config = copy.copy(model.config)
+            layer.self_attn.config._attn_implementation = implementation
+        with pytest.raises(Exception, match="attn_implementation='sdpa'|Only steps of a few tokens without gradients"):
             step(torch.full((1, tokens), 5), **{cache_name(model): cache})
 
 

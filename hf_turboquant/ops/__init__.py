@@ -91,7 +91,8 @@ def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None
 
     Args:
         states (`LayerStates`): before the step.
-        key_states, value_states (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`, few tokens.
+        key_states, value_states (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`, few tokens; stored in
+            the dtypes of the exact slots.
 
     Raises:
         `ValueError`: shapes don't fit, the requested backend cannot do it or, with the reference, the capacity is used
@@ -106,6 +107,7 @@ def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None
                 f"The {role} of a step must be of shape [{batch}, {heads}, {key_states.shape[2]}, {head_dim}], got "
                 f"{list(state.shape)}."
             )
+    new = {role: state.to(states.exact[role].dtype) for role, state in new.items()}
     kernels = {
         _pick(states.backend, state.device, quantize_kernels, "append", state, states.quantizers[role])
         for role, state in new.items()
@@ -232,7 +234,11 @@ def attention(
     Raises:
         `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
     """
-    if states.plans and attention_mask is None:
+    if states.outdated:
+        # Raises the error.
+        states.settle()
+    differentiable = trains(query) or states.training is not None
+    if states.plans and attention_mask is None and not differentiable:
         out = attention_kernels.attention_again(query, states, scaling, is_causal, softcap, sinks)
         if out is not None:
             return out
@@ -246,10 +252,15 @@ def attention(
         "softcap": softcap,
         "sinks": sinks,
     }
-    if query.shape[2] > MAX_KERNEL_QUERIES and softcap is None and sinks is None:
+    if (differentiable or query.shape[2] > MAX_KERNEL_QUERIES) and softcap is None and sinks is None:
         states = states.measured()
         return _dequantized_attention(query, states, scaling, attention_mask, is_causal)
     return _pick(states.backend, query.device, attention_kernels, "attention", query, states)(query, states, **options)
+
+
+def trains(*tensors: torch.Tensor) -> bool:
+    """Whether gradients are wanted for one of these: codes have none, nor do the kernels compute any."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def scores(
@@ -309,7 +320,7 @@ def _dequantized_attention(query, states, scaling, attention_mask, is_causal) ->
             attention_mask = attention_mask[..., : states.kv_len].masked_fill(~visible, -torch.inf)
     elif attention_mask is not None:
         attention_mask = attention_mask[..., : states.kv_len]
-    keys, values = states.dequantize("keys"), states.dequantize("values")
+    keys, values = (states.dequantize(role).to(query.dtype) for role in ("keys", "values"))
     groups = query.shape[1] // keys.shape[1]
     if groups > 1 and attention_mask is not None and query.is_cuda:
         # With groups and a mask, torch may offer only its slowest kernel, which holds all logits.

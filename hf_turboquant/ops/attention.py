@@ -168,7 +168,7 @@ class AttentionPlan:
             query.device,
             portable,
             query.dtype,
-            key_states.dtype,
+            tuple(exact.dtype for exact in states.exact.values()),
             (keys.nbits, keys.estimator == "qjl", keys.head_dim, matrices.shape[1], keys.codebook),
             (values.nbits, values.head_dim, values.mean is not None, values.codebook),
             mask_kind,

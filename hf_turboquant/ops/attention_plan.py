@@ -244,12 +244,13 @@ class Kernels:
     """The kernels of one configuration: everything known at compile time and all that follows from it."""
 
     def __init__(
-        self, device, portable, query_dtype, exact_dtype, keys, values, mask, causal, softcap, few_rows, static
+        self, device, portable, query_dtype, exact_dtypes, keys, values, mask, causal, softcap, few_rows, static
     ):
         mask_dtype, alike = mask
         key_bits, qjl, key_dim, passes, key_codebook = keys
         value_bits, value_dim, value_mean, value_codebook = values
-        wide = INTERPRETED or torch.float32 in (query_dtype, exact_dtype)
+        # Different 16 bits have no product without loss.
+        exact_dot = tl.float32 if INTERPRETED or {*exact_dtypes} != {query_dtype} else DTYPES[query_dtype]
         width = operand_width(key_bits, key_dim)
         parts = 2 if value_bits == 4 else 4
         value_rows = max(16, triton.next_power_of_2(value_dim // (2 if value_bits == 3 else 1)))
@@ -278,7 +279,6 @@ class Kernels:
             "SOFTCAP": softcap,
             "ASM": not portable,
         }
-        exact_dot = tl.float32 if wide else DTYPES[query_dtype]
         padded = triton.next_power_of_2(key_dim)
         self._prepare = {
             **shared,
@@ -327,7 +327,7 @@ class Kernels:
         self.warps = warps
         self.portable, self.value_dim, self.value_mean = portable, value_dim, value_mean
         # Halves the bytes of a matrix that every row reads; the error is below the output's own rounding.
-        self.dual_dtype = torch.float32 if wide else torch.float16
+        self.dual_dtype = torch.float32 if exact_dot == tl.float32 else torch.float16
         self._combine: dict[tuple, Launcher] = {}
         self._device, self._wave = device, None
         self._static = static

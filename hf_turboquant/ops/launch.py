@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -34,7 +34,7 @@ def is_only_compiling() -> bool:
     return _only_compiling
 
 
-@cache
+@lru_cache(maxsize=64)
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it runs (programmatic dependent launch, sm_90 and later)."""
     if device.type != "cuda" or torch.version.hip or INTERPRETED:

@@ -18,7 +18,7 @@ def _to_terms(x):
 
 
 @triton.jit
-def _combine(sum_a, sum_b, most_a, sum_c, sum_d, most_b):
+def _sums_and_most(sum_a, sum_b, most_a, sum_c, sum_d, most_b):
     return sum_a + sum_c, sum_b + sum_d, tl.maximum(most_a, most_b)
 
 
@@ -65,7 +65,7 @@ def rotate_query(
     offset = x * tl.load(mean + k, mask=inner, other=0)[:, None]
     x *= 1.0 / tl.load(key_factors + k, mask=inner, other=1)[:, None]
     # One reduction for all three.
-    offset, norm, largest = tl.reduce((offset, x * x, tl.abs(x)), 0, _combine)
+    offset, norm, largest = tl.reduce((offset, x * x, tl.abs(x)), 0, _sums_and_most)
     norm = tl.sqrt(norm)
     # The largest integer that two int8 terms hold with a margin for rounding.
     step = largest / 16256.0
@@ -110,8 +110,10 @@ def rotate_query(
 
 @triton.jit
 def load_exact(states, newest, slot, position, valid, kv_len, d, DIM: tl.constexpr):
-    """Exact keys or values at `slot` × `d`, two index tensors; the last token may still be in `newest`, a pair of the
-    pointer to its first coordinate and a stride."""
+    """
+    Exact keys or values at `slot` × `d`, two index tensors. The last token may still be in `newest`: a pointer to its
+    first coordinate, and a stride.
+    """
     stored = valid
     if newest is not None:
         stored = valid & (position != kv_len - 1)

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from benchmark_quantize import Case, disagreement
+from disagreement import Case, disagreement, matrix
 
 from hf_turboquant import ops
 
@@ -56,6 +56,16 @@ def codes_of(quantizer, buffer, stop=None):
 )
 def test_every_width_role_and_estimator(role, estimator, head_dim, nbits):
     assert_right(Case(role, nbits, estimator, head_dim, torch.float32, heads=2))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter is too slow for more than those above and below")
+@pytest.mark.parametrize("case", matrix(), ids=str)
+def test_every_configuration(case):
+    states = random_states(case, sum(case.pieces), batch=2)
+    quantizer, buffer = appended(case, states, case.pieces)
+    result = disagreement(states, quantizer, buffer)
+    limits = {"coordinate": 1e-4, "direction": 0.1, "sign": 1e-4, "scale": SCALE_ERROR, "error": 0.01}
+    assert all(getattr(result, name) <= limit for name, limit in limits.items()), result
 
 
 def test_conditioning_shares_the_matrix_of_the_search():
