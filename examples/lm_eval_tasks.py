@@ -30,7 +30,7 @@ FULL = {"cache": "dynamic"}
 SENTENCES = [
     {"sentence": "The lighthouse was built in 1847 by", "end": "Helena Marsh", "other": "Tobias Finch"},
     {"sentence": "The first keeper was", "end": "Tobias Finch", "other": "Helena Marsh"},
-    {"sentence": "Electricity reached the point in", "end": "1931", "other": "1978"},
+    {"sentence": "The lens came from", "end": "Paris", "other": "London"},
 ]
 
 
