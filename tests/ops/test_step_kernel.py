@@ -391,11 +391,11 @@ def test_products_lose_nothing_of_any_dtype(query, keys, values, expected, monke
     monkeypatch.setattr(attention_plan, "INTERPRETED", False)
     codebook = Quantizer.create(TurboQuantConfig(), "keys", 0, 64).codebook
     query, keys, values, expected = (getattr(torch, name) for name in (query, keys, values, expected))
-    of_keys, of_values = (4, False, 64, False, False, codebook), (4, 64, False, codebook)
+    of_keys, of_values = (4, False, 64, 1, codebook), (4, 64, False, codebook)
     kernels = attention_plan.Kernels(
         torch.device(DEVICE), True, query, (keys, values), of_keys, of_values, (None, False), False, False, True, False
     )
-    assert kernels.operator_dtype == expected
+    assert kernels.prepare.constants["DOT"] == attention_plan.DTYPES[expected]
 
 
 def test_several_queries_see_up_to_themselves():
