@@ -184,8 +184,8 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Columns of the next mask, and the position of the first one."""
-        if query_length == 0:
-            held = int(self.get_seq_length(layer_idx))
+        held = int(self.get_seq_length(layer_idx)) if query_length == 0 else 0
+        if held:
             raise ValueError(
                 f"The prompt must go on from the {held:,} tokens that the cache holds, got one that is no longer. Give "
                 "the whole text so far, or `reset()` the cache for another."
