@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicLayer
 
 from hf_turboquant import QuantizedStates, TurboQuantConfig, ops
 from hf_turboquant.layer import TurboQuantLayer
@@ -306,13 +305,15 @@ def test_bad_updates_change_nothing(case):
 def test_each_role_has_its_own_dtype(kind, dtypes, condition):
     """As under autocast, which may begin or end between two updates: the dtypes that torch.cat would give."""
     layer = kind(TurboQuantConfig(residual_length=16, nbits=4, max_cache_len=400, condition=condition), 0)
-    full, start = DynamicLayer(), 0
+    # not a DynamicLayer: that of transformers 5.17 starts with an empty tensor of the keys' dtype for both
+    full, start = None, 0
     keys, values = states(300, value_dim=64)
     for index, piece in enumerate([150, 1, 1, 12, 30, 1, 1]):
         chosen = [getattr(torch, dtype) for dtype in dtypes[index > 0]]
         new = [x[:, :, start : start + piece].to(dtype) for x, dtype in zip((keys, values), chosen, strict=True)]
         start += piece
-        handles, expected = layer.update(*new), full.update(*new)
+        full = new if full is None else [torch.cat(pair, dim=2) for pair in zip(full, new, strict=True)]
+        handles, expected = layer.update(*new), full
         assert [x.dtype for x in handles] == [x.dtype for x in expected]
         # what is read differs from what was given by the error of codes alone, and not at all in the window
         for held, given in zip((layer.keys, layer.values), expected, strict=True):
