@@ -16,25 +16,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_turboquant import QuantizedStates, TurboQuantCache, layer, ops, states
 from hf_turboquant._supported import cache_name
 
-CONFIG = LlamaConfig(
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    vocab_size=99,
-    eos_token_id=2,
-)
-
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 99,
+}
+CONFIG = LlamaConfig(**SHAPE, eos_token_id=2)
 GEMMA2 = Gemma2Config(
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    vocab_size=99,
+    **SHAPE,
     sliding_window=16,
     # so low that it matters for a random model
     attn_logit_softcapping=0.05,
