@@ -64,14 +64,15 @@ def turboquant_attention_forward(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # As with sdpa: a missing mask means plain causal attention, and a single query sees everything.
     is_causal = bool(is_causal) and attention_mask is None and query_length > 1
-    if are_pair(key, value) and isinstance(key.states, ExactStates):
-        key.states.observe(query, attention_mask)
-        key, value = key.dequantize(), value.dequantize()
-    elif are_pair(key, value) and (key.states.training is not None or ops.trains(query)):
-        # Codes have no gradients.
-        states = key.states.measured()
-        key, value = states.dequantize("keys"), states.dequantize("values")
-        attention_mask = None if attention_mask is None else attention_mask[..., : states.kv_len]
+    if are_pair(key, value):
+        if isinstance(key.states, ExactStates):
+            key.states.observe(query, attention_mask)
+            key, value = key.dequantize(), value.dequantize()
+        elif key.states.training is not None or ops.trains(query):
+            # Codes have no gradients.
+            states = key.states.measured()
+            key, value = states.dequantize("keys"), states.dequantize("values")
+            attention_mask = None if attention_mask is None else attention_mask[..., : states.kv_len]
     if position_bias is not None:
         attention_mask = create_position_bias_mask(position_bias, attention_mask, is_causal, query, key)
         is_causal = False
