@@ -39,14 +39,15 @@ class LayerStates:
         kv_len (`int`), quantized (`int`): the number of all tokens, and of those in codes.
         backend (`str`): `"auto"`, `"triton"` or `"torch"`: see [`TurboQuantConfig`].
         counters (`torch.Tensor`, *optional*):
-            With a static capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 2]`: for keys
-            and for values, the number of all tokens and of quantised ones. `kv_len` and `quantized` are upper bounds
-            in that case.
+            With a static capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 3]`: for keys
+            and for values, the number of all tokens, of quantised ones, and of the recent ones that stay exact, at most
+            `ring`. `kv_len` and `quantized` are upper bounds in that case.
         plans (`Plans`, *optional*): the layer's plans for launches.
         newest (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
             Key and value of the last token, of shape `[batch, num_key_value_heads, 1, head_dim]`, while they are not
             stored yet: the attention kernels append them, all other readers call [`settle`] first.
         leaving (`int`): tokens that `newest` pushes out of the recent window: 1 or 0.
+        window (`int`, *optional*): recent tokens that stay exact if they are fewer than `ring`.
     """
 
     quantizers: dict[str, Quantizer]
@@ -62,6 +63,7 @@ class LayerStates:
     plans: dict | None = None
     newest: tuple[torch.Tensor, torch.Tensor] | None = None
     leaving: int = 0
+    window: int | None = None
 
     def measured(self) -> "LayerStates":
         """The same states with their lengths on the host; waits for the device if they are only there."""
@@ -75,14 +77,14 @@ class LayerStates:
                 "A CUDA graph must not hold what asks the device for lengths, as the torch reference, more than 16 "
                 f"queries and any operation but attention do. Got {got}. Pass `disable_compile=True` to `generate`."
             )
-        kv_len, quantized = self.counters[0, 0].tolist()
+        kv_len, quantized, window = self.counters[0, 0].tolist()
         if kv_len > self.kv_len:
             raise ValueError(
                 f"A cache with `max_cache_len={self.kv_len}` must get no more tokens than that, got more by compiled "
                 "steps. Make a larger one, or `reset()` it."
             )
         phase = quantized % self.ring if self.ring else 0
-        return replace(self, kv_len=kv_len, quantized=quantized, phase=phase, counters=None)
+        return replace(self, kv_len=kv_len, quantized=quantized, phase=phase, window=window, counters=None)
 
     def settle(self) -> None:
         """Appends the newest token if attention has not done so."""

@@ -57,3 +57,16 @@ def same_search(monkeypatch):
     forget()
     yield
     forget()
+
+
+@pytest.fixture(scope="module")
+def early_learning():
+    """Keys wait for 16 tokens in place of 128 before they are conditioned: most texts of tests are short."""
+    from hf_turboquant import arena, conditioning, config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "LEARNED_TOKENS", 16)
+        patch.setattr(conditioning, "MIN_TOKENS", 8)
+        arena._layout.cache_clear()
+        yield
+    arena._layout.cache_clear()

@@ -13,6 +13,8 @@ import hf_turboquant
 from hf_turboquant import QuantizedStates, TurboQuantCache
 from hf_turboquant.layer import TurboQuantLayer
 
+pytestmark = pytest.mark.usefixtures("early_learning")
+
 CONFIG = LlamaConfig(
     hidden_size=64,
     intermediate_size=64,

@@ -11,6 +11,9 @@ from hf_turboquant import QuantizedStates, TurboQuantConfig, ops, states
 from hf_turboquant.layer import TurboQuantLayer
 
 
+pytestmark = pytest.mark.usefixtures("early_learning")
+
+
 @pytest.fixture
 def handles():
     torch.manual_seed(0)

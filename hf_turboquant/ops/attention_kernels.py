@@ -78,8 +78,8 @@ def attend_kernel(
 
     if STATIC:
         # Pointers to both lengths of every sequence; splits beyond the length have no block.
-        kv_len = tl.load(kv_len + bh * 2)
-        length = tl.load(length + bh * 2)
+        kv_len = tl.load(kv_len + bh * 3)
+        length = tl.load(length + bh * 3)
     blocks = (length + 127) // 128
     first = (split * blocks) // code_splits
     last = ((split + 1) * blocks) // code_splits

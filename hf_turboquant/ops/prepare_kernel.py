@@ -145,8 +145,8 @@ def prepare_kernel(
         query_offset += (row % query_length).to(tl.int64) * query_t
         if STATIC:
             # Pointers to both lengths of every sequence.
-            quantized = tl.load(recent_start + bh * 2)
-            held = tl.load(kv_len + bh * 2)
+            quantized = tl.load(recent_start + bh * 3)
+            held = tl.load(kv_len + bh * 3)
             overflown = held == OVERFLOW
             tokens = tl.where(overflown, 0, held)
             first = sink_length + quantized
