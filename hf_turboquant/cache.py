@@ -65,6 +65,7 @@ class TurboQuantCache(DynamicCache):
         if self.options.max_cache_len is not None:
             self.layers = _static_layers(config, self.options.max_cache_len)
         self.model_fields = None if config is None else model_fields(config)
+        self.verdict: dict[str, int] = {}
         self.skipped = self._resolve_skip_layers()
         if config is None:
             self.layer_class_to_replicate = self._next_layer
@@ -76,6 +77,7 @@ class TurboQuantCache(DynamicCache):
                 self.layers[index] = TurboQuantHybridLayer(self.options, index, layer.number_of_states)
             if isinstance(self.layers[index], TurboQuantLayer):
                 self.layers[index].frequencies = rotary_frequencies(config, index)
+                self.layers[index].verdict = self.verdict
 
     def _resolve_skip_layers(self) -> frozenset[int]:
         count, skipped = len(self.layers), self.options.skip_layers

@@ -45,10 +45,12 @@ class Learned(NamedTuple):
         return "attention" if self.scaled else "center" if self.centred else "none"
 
     def __str__(self) -> str:
-        return {"attention": "conditioned", "center": "centred", "none": "not conditioned"}[self.condition]
+        if self.condition == "none":
+            return "not conditioned"
+        return f"{'conditioned' if self.scaled else 'centred'} by {self.tokens:,} tokens"
 
 
-# What layers have found that do not look.
+# For layers that do not look.
 NOT_CONDITIONED = Learned(False, False, True, 0)
 
 

@@ -26,8 +26,8 @@ class TurboQuantLayer(DynamicLayer):
     The keys and values of one full-attention layer.
 
     The first `sink_length` tokens and the last `residual_length` tokens stay exact. A token is quantised once, when it
-    leaves the recent window. All of them stay exact until there are `LEARNED_TOKENS` to condition keys by, and longer, up
-    to `MAX_WAITING_TOKENS`, while most of them are alike.
+    leaves the recent window. All of them stay exact until there are `LEARNED_TOKENS` to condition keys by, and longer,
+    up to `MAX_WAITING_TOKENS`, while most of them are alike.
 
     Args:
         config (`TurboQuantConfig`): options of the cache.
@@ -39,18 +39,19 @@ class TurboQuantLayer(DynamicLayer):
         self.layer_idx = layer_idx
         # Of the rotary embedding of the keys, if the model's config defines one: see `conditioning.condition`.
         self.frequencies: list[float] | None = None
+        # Shared by the layers of a cache: see `_differ`.
+        self.verdict: dict[str, int] = {}
         super().__init__()
         self.reset()
 
     def __repr__(self) -> str:
         c = self.config
         keys, values = f"keys {c.key_bits} bits {c.key_estimator}", f"values {c.value_bits} bits {c.value_estimator}"
-        learned, tokens = "", int(self.get_seq_length())
-        if c.condition != "none" and self.condition is not None:
-            learned = f", {self.found} by {self.found.tokens} tokens"
-        elif c.condition != "none" and tokens:
-            learned = f", waiting with {tokens} exact tokens for enough to condition by"
-        return f"{type(self).__name__}({keys}{learned}, {values})"
+        tokens, known = int(self.get_seq_length()), ""
+        if c.condition != "none" and tokens:
+            waiting = f"not conditioned yet, {tokens} tokens wait"
+            known = f", {waiting if self.condition is None else self.found}"
+        return f"{type(self).__name__}({keys}{known}, {values})"
 
     def reset(self) -> None:
         """Forgets all tokens and frees their memory."""
@@ -300,13 +301,21 @@ class TurboQuantLayer(DynamicLayer):
         if beside <= self.config.held_length:
             return False
         quantizers, found = self._conditioned(states, None if valid is None else valid[:, :length])
-        # Only here, in short first prompts, the host waits for the device.
-        if beside <= self.exact.ring and not learned(found).enough:
+        if beside <= self.exact.ring and not self._differ(found, length):
             return False
         self.exact, self.length, self.quantizers, self.found = self._slots(), 0, quantizers, found
         self._append(states)
         self.query_energy = None
         return True
+
+    def _differ(self, found: torch.Tensor, length: int) -> bool:
+        """
+        Whether enough of the first `length` tokens differ. The host has to wait for the device to know: it does so in
+        the first layer of a model, and the others follow.
+        """
+        if self.layer_idx <= self.verdict.get("layer_idx", self.layer_idx) or self.verdict["length"] != length:
+            self.verdict.update(layer_idx=self.layer_idx, length=length, enough=learned(found).enough)
+        return self.verdict["enough"]
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedConfig, cache_utils
 
-from .conditioning import Learned, learned
+from .conditioning import NOT_CONDITIONED, Learned, learned
 from .config import TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer
 from .layer import ROLES, TurboQuantLayer
@@ -38,7 +38,7 @@ _THEIRS = {kind for kind in _THEIRS if kind.__module__ == cache_utils.__name__}
 _OURS = {TurboQuantLayer, TurboQuantStaticLayer, TurboQuantHybridLayer, StaticSlidingLayer}
 SAVED_LAYERS = {kind.__name__: kind for kind in _THEIRS | _OURS}
 # What each outcome of conditioning adds to the keys' quantiser.
-CONDITIONED = {"center": {"mean"}, "attention": {"mean", "scale"}}
+CONDITIONED = {"none": set(), "center": {"mean"}, "attention": {"mean", "scale"}}
 
 
 def save_cache(cache, folder: str | Path) -> None:
@@ -158,11 +158,10 @@ def _tokens(layer: TurboQuantLayer) -> dict:
     """The arguments of `_restore`."""
     length, quantized = layer.length, layer.codes["keys"].length
     # A static layer knows before the first code how it would be conditioned.
-    found, provisional = (
-        None if known is None else learned(known) for known in (layer.found, getattr(layer, "provisional", None))
-    )
+    provisional = learned(getattr(layer, "provisional", NOT_CONDITIONED))
+    found = None if layer.found is None else learned(layer.found)
     # If the statistics were degenerate, the mean and scale held change nothing.
-    kept = _conditioned_by(found or provisional)
+    kept = CONDITIONED[(found or provisional).condition]
 
     def stored(role: str) -> dict[str, torch.Tensor]:
         # In sequence order, without the slots that hold no token.
@@ -176,7 +175,7 @@ def _tokens(layer: TurboQuantLayer) -> dict:
         "quantized": quantized,
         "stored": {role: stored(role) for role in ROLES},
         "found": None if found is None else list(found),
-        "provisional": None if provisional is None else list(provisional),
+        "provisional": list(provisional),
         "learned": {name: getattr(layer.quantizers["keys"], name) for name in kept},
         "query_energy": layer.query_energy,
         "valid": layer.valid,
@@ -204,15 +203,11 @@ def _new_layer(options: TurboQuantConfig, index: int, kind: str, fields: dict, t
     return layer
 
 
-def _conditioned_by(found: Learned | None) -> set[str]:
-    return CONDITIONED.get(found.condition, set()) if found else set()
-
-
 def _restore(layer, length, quantized, stored, found, provisional, learned, query_energy, valid, constants) -> None:
     sinks, room = layer.config.sink_length, layer.config.max_cache_len
     layer.lazy_initialization(*(stored[role]["exact"][:, :, :0] for role in ROLES))
     batch, heads, _, head_dim = stored["keys"]["exact"].shape
-    layer.found, provisional = (None if known is None else Learned(*known) for known in (found, provisional))
+    layer.found, provisional = None if found is None else Learned(*found), Learned(*provisional)
     if layer.found is not None:
         layer.exact = layer._slots()
     recent = length - min(sinks, length) - quantized
@@ -237,11 +232,8 @@ def _restore(layer, length, quantized, stored, found, provisional, learned, quer
         layer.exact.write(role, 0, exact[:, :, :sinks])
         layer.exact.write(role, sinks + quantized, exact[:, :, sinks:])
     known, shapes = layer.found or provisional, {name: tuple(tensor.shape) for name, tensor in learned.items()}
-    _must(
-        shapes == dict.fromkeys(_conditioned_by(known), (heads, 1, head_dim)),
-        f"what {known and known.condition!r} learned",
-        shapes,
-    )
+    expected = dict.fromkeys(CONDITIONED[known.condition], (heads, 1, head_dim))
+    _must(shapes == expected, f"what {known.condition!r} learned", shapes)
     for name, tensor, shape in (("query_energy", query_energy, (heads, head_dim)), ("valid", valid, (batch, length))):
         _must(tensor is None or tensor.shape == shape, name, None if tensor is None else list(tensor.shape))
     layer.length, layer.query_energy, layer.valid = length, query_energy, valid

@@ -50,7 +50,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     description: str | None = None
     states: LayerStates | None = None
     # What conditioning would find if the next token were quantised.
-    provisional: Learned | torch.Tensor | None = None
+    provisional: Learned | torch.Tensor = NOT_CONDITIONED
     # Whether tokens were stored. Early initialisation makes the memory before there are any.
     has_tokens: bool = False
     # Most tokens that steps may fill without asking: the capacity or, as long as keys wait, the exact slots.
@@ -84,7 +84,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self.arena = self.states = self.description = None
             self.arena, self.description = new_arena(description, device), description
         self._open()
-        self.found, self.provisional = None if self.config.condition != "none" else NOT_CONDITIONED, None
+        self.found = NOT_CONDITIONED if self.config.condition == "none" else None
+        self.provisional = NOT_CONDITIONED
         self.length = 0
         self._write_lengths()
         self._condition(None, None)

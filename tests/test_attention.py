@@ -11,6 +11,8 @@ from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaCon
 
 from hf_turboquant import TurboQuantCache, ops, states
 
+pytestmark = pytest.mark.usefixtures("early_learning")
+
 CONFIG = LlamaConfig(
     hidden_size=64,
     intermediate_size=64,

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_turboquant import TurboQuantCache
 
 STEPS = 10
+pytestmark = pytest.mark.usefixtures("early_learning")
 
 
 @pytest.fixture

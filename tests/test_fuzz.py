@@ -313,11 +313,8 @@ class Both:
             assert not layer.is_initialized or layer.codes["keys"].length == len(slow.coded["keys"])
             # with nothing waiting, a look changes nothing
             self.look()
-        if (
-            slow.kind is None
-            and slow.length - layer.config.sink_length > layer.config.held_length
-            and not slow.is_waiting
-        ):
+        held = layer.config.sink_length + layer.config.held_length
+        if slow.kind is None and not slow.is_waiting and slow.length > held:
             self.done["waiting for different tokens"] += 1
         if slow.length:
             self.done["coded"] = max(self.done["coded"], len(slow.coded["keys"]))

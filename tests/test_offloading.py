@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from hf_turboquant import QuantizedStates, TurboQuantCache
 from hf_turboquant.layer import ROLES
 
+pytestmark = pytest.mark.usefixtures("early_learning")
 by_name = {row.name: row for row in ROWS}
 # full attention alone; beside sliding layers, recurrent layers, shared layers; recurrent states in the same layer
 NAMES = ("llama_gqa", "gemma3", "qwen3_next", "gemma4", "falcon_h1", "mistral_sliding")

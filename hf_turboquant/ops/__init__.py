@@ -156,8 +156,8 @@ def channel_statistics(
 
     Returns:
         Mean and scale, fp32 `[heads, 1, head_dim]` (the scale is `None` without `query_energy`), and int32 `[4]` on the
-        device: whether the mean is valid, whether the scale is, whether there were enough different tokens, and how many
-        tokens the mean is of. What is not valid is zero, for the mean, or one.
+        device: whether the mean is valid, whether the scale is, whether there were enough different tokens, and how
+        many tokens the mean is of. What is not valid is zero, for the mean, or one.
     """
     batch, heads, tokens, head_dim = keys.shape
     shapes = [(values[..., 0], (batch, heads, tokens)), (query_energy, (heads, head_dim)), (valid, (batch, tokens))]

@@ -2,7 +2,6 @@
 
 import torch
 
-
 # Of so many tokens, the landmarks, a token must not be like so many: see `different_tokens`.
 LANDMARKS, MOST_ALIKE = 64, 8
 # The cosine from which on two tokens are alike: a bias of the values may well give all of them one direction.

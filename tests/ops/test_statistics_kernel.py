@@ -124,10 +124,8 @@ def test_a_mean_far_above_the_spread():
 def periodic(period, tokens, batch=1, dim=64, noise=0.0, dtype=torch.float32):
     """Values of a few tokens in turns, up to rounding, as models have them: heads next to each other."""
     generator = torch.Generator().manual_seed(period)
-    kinds, noises = (
-        torch.randn(period, 3, dim, generator=generator),
-        torch.randn(batch, tokens, 3, dim, generator=generator),
-    )
+    kinds = torch.randn(period, 3, dim, generator=generator)
+    noises = torch.randn(batch, tokens, 3, dim, generator=generator)
     values = kinds[torch.arange(tokens) % period].expand(batch, -1, -1, -1) + noise * noises
     return values.to(DEVICE, dtype).transpose(1, 2)
 
