@@ -62,7 +62,8 @@ class TurboQuantConfig:
         condition (`str`, defaults to `"attention"`):
             What the quantiser of keys learns from the first tokens, frozen when the first token is quantised:
             `"attention"` takes a mean and a scale per channel from keys and queries, `"center"` the mean only,
-            `"none"` nothing. See `conditioning`.
+            `"none"` nothing. Unless it is `"none"`, all tokens stay exact until there are 128 beside the sinks. See
+            `conditioning`.
         residual_length (`int`, defaults to 128):
             Length of the recent window: the number of latest tokens that stay in the model's dtype.
         sink_length (`int`, defaults to 4):
