@@ -16,6 +16,8 @@ BACKENDS = ("auto", "triton", "torch")
 BITS = (2, 3, 4, 8)
 # Choices for `nbits`: a half means that keys get one bit more than values.
 NBITS = (2, 2.5, 3, 3.5, 4, 8)
+# Keys are conditioned by at least so many tokens.
+LEARNED_TOKENS = 128
 # Widths that the kernels read and write; the torch reference supports all.
 KERNEL_BITS = (2, 3, 4)
 
@@ -140,6 +142,11 @@ class TurboQuantConfig:
             got = repr(preset) if isinstance(preset, str) else type(preset).__name__
             raise ValueError(f"`preset` must be one of {tuple(PRESETS)}, got {got}.")
         return cls(**{**PRESETS[preset], **options})
+
+    @property
+    def held_length(self) -> int:
+        """Recent tokens that stay exact as long as keys cannot be conditioned: at least `residual_length`."""
+        return self.residual_length if self.condition == "none" else max(self.residual_length, LEARNED_TOKENS)
 
     def __post_init__(self):
         object.__setattr__(self, "nbits", _check_bits("nbits", self.nbits, NBITS))

@@ -26,6 +26,8 @@ from hf_turboquant._supported import cache_name
 from hf_turboquant.cache import _log_unpackable
 from hf_turboquant.layer import TurboQuantLayer
 
+pytestmark = pytest.mark.usefixtures("early_learning")
+
 CONFIG = LlamaConfig(
     hidden_size=64,
     intermediate_size=64,

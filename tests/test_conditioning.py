@@ -17,7 +17,7 @@ from transformers import (
 
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
 from hf_turboquant._supported import cache_name
-from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, outcome, rotary_frequencies, valid_tokens
+from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, learned, rotary_frequencies, valid_tokens
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.quantizer import Quantizer
 
@@ -36,14 +36,21 @@ def plain_quantizer(**options):
     return Quantizer.create(TurboQuantConfig(**options), "keys", 0, 64)
 
 
+def learn(keys, query_energy, valid, *args):
+    """The quantizer conditioned by keys of different tokens, and what was learned."""
+    values = torch.randn(keys.shape, generator=torch.Generator().manual_seed(5))
+    quantizer, found = condition(plain_quantizer(), keys, values, query_energy, valid, *args)
+    return quantizer, learned(found)
+
+
 def energy_of(query, heads=2, valid=None):
     return energy_of_queries(query, valid, heads)
 
 
 def test_the_scale_is_optimal():
     query, keys, _ = skewed_states(2000)
-    quantizer, kind = condition(plain_quantizer(), keys, energy_of(query), None)
-    assert outcome(kind) == "attention" and quantizer.scale.shape == quantizer.mean.shape == (2, 1, 64)
+    quantizer, kind = learn(keys, energy_of(query), None)
+    assert kind.condition == "attention" and quantizer.scale.shape == quantizer.mean.shape == (2, 1, 64)
     torch.testing.assert_close(quantizer.mean, keys.mean((0, 2)).unsqueeze(1))
     # the optimality condition: t⁴ E k² = E q² in every channel, up to one factor
     key_energy = (keys - keys.mean(2, keepdim=True)).square().mean((0, 2))
@@ -159,7 +166,7 @@ def test_padding_does_not_count():
 @pytest.mark.parametrize(
     ("spoil", "kind"),
     [
-        (lambda q, k: (q, k[:, :, :30]), "none"),
+        (lambda q, k: (q, k[:, :, :30]), "center"),
         (lambda q, k: (q, torch.full_like(k, torch.nan)), "none"),
         (lambda q, k: (torch.full_like(q, torch.inf), k), "center"),
         (lambda q, k: (torch.zeros_like(q), k), "center"),
@@ -171,8 +178,8 @@ def test_padding_does_not_count():
 def test_degenerate_statistics_fall_back(spoil, kind):
     query, keys, _ = skewed_states(200)
     query, keys = spoil(query, keys)
-    quantizer, got = condition(plain_quantizer(), keys, energy_of(query), None)
-    assert outcome(got) == kind
+    quantizer, got = learn(keys, energy_of(query), None)
+    assert got.condition == kind
     # what is not to be trusted changes nothing
     assert (quantizer.mean is None or not quantizer.mean.any()) == (kind == "none")
     assert (quantizer.scale is None or bool((quantizer.scale == 1).all())) == (kind != "attention")
@@ -270,34 +277,34 @@ def test_the_mean_is_that_of_positions_to_come(layout, padded):
         valid[:, :40] = False
         prompt[:, :, :40] = torch.nan
     energy = torch.ones(2, 64)
-    early, _ = condition(plain_quantizer(), prompt, energy, valid)
-    told, kind = condition(plain_quantizer(), prompt, energy, valid, FREQUENCIES, 4)
+    early, _ = learn(prompt, energy, valid)
+    told, kind = learn(prompt, energy, valid, FREQUENCIES, 4)
     expected = whole.mean((0, 2)).unsqueeze(1)
-    assert outcome(kind) == "attention"
+    assert kind.condition == "attention"
     assert (told.mean - expected).norm() < 0.1 * (early.mean - expected).norm()
     # and so is the energy, near enough (both channels of a pair get the same): scales are those of the whole text
-    known, _ = condition(plain_quantizer(), whole, energy, None)
+    known, _ = learn(whole, energy, None)
     assert (told.scale / known.scale).log().std() < 0.5 * (early.scale / known.scale).log().std()
 
 
 def test_an_embedding_of_more_channels_than_there_are_is_passed_over():
     _, keys, _ = skewed_states(100)
-    plain, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None)
-    told, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None, FREQUENCIES + FREQUENCIES, 4)
+    plain, _ = learn(keys, torch.ones(2, 64), None)
+    told, _ = learn(keys, torch.ones(2, 64), None, FREQUENCIES + FREQUENCIES, 4)
     assert torch.equal(told.mean, plain.mean)
 
 
 def test_keys_without_the_embedding_keep_their_mean():
     _, keys, _ = skewed_states(300)
-    plain, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None)
-    told, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None, FREQUENCIES, 4)
+    plain, _ = learn(keys, torch.ones(2, 64), None)
+    told, _ = learn(keys, torch.ones(2, 64), None, FREQUENCIES, 4)
     torch.testing.assert_close((told.mean, told.scale), (plain.mean, plain.scale))
 
 
 def test_long_prompts_are_taken_as_they_are():
     keys = rotated_states(4, HORIZON, "halves")
-    plain, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None)
-    told, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None, FREQUENCIES, 4)
+    plain, _ = learn(keys, torch.ones(2, 64), None)
+    told, _ = learn(keys, torch.ones(2, 64), None, FREQUENCIES, 4)
     assert torch.equal(told.mean, plain.mean)
 
 
