@@ -16,11 +16,12 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 import triton
-from report import conditions, head, line
+from report import conditions, head, line, parse_for_gpu
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import DynamicLayer
 
 import hf_turboquant.ops.attention  # noqa: F401
+from hf_turboquant.cli import Formatter, run
 from hf_turboquant.config import TurboQuantConfig
 from hf_turboquant.evaluation.benchmark import call_ms, copy_bandwidth, graph_us
 from hf_turboquant.layer import TurboQuantLayer
@@ -102,8 +103,8 @@ def random_states(
     phase = length % ring if ring else 0
     states = LayerStates(quantizers, codes, exact, kv_len, length, config.sink_length, ring, phase)
     valid = torch.zeros(config.sink_length + ring, dtype=torch.bool, device=device)
-    for _, run in states.exact_runs():
-        valid[run] = True
+    for _, slots in states.exact_runs():
+        valid[slots] = True
     for tensor in exact.values():
         tensor[:, :, ~valid] = torch.nan
     return states
@@ -230,14 +231,18 @@ def layer_step_us(shape, make_layer) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE")
-    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS), metavar="FORMAT")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser.add_argument(
+        "--only", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="SHAPE", help="what to time"
+    )
+    parser.add_argument(
+        "--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS), metavar="FORMAT", help="how"
+    )
     parser.add_argument("--launches", action="store_true", help="also time each launch of a call by itself")
     parser.add_argument("--mask", action="store_true", help="with a boolean mask, as compiled steps have one")
     parser.add_argument("--scores", action="store_true", help="also time the logits alone against matrix products")
     parser.add_argument("--layer-step", action="store_true", help="also time append + attention through `update`")
-    arguments = parser.parse_args()
+    arguments = parse_for_gpu(parser)
     copy = copy_bandwidth("cuda")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     texts = f"copy {copy / 1e12:.2f} TB/s", f"triton {triton.__version__}, commit {commit or 'unknown'}"
@@ -281,4 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

@@ -4,14 +4,16 @@ Chat with a model: one compressed cache holds the whole conversation, so that th
     python examples/chat.py
     python examples/chat.py --model Qwen/Qwen3-0.6B --nbits 3
 
-An empty line or the end of the input ends the chat.
+An empty line or the end of the input ends the chat; Ctrl-C stops an answer.
 """
 
 import torch
 from load_model import load, parser
 from transformers import TextStreamer
 
-from hf_turboquant import TurboQuantCache
+from hf_turboquant import TurboQuantCache, TurboQuantConfig
+from hf_turboquant._supported import cache_name
+from hf_turboquant.cli import number, run
 
 
 def common_length(first: torch.Tensor, second: torch.Tensor) -> int:
@@ -38,35 +40,44 @@ def reply(model, tokenizer, messages: list[dict], cache, seen: torch.Tensor, max
         cache.crop(kept - cache.get_seq_length())
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     return model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
+        **inputs, **{cache_name(model): cache}, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
     )[0]
 
 
-def main():
-    arguments = parser("Chat through a compressed KV cache.")
-    arguments.add_argument("--nbits", type=int, default=4, help="bits per coordinate of keys and values")
-    arguments.add_argument("--max-new-tokens", type=int, default=256)
-    args = arguments.parse_args()
-    model, tokenizer = load(args.model)
-    if not tokenizer.chat_template:
-        arguments.error("--model must be one that chats: its tokenizer has no chat template")
-    cache = TurboQuantCache(model.config, nbits=args.nbits)
+def chat(model, tokenizer, cache, max_new_tokens: int) -> None:
+    """Answers one line after another."""
     messages, seen = [], torch.empty(0, dtype=torch.long, device=model.device)
-    while True:
-        try:
-            text = input("\nyou> ").strip()
-        except EOFError:
-            break
-        if not text:
-            break
+    while text := input("\nyou> ").strip():
         messages.append({"role": "user", "content": text})
         before = len(seen)
-        seen = reply(model, tokenizer, messages, cache, seen, args.max_new_tokens)
+        try:
+            seen = reply(model, tokenizer, messages, cache, seen, max_new_tokens)
+        except KeyboardInterrupt:
+            # It may have come in the middle of a step.
+            cache.reset()
+            messages, seen = messages[:-1], seen[:0]
+            print("\n[stopped: ask again to go on from before this question; an empty line ends the chat]")
+            continue
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         answer = tokenizer.decode(seen[len(prompt) :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
         print(f"[{len(seen) - before} tokens more; {cache.memory()}]")
 
 
+def main():
+    arguments = parser("Chat through a compressed KV cache.")
+    arguments.add_argument("--nbits", type=number, default=4, help="bits per coordinate of keys and values")
+    arguments.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of an answer")
+    args = arguments.parse_args()
+    TurboQuantConfig(nbits=args.nbits)
+    model, tokenizer = load(args.model)
+    if not tokenizer.chat_template:
+        arguments.error("--model must be one that chats: its tokenizer has no chat template")
+    try:
+        chat(model, tokenizer, TurboQuantCache(model.config, nbits=args.nbits), args.max_new_tokens)
+    except (EOFError, KeyboardInterrupt):
+        print("\nThe chat is over; the same command begins another.")
+
+
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

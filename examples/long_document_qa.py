@@ -17,8 +17,11 @@ from load_model import TEXT as LIGHTHOUSE
 from load_model import load, parser
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant._supported import cache_name
+from hf_turboquant.cli import run
+from hf_turboquant.evaluation.load import read_text
 
-QUESTIONS = ["Who built the lighthouse?", "Who was the first keeper?", "When did electricity reach the point?"]
+QUESTIONS = ["Who was the first keeper?", "Where did the lens come from?", "What does the ticket cost?"]
 TEXT, CACHE = "text.txt", "cache"
 
 
@@ -43,7 +46,7 @@ def save(model, tokenizer, text: str, folder: Path) -> None:
     ids, _ = encode(tokenizer, text, "")
     cache = TurboQuantCache(model.config)
     start = time.perf_counter()
-    model(ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+    model(ids.to(model.device), **{cache_name(model): cache}, logits_to_keep=1)
     folder.mkdir(parents=True, exist_ok=True)
     cache.save_pretrained(folder / CACHE)
     (folder / TEXT).write_text(text, encoding="utf-8")
@@ -64,7 +67,7 @@ def answer(model, tokenizer, folder: Path, question: str, max_new_tokens: int) -
     pieces = encode(tokenizer, (folder / TEXT).read_text(encoding="utf-8"), question)
     ids = torch.cat(pieces, dim=1).to(model.device)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **{cache_name(model): cache}, **options)
     print(f"\n{question}\n{tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()}")
     print(f"({pieces[0].shape[1]:,} tokens loaded in {loaded_s:.2f} s, {pieces[1].shape[1]} read)")
 
@@ -72,27 +75,26 @@ def answer(model, tokenizer, folder: Path, question: str, max_new_tokens: int) -
 def main():
     about = "Read a text once, save its compressed cache, ask about it from other processes."
     arguments = parser(f"{about} With no arguments: all of that with a short text, in a temporary folder.")
-    arguments.add_argument("--text", type=Path, help="the text file to read (default: a text about a lighthouse)")
-    arguments.add_argument("--save", type=Path, metavar="DIR", help="folder to save its cache to")
-    arguments.add_argument("--load", type=Path, metavar="DIR", help="folder of a saved cache to ask about")
+    arguments.add_argument("--text", help="the text file to read (default: a text about a lighthouse)")
+    place = arguments.add_mutually_exclusive_group()
+    place.add_argument("--save", type=Path, metavar="DIR", help="folder to save its cache to")
+    place.add_argument("--load", type=Path, metavar="DIR", help="folder of a saved cache to ask about")
     arguments.add_argument("--question", action="append", help="may be given several times")
-    arguments.add_argument("--max-new-tokens", type=int, default=48)
+    arguments.add_argument("--max-new-tokens", type=int, default=48, help="most tokens of an answer")
     args = arguments.parse_args()
-    if args.load and (args.save or args.text):
-        arguments.error("give --load with --question, or --text with --save")
-    if args.load and not args.question:
-        arguments.error("--load needs a --question")
+    if bool(args.load) != bool(args.question):
+        arguments.error("--question and --load belong together: a saved cache is asked")
     if args.text and not args.save:
-        arguments.error("--text needs a place: give --save DIR")
-    if args.question and not args.load:
-        arguments.error("a --question is asked of a saved cache: give --load DIR")
+        arguments.error("--text needs a place for its cache: give --save DIR")
+    if args.load and not (args.load / CACHE).is_dir():
+        arguments.error(f"--load must be a folder that --save wrote, got {args.load}")
+    text = None if args.load else read_text(args.text or str(LIGHTHOUSE))
 
     model, tokenizer = load(args.model)
     if args.load:
         for question in args.question:
             answer(model, tokenizer, args.load, question, args.max_new_tokens)
         return
-    text = (args.text or LIGHTHOUSE).read_text(encoding="utf-8")
     if args.save:
         save(model, tokenizer, text, args.save)
         return
@@ -102,8 +104,8 @@ def main():
         command = [sys.executable, __file__, "--load", folder, "--max-new-tokens", str(args.max_new_tokens)]
         command += [word for question in QUESTIONS for word in ("--question", question)]
         command += ["--model", args.model] if args.model else []
-        subprocess.run(command, check=True)
+        raise SystemExit(subprocess.run(command).returncode)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

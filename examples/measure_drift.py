@@ -16,6 +16,8 @@ from load_model import load, parser
 from report import conditions, named, table
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant._supported import cache_name
+from hf_turboquant.cli import run
 from hf_turboquant.evaluation.load import read_text
 from hf_turboquant.evaluation.quality import measure, split_windows
 
@@ -31,7 +33,7 @@ SETTINGS = {
 def informed(model, ids: torch.Tensor, options: dict) -> TurboQuantCache:
     """An empty cache whose conditioning comes from `ids`, of shape `[1, tokens]`."""
     cache = TurboQuantCache(model.config, **options)
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, **{cache_name(model): cache}, logits_to_keep=1)
     # Tokens are removed, but the frozen statistics stay.
     cache.crop(-ids.shape[1])
     return cache
@@ -64,7 +66,7 @@ def drift(model, sequences: torch.Tensor, prompt: int, stretch: int, block: int)
     sums = {}
     for ids in sequences.to(model.device).split(1):
         makers = caches(model, ids)
-        _, *qualities = measure(model, ids, list(makers.values()), block, 1, prompt, score_from=prompt)
+        _, *qualities = measure(model, ids, list(makers.values()), 1, block=block, prefill=prompt, score_from=prompt)
         for key, quality in zip(makers, qualities, strict=True):
             # The last stretch is one token shorter, because the last token has no next one.
             means = torch.stack([part.mean() for part in torch.tensor(quality.kls).split(stretch)])
@@ -101,7 +103,7 @@ def main():
     if args.stretch % args.block:
         arguments.error(f"--stretch must be a multiple of --block, got {args.stretch} and {args.block}. Change one.")
 
-    model, tokenizer = load(args.model, torch.float32)
+    model, tokenizer = load(args.model, "float32")
     sequences = split_windows(tokenizer, read_text(args.text), args.prompt, args.sequences)
     if args.then:
         rest = split_windows(tokenizer, read_text(args.then), args.tokens, args.sequences)
@@ -121,4 +123,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

@@ -21,6 +21,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant._supported import cache_name
+from hf_turboquant.cli import Formatter, run
 
 
 def launches_left_out():
@@ -42,33 +44,34 @@ def prepare(layers: int) -> tuple[LlamaForCausalLM, dict]:
     model = LlamaForCausalLM(config).to(torch.float16).eval()
     caches = {"DynamicCache": DynamicCache(config=config), "TurboQuantCache": TurboQuantCache(config, backend="triton")}
     for cache in caches.values():
-        model(torch.randint(0, 99, (1, 600)), past_key_values=cache)
-        step(model, cache)
+        model(torch.randint(0, 99, (1, 600)), **{cache_name(model): cache})
+        step(model, cache, cache_name(model))
     assert caches["TurboQuantCache"].memory().codes_bytes > 0
     return model, caches
 
 
-def step(model: LlamaForCausalLM, cache) -> None:
-    model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+def step(model: LlamaForCausalLM, cache, name: str) -> None:
+    """One token; `name` is the argument of the model that takes the cache."""
+    model(torch.zeros(1, 1, dtype=torch.long), **{name: cache})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=100)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser.add_argument("--layers", type=int, default=32, help="layers of the model")
+    parser.add_argument("--steps", type=int, default=100, help="steps that are timed")
     args = parser.parse_args()
     with launches_left_out(), torch.inference_mode():
         model, caches = prepare(args.layers)
-        times_ms = {name: [] for name in caches}
+        times_ms, argument = {name: [] for name in caches}, cache_name(model)
         # In turns, because the speed of a machine varies over time.
         for _ in range(args.steps):
             for name, cache in caches.items():
                 start = time.perf_counter()
-                step(model, cache)
+                step(model, cache, argument)
                 times_ms[name].append((time.perf_counter() - start) * 1e3)
     for name, times in times_ms.items():
         print(f"{name}: {statistics.median(times[args.steps // 10 :]):.2f} ms a step of {args.layers} layers")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

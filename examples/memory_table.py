@@ -11,6 +11,7 @@ import torch
 from report import head, line
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant.cli import Formatter, parse_tokens, run
 
 
 def ratio(context: int, kv_heads: int, head_dim: int, **options) -> float:
@@ -24,18 +25,21 @@ def ratio(context: int, kv_heads: int, head_dim: int, **options) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="How many times smaller a cache gets, everything counted.")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 8192, 32768, 131072])
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
+    about = "How many times smaller a cache gets, everything counted."
+    parser = argparse.ArgumentParser(description=about, formatter_class=Formatter)
+    contexts = [2048, 8192, 32768, 131072]
+    parser.add_argument("--contexts", type=parse_tokens, nargs="+", default=contexts, help="tokens, such as 128k")
+    parser.add_argument("--kv-heads", type=int, default=8, help="heads of keys and values")
+    parser.add_argument("--head-dim", type=int, default=128, help="numbers of a key")
     args = parser.parse_args()
     rows = [(context, estimator) for context in args.contexts for estimator in ("qjl", "rescaled")]
     print(f"bf16, {args.kv_heads} KV heads of {args.head_dim}, batch 1: full cache / compressed cache, in bytes\n")
     print(head("context", "keys", "4 bits", "3 bits", "2 bits"))
     for context, estimator in rows:
         shape, options = (context, args.kv_heads, args.head_dim), {"key_estimator": estimator}
-        print(line(f"{context:,}", estimator, *(f"{ratio(*shape, nbits=nbits, **options):.2f}" for nbits in (4, 3, 2))))
+        ratios = (f"{ratio(*shape, nbits=nbits, **options):.2f}" for nbits in (4, 3, 2))
+        print(line(f"{context:,}", estimator, *ratios), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

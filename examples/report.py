@@ -1,13 +1,43 @@
-"""Output of the examples that measure: tables for a document, and the conditions above them."""
+"""What the examples that measure share: tables for a document, the conditions above them, times of a request."""
 
+import argparse
 import shlex
 import sys
+import time
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from hf_turboquant.evaluation.load import machine
+
+
+class Times(BaseStreamer):
+    """A streamer that records when each token comes."""
+
+    def __init__(self):
+        self.times_s: list[float] = []
+
+    def put(self, value):
+        self.times_s.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+    @property
+    def steps_s(self) -> list[float]:
+        """Times from one new token to the next; the first entry is the prompt."""
+        return [after - before for before, after in pairwise(self.times_s[1:])]
+
+
+def parse_for_gpu(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of a benchmark, which is refused without a GPU."""
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a GPU is needed: on a CPU these times say nothing. `hf-turboquant benchmark` runs on both")
+    return args
 
 
 def line(*cells) -> str:

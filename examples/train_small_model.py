@@ -1,9 +1,9 @@
 """
-Train a small Qwen3-style model of bytes, as a second model for measure_quality.py with head_dim 128 and normalised
+Train a small Qwen3-style model of bytes, as a second model to measure quality on, with head_dim 128 and normalised
 queries and keys.
 
     python examples/train_small_model.py small-qwen3 --text wikitext-2-valid.txt --minutes 1
-    python examples/measure_quality.py --model small-qwen3 --text wikitext-2-valid.txt
+    hf-turboquant evaluate small-qwen3 --text wikitext-2-valid.txt --parts quality
 
 It learns from the sources of Python's standard library and from `--text` without its first 200,000 characters, which
 are kept for measuring. A minute on an H100 is enough; a CPU takes hours.
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from hf_turboquant.cli import Formatter, run
 
 HELD_OUT = 200_000
 # Folders of the standard library not to learn from: other packages, and pydoc_data, which is kept for measuring.
@@ -59,7 +61,8 @@ def new_model(gain_spread: float) -> Qwen3ForCausalLM:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train a small model of bytes with head_dim 128 and q/k norm.")
+    about = "Train a small model of bytes with head_dim 128 and q/k norm."
+    parser = argparse.ArgumentParser(description=about, formatter_class=Formatter)
     parser.add_argument("folder", type=Path, help="folder to save the model to")
     parser.add_argument("--text", type=Path, help="a text to learn from in addition to Python's library")
     parser.add_argument("--gain-spread", type=float, default=1.0, help="unevenness of k_norm's initial gains")
@@ -96,4 +99,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -25,8 +25,8 @@ def describe(config: TurboQuantConfig, layer_idx: int, key_states: torch.Tensor,
     """
     batch, heads = key_states.shape[:2]
     dims = {"keys": key_states.shape[3], "values": value_states.shape[3]}
-    dtype = str(key_states.dtype).removeprefix("torch.")
-    return json.dumps([asdict(config), layer_idx, batch, heads, dims, dtype])
+    dtypes = {role: str(x.dtype).removeprefix("torch.") for role, x in (("keys", key_states), ("values", value_states))}
+    return json.dumps([asdict(config), layer_idx, batch, heads, dims, dtypes])
 
 
 def head_dims(description: str) -> dict[str, int]:
@@ -77,10 +77,10 @@ class _Layout:
     """The layout of an arena: offset, dtype and shape of every tensor by (part, name)."""
 
     def __init__(self, description: str, device: torch.device):
-        options, layer_idx, batch, heads, dims, dtype = json.loads(description)
+        options, layer_idx, batch, heads, dims, dtypes = json.loads(description)
         self.config = config = TurboQuantConfig(**options)
         self.quantizers = {
-            role: Quantizer.create(config, role, layer_idx, head_dim, device) for role, head_dim in dims.items()
+            role: _quantizer(config, role, layer_idx, head_dim, device) for role, head_dim in dims.items()
         }
         exact = min(config.sink_length + config.held_length, config.max_cache_len)
         self.code_tokens = max(config.max_cache_len - config.sink_length - config.residual_length, 0)
@@ -91,7 +91,7 @@ class _Layout:
             for name in ("mean", "scale"):
                 self._add("condition", name, torch.float32, (heads, 1, dims["keys"]))
         for role, head_dim in dims.items():
-            self._add("exact", role, getattr(torch, dtype), (batch, heads, exact, head_dim))
+            self._add("exact", role, getattr(torch, dtypes[role]), (batch, heads, exact, head_dim))
             for name, (code_dtype, shape) in self.quantizers[role].buffer_shapes().items():
                 self._add(role, name, code_dtype, (batch, heads, -(-self.code_tokens // BLOCK), *shape))
 
@@ -105,5 +105,15 @@ class _Layout:
         return arena[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
-# Never freed, because captured graphs keep reading the constants of the quantizers.
-_layout = cache(_Layout)
+# Every length of a request has another description.
+_layout = lru_cache(maxsize=1024)(_Layout)
+# Never freed: graphs that torch.compile captured read their constants, and run again for an arena at the address of a
+# freed one. Two for each layer and setting, whatever the requests.
+_quantizers: dict[tuple, Quantizer] = {}
+
+
+def _quantizer(config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device: torch.device) -> Quantizer:
+    key = replace(config, max_cache_len=None), role, layer_idx, head_dim, device
+    if key not in _quantizers:
+        _quantizers[key] = Quantizer.create(config, role, layer_idx, head_dim, device)
+    return _quantizers[key]

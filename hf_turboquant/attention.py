@@ -7,7 +7,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from . import ops
-from .states import ExactStates, QuantizedStates, are_pair
+from .states import ExactStates, QuantizedStates, are_pair, plain
 from .traced import TracedStates
 
 NAME = "turboquant"
@@ -64,6 +64,14 @@ def turboquant_attention_forward(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # As with sdpa: a missing mask means plain causal attention, and a single query sees everything.
     is_causal = bool(is_causal) and attention_mask is None and query_length > 1
+    if are_pair(key, value) and isinstance(key.states, ExactStates):
+        key.states.observe(query, attention_mask)
+        key, value = key.dequantize(), value.dequantize()
+    elif are_pair(key, value) and (key.states.training is not None or ops.trains(query)):
+        # Codes have no gradients.
+        states = key.states.measured()
+        key, value = states.dequantize("keys"), states.dequantize("values")
+        attention_mask = None if attention_mask is None else attention_mask[..., : states.kv_len]
     if position_bias is not None:
         attention_mask = create_position_bias_mask(position_bias, attention_mask, is_causal, query, key)
         is_causal = False
@@ -72,9 +80,6 @@ def turboquant_attention_forward(
         if output_attentions:
             raise ValueError("A compiled step must not be asked for `output_attentions`. Pass `disable_compile=True`.")
         return key.attend(query, scaling, attention_mask, softcap, s_aux).transpose(1, 2).contiguous(), None
-    if are_pair(key, value) and isinstance(key.states, ExactStates):
-        key.states.observe(query, attention_mask)
-        key, value = key.dequantize(), value.dequantize()
     if are_pair(key, value):
         out = ops.attention(query, key.states, sinks=s_aux, **options)
         weights = _probabilities(ops.scores(query, key.states, **options), s_aux) if output_attentions else None
@@ -88,13 +93,24 @@ def turboquant_attention_forward(
     return out.transpose(1, 2).contiguous(), weights
 
 
-_uncompiled_forward = torch.compiler.disable(turboquant_attention_forward)
+_flex_attention_forward = ALL_ATTENTION_FUNCTIONS["flex_attention"]
 
 
-def _registered_forward(module, query, key, *args, **kwargs):
-    # A graph that looked into handles would be compiled again at every step.
-    hide = torch.compiler.is_compiling() and isinstance(key, QuantizedStates)
-    return (_uncompiled_forward if hide else turboquant_attention_forward)(module, query, key, *args, **kwargs)
+def flex_attention_forward(module, query, key, value, *args, **kwargs):
+    """`"flex_attention"` of transformers, which gives keys and values to a compiled operator: it gets plain ones."""
+    key, value = (plain(x) if isinstance(x, QuantizedStates) else x for x in (key, value))
+    return _flex_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+def _hiding_handles(forward):
+    """`forward`, uncompiled where it gets handles: a graph that looked into them would be compiled at every step."""
+    uncompiled = torch.compiler.disable(forward)
+
+    def registered(module, query, key, *args, **kwargs):
+        hide = torch.compiler.is_compiling() and isinstance(key, QuantizedStates)
+        return (uncompiled if hide else forward)(module, query, key, *args, **kwargs)
+
+    return registered
 
 
 def _exact_attention(query, key, value, sinks, output_attentions, scaling, attention_mask, is_causal, softcap):
@@ -139,6 +155,10 @@ def turboquant_mask(*args, config=None, **kwargs) -> torch.Tensor | None:
 
 
 def register() -> None:
-    """Registers `attn_implementation="turboquant"` and its mask with transformers, which would else drop masks."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _registered_forward)
+    """
+    Registers `attn_implementation="turboquant"` with transformers, and its mask, which transformers would else drop.
+    Other implementations stay what they are, but `"flex_attention"` gets plain tensors in place of handles.
+    """
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _hiding_handles(turboquant_attention_forward))
+    ALL_ATTENTION_FUNCTIONS.register("flex_attention", _hiding_handles(flex_attention_forward))
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, turboquant_mask)

@@ -1,7 +1,9 @@
 """TurboQuantCache: a drop-in for `DynamicCache` that holds keys and values in 2-4 bits."""
 
 import inspect
+import logging
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -10,26 +12,40 @@ from transformers.cache_utils import (
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
-from .conditioning import rotary_frequencies
-from .config import PRESETS, TurboQuantConfig
+from .conditioning import known_head_dims, rotary_frequencies
+from .config import PRESETS, TurboQuantConfig, check_names
 from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
+from .packing import can_pack
 from .saving import load_cache, model_fields, save_cache
 from .sliding import StaticSlidingLayer
 from .static import TurboQuantStaticLayer
 
+logger = logging.getLogger(__name__)
 
-class TurboQuantCache(DynamicCache):
+
+class _CacheClass(type):
+    def __setattr__(cls, name, value):
+        # `generate` marks the cache that it is given.
+        if name == "_is_user_defined":
+            raise ValueError(f"The cache must be an object, got the class. Pass `{cls.__name__}(model.config)`.")
+        super().__setattr__(name, value)
+
+
+class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
     """
-    `model.generate(**inputs, past_key_values=TurboQuantCache(model.config))`.
+    `model.generate(**inputs, cache=TurboQuantCache(model.config))`; before transformers 5.24 the argument was called
+    `past_key_values`.
 
     Full-attention layers are compressed; linear-attention, sliding-window, shared and other layers keep the layer that
-    transformers gives them. `print(cache)` shows which are which, `cache.memory()` how many bytes they hold.
+    transformers gives them, and so do layers whose head_dim is under 16 or not a multiple of 4. `print(cache)` shows
+    which are which, `cache.memory()` how many bytes they hold.
 
     Args:
         config (`PreTrainedConfig`, *optional*):
@@ -52,8 +68,9 @@ class TurboQuantCache(DynamicCache):
         offload_only_non_sliding: bool = False,
         **options,
     ):
+        check_config(config)
+        check_names(options, type(self).__signature__.parameters)
         self.options = TurboQuantConfig(**options)
-        _check_config(config)
         if offloading and not torch.cuda.is_available():
             raise ValueError("`offloading` must be False without a CUDA GPU: there is nothing to move tokens from.")
         if offloading and self.options.max_cache_len is not None:
@@ -67,6 +84,8 @@ class TurboQuantCache(DynamicCache):
         self.model_fields = None if config is None else model_fields(config)
         self.verdict: dict[str, int] = {}
         self.skipped = self._resolve_skip_layers()
+        # The head_dim of layers that cannot be packed, from the config or from the first states.
+        self.unpacked: dict[int, int] = {}
         if config is None:
             self.layer_class_to_replicate = self._next_layer
         for index, layer in enumerate(self.layers):
@@ -78,6 +97,11 @@ class TurboQuantCache(DynamicCache):
             if isinstance(self.layers[index], TurboQuantLayer):
                 self.layers[index].frequencies = rotary_frequencies(config, index)
                 self.layers[index].verdict = self.verdict
+                self._fit(index, known_head_dims(config, index))
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _register(cls)
 
     def _resolve_skip_layers(self) -> frozenset[int]:
         count, skipped = len(self.layers), self.options.skip_layers
@@ -96,6 +120,44 @@ class TurboQuantCache(DynamicCache):
     def _next_layer(self) -> DynamicLayer:
         return self._layer(len(self.layers))
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        As in the base class; see [`TurboQuantLayer.update`].
+
+        Raises:
+            `ValueError`: the states don't fit what the layer holds, or no layer of the model has a head_dim that can be
+                packed.
+        """
+        if layer_idx >= len(self.layers) or not self.layers[layer_idx].is_initialized:
+            self._fit(layer_idx, [dim for x in (key_states, value_states) for dim in getattr(x, "shape", ())[3:]])
+            ours = any(isinstance(layer, TurboQuantLayer) for layer in self.layers)
+            if self.unpacked and not ours and self.model_fields is not None:
+                index, dim = next(iter(self.unpacked.items()))
+                raise ValueError(
+                    "A model must have a layer of full attention whose head_dim is a multiple of 4, 16 at least, got "
+                    f"head_dim {dim} in layer {index} and no other layer to compress. Use `DynamicCache`."
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def early_initialization(self, batch_size: int, num_heads, head_dim, *args, **kwargs) -> None:
+        """As in the base class."""
+        dims = [head_dim] * len(self.layers) if isinstance(head_dim, int) else head_dim
+        for layer_idx, dim in enumerate(dims[: len(self.layers)]):
+            self._fit(layer_idx, [dim])
+        super().early_initialization(batch_size, num_heads, head_dim, *args, **kwargs)
+
+    def _fit(self, layer_idx: int, head_dims: list[int]) -> None:
+        """Keeps a layer in full precision if one of these cannot be packed."""
+        # As the base class does without a config.
+        while self.layer_class_to_replicate is not None and len(self.layers) <= layer_idx:
+            self.layers.append(self.layer_class_to_replicate())
+        layer, odd = self.layers[layer_idx], [dim for dim in head_dims if not can_pack(dim)]
+        if odd and isinstance(layer, TurboQuantLayer):
+            self.layers[layer_idx], self.unpacked[layer_idx] = _in_full_precision(layer), odd[0]
+            _log_unpackable(odd[0])
+
     @classmethod
     def from_preset(cls, config: PreTrainedConfig | None, preset: str, **options) -> "TurboQuantCache":
         """
@@ -105,6 +167,7 @@ class TurboQuantCache(DynamicCache):
         Raises:
             `ValueError`: there is no such preset, or the constructor raises it.
         """
+        check_config(config)
         # Raises the error for an unknown preset.
         TurboQuantConfig.from_preset(preset)
         return cls(config, **{**PRESETS[preset], **options})
@@ -120,6 +183,24 @@ class TurboQuantCache(DynamicCache):
         if any(value is not before.get(name) for name, value in vars(updated).items()):
             # A model's only layer fetches itself and reads at once.
             current.wait_stream(self.prefetch_stream)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns of the next mask, and the position of the first one."""
+        if query_length == 0:
+            held = int(self.get_seq_length(layer_idx))
+            raise ValueError(
+                f"The prompt must go on from the {held:,} tokens that the cache holds, got one that is no longer. Give "
+                "the whole text so far, or `reset()` the cache for another."
+            )
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    @property
+    def is_compileable(self) -> bool:
+        """
+        Whether `generate` may compile decode steps: with static capacity alone. The layers of a purely recurrent model
+        would allow it always, but `generate` compiles by itself for every cache of a class that it does not know.
+        """
+        return self.options.max_cache_len is not None and super().is_compileable
 
     def _await_copies(self) -> None:
         # Reads outside of `update` do not wait for the prefetch stream by themselves.
@@ -184,7 +265,7 @@ class TurboQuantCache(DynamicCache):
             `ValueError`: `folder` is not a saved cache, was changed or truncated, has another format, or comes from
                 a model other than `config`'s.
         """
-        _check_config(config)
+        check_config(config)
         return load_cache(cls, folder, config, device)
 
     def memory(self) -> MemoryReport:
@@ -195,10 +276,30 @@ class TurboQuantCache(DynamicCache):
         kinds = Counter(repr(layer) for layer in self.layers)
         compressed = [i for i, layer in enumerate(self.layers) if isinstance(layer, TurboQuantLayer)]
         lines = [f"  {count} × {kind}" for kind, count in kinds.items()]
+        for dim in sorted(set(self.unpacked.values())):
+            where = _ranges(sorted(index for index, found in self.unpacked.items() if found == dim))
+            lines.append(f"  in full precision, since head_dim {dim} cannot be packed: {where}")
         where = f": {_ranges(compressed)}" if compressed else ""
         head = f"{len(compressed)} of {len(self.layers)} layers compressed{where}" if self.layers else "no layer yet"
         return "\n".join([f"TurboQuantCache({head}", *lines]) + ")"
 
+
+def _flatten(cache: TurboQuantCache) -> tuple[list, TurboQuantCache]:
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "What `torch.export` takes must not be a TurboQuantCache: an exported graph cannot hold codes. Take a "
+            "`DynamicCache`."
+        )
+    return [], cache
+
+
+def _register(cls: type) -> None:
+    # A whole without leaves: `tree_map` gives back the cache itself, where a copy would write to the same buffers.
+    # transformers' exporters leave alone what is registered already.
+    torch.utils._pytree.register_pytree_node(cls, _flatten, lambda _, cache: cache, flatten_with_keys_fn=_flatten)
+
+
+_register(TurboQuantCache)
 
 # help() and notebooks show this signature, so that every option appears with its default.
 TurboQuantCache.__signature__ = inspect.Signature(
@@ -218,9 +319,33 @@ TurboQuantCache.__signature__ = inspect.Signature(
 )
 
 
-def _check_config(config) -> None:
+def check_config(config) -> None:
+    """
+    Raises:
+        `ValueError`: `config` is neither a config nor `None`.
+    """
     if config is not None and not isinstance(config, PreTrainedConfig):
-        raise ValueError(f"`config` must be the model's config, got {type(config).__name__}. Use `model.config`.")
+        preset = isinstance(config, str) and config in PRESETS
+        advice = f"`TurboQuantCache.from_preset(model.config, {config!r})`" if preset else "`model.config`"
+        got = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+        raise ValueError(f"`config` must be the model's config, got {repr(config) if preset else got}. Use {advice}.")
+
+
+@lru_cache(maxsize=64)
+def _log_unpackable(dim: int) -> None:
+    logger.warning("Layers of head_dim %d stay in full precision: only multiples of 4 from 16 on can be packed.", dim)
+
+
+def _in_full_precision(layer: TurboQuantLayer) -> DynamicLayer | StaticLayer:
+    """The layer of transformers for what `layer` would have held, with its recurrent states if it has any."""
+    if isinstance(layer, TurboQuantStaticLayer):
+        return StaticLayer(layer.max_cache_len)
+    if not isinstance(layer, TurboQuantHybridLayer):
+        return DynamicLayer()
+    plain = LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+    recurrent = vars(LinearAttentionLayer(layer.number_of_states))
+    vars(plain).update({name: value for name, value in vars(layer).items() if name in recurrent})
+    return plain
 
 
 def _static_layers(config: PreTrainedConfig | None, max_cache_len: int) -> list:

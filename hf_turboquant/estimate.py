@@ -1,25 +1,29 @@
 """Estimates the memory of a model's cache from its config alone, without making or reading weights."""
 
 import copy
-import warnings
 from bisect import bisect
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModel, DynamicCache, PreTrainedConfig
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedConfig
 
-from .cache import TurboQuantCache
+from ._supported import cache_name
+from .cache import TurboQuantCache, check_config
+from .config import TurboQuantConfig
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
 
 # The search for the longest context stops here.
 MAX_CONTEXT = 2**40
+COUNT = "Count from `cache.memory()` of a real run"
 KINDS = {
     "DynamicLayer": "full attention",
+    "TurboQuantLayer": "full attention",
     "DynamicSlidingWindowLayer": "sliding window",
     "DynamicIndexedLayer": "sparse attention",
     "LinearAttentionLayer": "linear attention",
     "LinearAttentionAndFullAttentionLayer": "full attention beside a recurrent part",
+    "TurboQuantHybridLayer": "full attention beside a recurrent part",
     "LinearAttentionAndSlidingWindowAttentionLayer": "sliding window beside a recurrent part",
     "DummyLayer": "no cache of its own",
 }
@@ -34,8 +38,10 @@ class LayerCost:
         kind (`str`): in words, see `KINDS`.
         token_bytes (`int`): bytes of every token, in the model's dtype.
         state_bytes (`int`): bytes that do not depend on the context: the state of linear attention.
-        window (`int`, *optional*): the number of tokens that are kept; without one, all of them.
+        window (`int`, *optional*): tokens of a sliding window, as model cards give it: the current token is one of
+            them, and is not kept. Without a window, all tokens are kept.
         shapes (`tuple`): (num_key_value_heads, head_dim) of keys and of values; `()` if the layer has none.
+        compressed (`bool`): whether a [`TurboQuantCache`] holds it in codes.
     """
 
     kind: str
@@ -43,18 +49,23 @@ class LayerCost:
     state_bytes: int
     window: int | None
     shapes: tuple[tuple[int, int], ...]
+    compressed: bool
 
     def __str__(self) -> str:
         shapes = {f"{heads} KV heads of {dim}" if heads > 1 else f"1 KV head of {dim}" for heads, dim in self.shapes}
         if len(shapes) > 1:
             (heads, keys), (_, values) = self.shapes
             shapes = {f"{heads} KV head{'s' * (heads > 1)} with keys of {keys} and values of {values}"}
-        window = f" of {self.window} tokens" if self.window else ""
-        return ", ".join([self.kind + window, *shapes])
+        window = f" of {self.window:,} tokens" if self.window else ""
+        notes = []
+        if self.kind.startswith("full") and not self.compressed:
+            # Layers that attend to an image, say, hold nothing here.
+            notes = ["cannot be packed"] if self.shapes else ["empty for text alone"]
+        return ", ".join([self.kind + window, *shapes, *notes])
 
     def full_bytes(self, context: int) -> int:
         """Bytes of keys and values in the model's dtype, for one sequence."""
-        return self.token_bytes * (context if self.window is None else min(context, self.window))
+        return self.token_bytes * (context if self.window is None else min(context, self.window - 1))
 
 
 @dataclass(frozen=True)
@@ -79,29 +90,29 @@ class Estimate:
         with two. The caches show what each token adds and what is constant.
 
         Raises:
-            `ValueError`: transformers cannot make or run the model from this config.
+            `ValueError`: it is no config or no decoder-only model, or transformers cannot make or run it from that.
         """
+        check_config(config)
+        must = f"`config` must be of a decoder-only model that transformers can make, got {config.model_type!r}: "
         try:
             one, two = (_run(config, tokens, dtype) for tokens in (1, 2))
+        except _NoDecoder as error:
+            raise ValueError(f"{must}{error}.") from None
         except Exception as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise ValueError(
-                f"`config` must be of a decoder-only model that transformers can make, got {config.model_type!r}: "
-                f"{reason}. Update transformers, or count from `cache.memory()` of a real run."
-            ) from None
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise ValueError(f"{must}{reason}. {COUNT}, or update transformers.") from None
         layers = []
         for first, second in zip(one.layers, two.layers, strict=True):
             token_bytes = layer_memory(second).full_bytes - layer_memory(first).full_bytes
             keys_values = [second.keys, second.values] if getattr(second, "keys", None) is not None else []
-            window = getattr(second, "sliding_window", None)
             layers.append(
                 LayerCost(
-                    kind=KINDS.get(type(second).__name__, type(second).__name__),
+                    kind=KINDS[type(second).__name__],
                     token_bytes=token_bytes,
                     state_bytes=layer_memory(first).full_bytes - token_bytes,
-                    # The window includes the current token, which the layer need not keep.
-                    window=None if window is None else window - 1,
+                    window=getattr(second, "sliding_window", None),
                     shapes=tuple((states.shape[1], states.shape[3]) for states in keys_values),
+                    compressed=isinstance(second, TurboQuantLayer) and bool(keys_values),
                 )
             )
         return cls(config, layers, dtype)
@@ -112,19 +123,17 @@ class Estimate:
         return sum(layer.state_bytes for layer in self.layers)
 
     def compressed(self, **options) -> list[int]:
-        """The layers that a [`TurboQuantCache`] with these options compresses, according to the cache itself."""
-        layers = TurboQuantCache(self.config, **options).layers
-        return [index for index, layer in enumerate(layers) if isinstance(layer, TurboQuantLayer)]
+        """The layers that a [`TurboQuantCache`] with these options compresses."""
+        skipped = TurboQuantCache(self.config, **options).skipped
+        return [index for index, cost in enumerate(self.layers) if cost.compressed and index not in skipped]
 
     def full_bytes(self, context: int, batch: int = 1, fp8: bool = False) -> int:
         """
-        Bytes of keys and values in a `DynamicCache`, without the states of linear attention. With `fp8`, the layers
-        that a `TurboQuantCache` compresses take one byte per coordinate.
+        Bytes of keys and values in a `DynamicCache`, without the states of linear attention. With `fp8`, a byte per
+        coordinate, in sliding windows too.
         """
-        size, shrunk = self.dtype.itemsize, self.compressed() if fp8 else ()
-        return batch * sum(
-            layer.full_bytes(context) // (size if index in shrunk else 1) for index, layer in enumerate(self.layers)
-        )
+        full = batch * sum(layer.full_bytes(context) for layer in self.layers)
+        return full // self.dtype.itemsize if fp8 else full
 
     def memory(self, context: int, batch: int = 1, **options) -> MemoryReport:
         """
@@ -135,16 +144,17 @@ class Estimate:
             context (`int`), batch (`int`): tokens of each sequence, and number of sequences.
             **options: see [`TurboQuantConfig`].
         """
-        cache, total, known = TurboQuantCache(self.config, **options), MemoryReport(), {}
-        for layer, cost in zip(cache.layers, self.layers, strict=True):
+        compressed, total, known = self.compressed(**options), MemoryReport(), {}
+        for index, cost in enumerate(self.layers):
             other = MemoryReport(other_bytes=batch * cost.state_bytes, full_bytes=batch * cost.state_bytes)
-            if not isinstance(layer, TurboQuantLayer):
+            if index not in compressed:
                 held = batch * cost.full_bytes(context)
                 total += other + MemoryReport(other_bytes=held, full_bytes=held)
                 continue
             if cost not in known:
                 # Layers that differ only in their index hold the same.
-                known[cost] = _filled(TurboQuantLayer(layer.config, 0), cost, context, batch, self.dtype)
+                layer = TurboQuantLayer(TurboQuantConfig(**options), 0)
+                known[cost] = _filled(layer, cost, context, batch, self.dtype)
             total += other + known[cost]
         return total
 
@@ -163,24 +173,47 @@ class Estimate:
         return bisect(range(1, MAX_CONTEXT + 1), False, key=lambda context: not fits(context))
 
 
-def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> DynamicCache:
-    """The cache after `tokens` tokens of one sequence, on the `meta` device."""
-    text = copy.deepcopy(config.get_text_config(decoder=True))
-    # Some models look for padding in the tokens, which have no values here.
-    text.pad_token_id = None
+class _NoDecoder(ValueError):
+    """The config is of a model that has no growing cache of its own tokens alone."""
+
+
+def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuantCache:
+    """The cache after `tokens` tokens of one sequence, all of them exact, on the `meta` device."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder:
+        raise _NoDecoder(f"its decoder caches the states of an encoder too. {COUNT}")
+    # Some parts have a class only within the whole.
+    source = text if type(text) in MODEL_MAPPING else config
+    if type(source) not in MODEL_MAPPING:
+        raise _NoDecoder(f"transformers has no model of its own for {type(source).__name__}")
+    # Some models look for padding in the tokens, which have no values here. Some configs refuse to have no such token.
+    vars(text)["pad_token_id"] = None
     # Gemma 3n computes a threshold from values too.
     if getattr(text, "activation_sparsity_pattern", None):
         text.activation_sparsity_pattern = [0.0] * text.num_hidden_layers
     with torch.device("meta"):
         # The default for mixtures of experts checks for a dtype that suits a GPU.
-        model = AutoModel.from_config(text, dtype=dtype, experts_implementation="batched_mm").eval()
-    cache = DynamicCache(config=config)
-    # State space models have another name for the cache.
-    name = "cache_params" if text.model_type in ("mamba", "mamba2") else "past_key_values"
-    with torch.no_grad(), warnings.catch_warnings():
-        # Newer releases of transformers name the argument `cache`.
-        warnings.simplefilter("ignore", FutureWarning)
-        model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True, **{name: cache})
+        model = AutoModel.from_config(source, dtype=dtype, experts_implementation="batched_mm").eval()
+    try:
+        name = cache_name(model)
+    except ValueError as error:
+        raise _NoDecoder(str(error).rstrip(".")) from None
+    # Models that read images may see all of a prompt at once.
+    seen = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
+    if seen == {False} and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise _NoDecoder("its attention sees later tokens, as that of an encoder does")
+    cache = TurboQuantCache(config, condition="none")
+    # So that it takes any head_dim: what cannot be packed is told by the layers.
+    cache.model_fields = None
+    with torch.no_grad():
+        model(torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True, **{name: cache})
+    if not any(layer_memory(layer).full_bytes for layer in cache.layers):
+        raise _NoDecoder("it leaves its cache empty")
+    # What two tokens show of these says too little about many.
+    own = sorted({type(layer).__name__ for layer in cache.layers} - KINDS.keys())
+    if own:
+        raise _NoDecoder(f"its cache has layers of its own kind, {own[0]}. {COUNT}")
     return cache
 
 

@@ -3,7 +3,7 @@
 import inspect
 import logging
 from dataclasses import fields, replace
-from functools import cache as once
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +26,7 @@ ROOM_TOKENS = 256
 _kept: WeakKeyDictionary = WeakKeyDictionary()
 
 
-@once
+@lru_cache(maxsize=64)
 def _say(message: str) -> None:
     logger.warning(message)
 

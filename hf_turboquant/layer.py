@@ -1,13 +1,16 @@
 """TurboQuantLayer: exact sinks and an exact recent window, with codes for all tokens between them."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
 from . import ops
+from .ahead import compile_ahead
 from .conditioning import NOT_CONDITIONED, Learned, condition, energy_of_queries, learned, valid_tokens
 from .config import TurboQuantConfig
 from .packing import BLOCK
@@ -15,6 +18,8 @@ from .plans import Plans
 from .quantizer import Quantizer
 from .states import ExactStates, LayerStates, QuantizedStates
 from .storage import SlotBuffer, TokenBuffer
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("keys", "values")
 # Keys wait for enough different tokens while there are at most so many beside the sinks.
@@ -33,6 +38,8 @@ class TurboQuantLayer(DynamicLayer):
         config (`TurboQuantConfig`): options of the cache.
         layer_idx (`int`): index of the layer in the model; seeds its rotations.
     """
+
+    step: LayerStates | None = None
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.config = config
@@ -69,8 +76,14 @@ class TurboQuantLayer(DynamicLayer):
         self.valid: torch.Tensor | None = None
         # Whether tokens are kept on the CPU between updates.
         self.is_offloaded = False
-        # What the last step returned: its token may not be stored anywhere else yet.
-        self.step: LayerStates | None = None
+        # Whether a gradient could have flowed to a token that is held now.
+        self.cut_off = False
+        # What the last update returned, if it reads codes: the token of a step may not be stored anywhere else yet.
+        self._outdate()
+        # Whether attention read what the last step returned, so that the next token may wait for it too.
+        self.attended = False
+        # Whether what `keys` and `values` returned shares memory with the layer.
+        self.lent = False
         # What launches on the same buffers share, and the description of the last states that passed the check.
         self.plans = Plans()
         self.checked: tuple | None = None
@@ -85,15 +98,18 @@ class TurboQuantLayer(DynamicLayer):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """The keys held: a handle, or a plain tensor while nothing is quantised; `None` before the first token."""
+        """
+        The keys held, as a handle that later updates don't change; `None` before the first token. While nothing is
+        quantised, writing to it changes what is held; after that it raises a `ValueError`.
+        """
         self.come_to_rest()
-        return self._states()[0] if self.is_initialized else None
+        return self._held()[0] if self.is_initialized else None
 
     @property
     def values(self) -> torch.Tensor | None:
         """The values held, in the same form as `keys`."""
         self.come_to_rest()
-        return self._states()[1] if self.is_initialized else None
+        return self._held()[1] if self.is_initialized else None
 
     @keys.setter
     def keys(self, states: None) -> None:
@@ -135,18 +151,21 @@ class TurboQuantLayer(DynamicLayer):
 
         Args:
             key_states, value_states (`torch.Tensor`): of shape `[batch, num_key_value_heads, tokens, head_dim]`; keys
-                and values may differ in head_dim.
+                and values may differ in head_dim and dtype. If the dtype differs from that of the tokens held, as when
+                autocast begins or ends, both get the wider one.
 
         Returns:
-            Keys and values of all tokens, as [`QuantizedStates`] or, if all of them are exact, as plain tensors.
-            Attention reads the first prefill, and any chunk longer than the recent window, exactly.
+            Keys and values of all tokens, as [`QuantizedStates`] or, if all of them are exact, as plain tensors. They
+            are valid until the next update. The states given belong to the caller again once this returns or, if
+            attention read what it returned the last time, once attention does.
+            Attention reads the first prefill, and any chunk longer than the recent window, exactly. If the new states
+            require gradients, these flow to them through plain tensors; none flow to tokens of earlier calls.
 
         Raises:
             `ValueError`: the states don't fit what the layer holds. The layer is left unchanged.
         """
-        if torch.compiler.is_compiling():
-            return self._untraced_update(key_states, value_states)
-        return self._update(key_states, value_states)
+        update = self._untraced_update if torch.compiler.is_compiling() else self._update
+        return update(key_states, value_states)
 
     # Lengths change with every step: a graph that contained them would be compiled again each time.
     @torch.compiler.disable
@@ -154,39 +173,61 @@ class TurboQuantLayer(DynamicLayer):
         return self._update(key_states, value_states)
 
     def _update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check(key_states, value_states)
-        if self.step is not None or self.pending is not None:
+        previous = self.step
+        held = self._append(key_states, value_states)
+        if previous is not None:
+            previous.outdated = True
+            if self.step is previous:
+                self.step = None
+        return self._train(held, key_states, value_states) if ops.trains(key_states, value_states) else held
+
+    def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
+        as_held = self._check(key_states, value_states)
+        if self.pending is not None or (self.step is not None and self.step.newest is not None):
             self.settle()
+        if self.lent:
+            # Others read and write there.
+            self._replace(torch.clone)
+            self.lent = False
         if self.is_offloaded:
             self.prefetch()
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
         states = {"keys": key_states, "values": value_states}
-        before = self.length
-        if self.found is None:
-            exact = states if before == 0 else {r: torch.cat([self._exact(r), states[r]], dim=2) for r in ROLES}
-            waiting = ExactStates(exact, self.settle)
-            handles = tuple(QuantizedStates(waiting, role) for role in ROLES)
-            self.pending = states
-            return handles
-        if before > 0 and key_states.shape[2] == 1:
-            return self._step(key_states, value_states)
-        # Allocate what attention reads of a long chunk first: if memory runs out, nothing has changed yet.
-        long_chunk = before > 0 and 0 < self.config.residual_length < key_states.shape[2]
-        exact = self._exact_with_chunk(states) if long_chunk else None
+        if not as_held:
+            states = self._in_one_dtype(states)
         try:
-            self._store(states)
+            return self._take(states)
         except BaseException:
             # A smaller batch may come next.
             if fresh:
                 TurboQuantLayer.reset(self)
             raise
+
+    def _take(self, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends states that fit; returns what attention reads."""
+        if self.found is None:
+            return self._wait(states)
+        sinks, window = self.config.sink_length, self.config.residual_length
+        before, tokens = self.length, states["keys"].shape[2]
+        coded = self.codes["keys"].length > 0 or before + tokens > sinks + window
+        if before > 0 and coded and tokens == 1:
+            return self._step(*states.values())
+        self.attended = False
+        # Attention reads the first tokens, or the sinks, and the new ones exactly. Allocate that before anything
+        # changes: memory may run out.
+        exact = None
         if before == 0:
-            return key_states, value_states
-        if long_chunk:
-            return self._states_with_chunk(before, exact)
-        return self._states()
+            exact = states
+        elif not coded or 0 < window < tokens:
+            exact = self._with_exact(states, min(before, sinks) if coded else before)
+        self._store(states)
+        if exact is not None and (not coded or before <= sinks):
+            return tuple(exact.values())
+        # Between the sinks and a long chunk, all tokens are in codes.
+        self.step = self._read() if exact is None else self._read_from(exact, before - sinks, self.length - before, 0)
+        return _handles(self.step)
 
     def settle(self, query: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
         """
@@ -200,9 +241,10 @@ class TurboQuantLayer(DynamicLayer):
                 it, keys are only centred.
             attention_mask (`torch.Tensor`, *optional*): the mask of that query; distinguishes padding from tokens.
         """
-        if self.step is not None:
+        if self.step is not None and self.step.newest is not None:
+            # No attention has read it: the next token may not wait where the caller may write.
+            self.attended = False
             self.step.settle()
-            self.step = None
         if self.pending is None:
             return
         kv_len = self.length + self.pending["keys"].shape[2]
@@ -214,6 +256,7 @@ class TurboQuantLayer(DynamicLayer):
                 known = valid if query.shape[2] == kv_len else None
                 energy = energy_of_queries(query, known, self.pending["keys"].shape[1])
                 self.query_energy = energy if self.query_energy is None else energy + self.query_energy
+                compile_ahead(self, self.pending["keys"], self.pending["values"], query, valid is not None)
             self._store(self.pending, valid)
         self.pending = None
         if self.is_offloaded:
@@ -229,10 +272,10 @@ class TurboQuantLayer(DynamicLayer):
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         """Writes new tokens to the exact slots, and quantises what leaves them."""
-        # Nobody differentiates through a cache; without detach, buffers would keep every autograd graph alive.
+        # Without detach, buffers would keep every autograd graph alive.
         states = {role: states[role].detach() for role in ROLES}
         if self.found is not None:
-            self._append(states)
+            self._write(states)
             return
         held = {role: self._exact(role) for role in ROLES}
         everything = {role: torch.cat([held[role], states[role]], dim=2) for role in ROLES} if self.length else states
@@ -242,10 +285,10 @@ class TurboQuantLayer(DynamicLayer):
             # As with a static capacity, where keys are conditioned before the token of a step comes.
             self._learn(held, valid, coming=1)
         if step or not self._learn(everything, valid):
-            self._append(states)
+            self._write(states)
         self.valid = valid if self.found is None else None
 
-    def _append(self, states: dict[str, torch.Tensor]) -> None:
+    def _write(self, states: dict[str, torch.Tensor]) -> None:
         # As long as there is room for them, tokens that wait to be learned from don't leave.
         sinks, window = self.config.sink_length, self.exact.ring if self.found is None else self.config.residual_length
         before, after = self.length, self.length + states["keys"].shape[2]
@@ -265,6 +308,8 @@ class TurboQuantLayer(DynamicLayer):
         """Appends one token, which pushes at most one out of the recent window; returns what attention reads."""
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
+        if not self.attended:
+            key_states, value_states = key_states.clone(), value_states.clone()
         sinks, window, quantized = self.config.sink_length, self.config.residual_length, self.codes["keys"].length
         leaving = int(self.length + 1 - sinks - window > quantized)
         if not leaving:
@@ -276,13 +321,22 @@ class TurboQuantLayer(DynamicLayer):
         states = self._read(leaving)
         states.newest = key_states, value_states
         # Offloaded tensors move before attention reads them, so the token must be stored now.
-        if self.is_offloaded or not states.quantized:
+        if self.is_offloaded:
             states.settle()
         for buffer in self.codes.values():
             buffer.length += leaving
         self.length += 1
-        self.step = states
-        return _handles(states) if states.quantized else tuple(self._exact(role) for role in ROLES)
+        self.step, self.attended = states, True
+        return _handles(states)
+
+    def _train(self, held, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lets gradients flow from what attention reads to the new tokens, the last of it: codes have none."""
+        if held[0].shape[2] > new[0].shape[2] and self.cut_off:
+            _log_cut_off()
+        self.cut_off = True
+        if self.step is not None:
+            self.step.training = dict(zip(ROLES, new, strict=True))
+        return held
 
     def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
         """The tokens at positions `start` to `stop`, taken from the recent window and then from `states`."""
@@ -304,7 +358,7 @@ class TurboQuantLayer(DynamicLayer):
         if beside <= self.exact.ring and not self._differ(found, length):
             return False
         self.exact, self.length, self.quantizers, self.found = self._slots(), 0, quantizers, found
-        self._append(states)
+        self._write(states)
         self.query_energy = None
         return True
 
@@ -360,13 +414,26 @@ class TurboQuantLayer(DynamicLayer):
         """All tokens, as long as none is quantised."""
         return self.exact[role][:, :, : self.length]
 
-    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _in_one_dtype(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As `torch.cat` would: exact tokens and new ones in the wider dtype of both, for keys and for values."""
+        dtypes = {role: torch.promote_types(self.exact[role].dtype, states[role].dtype) for role in ROLES}
+        if any(dtypes[role] != self.exact[role].dtype for role in ROLES):
+            self._widen(dtypes)
+        return {role: states[role].to(dtypes[role]) for role in ROLES}
+
+    def _widen(self, dtypes: dict[str, torch.dtype]) -> None:
+        # Handles returned earlier keep the tensors they read.
+        self.exact = self.exact.snapshot()
+        self.exact.to(dtypes)
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Raises a `ValueError` if the states don't fit; returns whether they have the dtypes of the tokens held."""
         given = None
         if isinstance(key_states, torch.Tensor) and isinstance(value_states, torch.Tensor):
             keys, values = key_states, value_states
             given = keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device
             if given == self.checked:
-                return
+                return True
         for name, states in (("key_states", key_states), ("value_states", value_states)):
             if not isinstance(states, torch.Tensor) or states.dim() != 4 or not states.is_floating_point():
                 got = f"{states.dtype} of shape {list(states.shape)}" if isinstance(states, torch.Tensor) else states
@@ -375,33 +442,51 @@ class TurboQuantLayer(DynamicLayer):
                     f"head_dim], got {got} at layer {self.layer_idx}."
                 )
         keys, values = key_states, value_states
-        if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype or keys.device != values.device:
+        if keys.shape[:3] != values.shape[:3] or keys.device != values.device:
             raise ValueError(
-                "`key_states` and `value_states` must agree in batch, heads, tokens, dtype and device, got "
-                f"{list(keys.shape)} {keys.dtype} {keys.device} and "
-                f"{list(values.shape)} {values.dtype} {values.device} at layer {self.layer_idx}."
+                "`key_states` and `value_states` must agree in batch, heads, tokens and device, got "
+                f"{list(keys.shape)} {keys.device} and {list(values.shape)} {values.device} at layer {self.layer_idx}."
             )
         if not self.is_initialized:
-            return
+            return True
         for name, states, held in (
             ("key_states", keys, self.exact["keys"]),
             ("value_states", values, self.exact["values"]),
         ):
-            expected = (*held.shape[:2], held.shape[3], self.dtype, self.device)
-            got = (*states.shape[:2], states.shape[3], states.dtype, states.device)
+            expected = (*held.shape[:2], held.shape[3], self.device)
+            got = (*states.shape[:2], states.shape[3], states.device)
             if expected != got:
                 raise ValueError(
-                    f"`{name}` must keep the batch size, heads, head_dim, dtype and device of the cached tokens, "
+                    f"`{name}` must keep the batch size, heads, head_dim and device of the cached tokens, "
                     f"{expected}, got {got} at layer {self.layer_idx}. Use a new cache or `reset()` for another "
                     "batch, and `batch_repeat_interleave` or `batch_select_indices` to change the batch of this one."
                 )
+        if (keys.dtype, values.dtype) != (self.exact["keys"].dtype, self.exact["values"].dtype):
+            return False
         # Steps have the same shapes: the next one can skip the check.
         self.checked = given
+        return True
 
-    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.codes["keys"].length:
-            return tuple(self._exact(role) for role in ROLES)
-        return _handles(self._read())
+    def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Handles of all tokens held, which the next update leaves what they are."""
+        self.lent = True
+        if self.codes["keys"].length:
+            return _handles(self._read())
+        return _handles(ExactStates({role: self._exact(role) for role in ROLES}, lambda *_: None, writable=True))
+
+    def _wait(self, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps a copy of the states until the query that attends to them is seen; returns what attention reads."""
+        before = self.length
+        # Ordinary tensors even in inference mode, whose versions show whether they were written to.
+        with torch.inference_mode(False):
+            exact = self._with_exact(states, before)
+        self.pending = {role: tensor[:, :, before:].detach() for role, tensor in exact.items()}
+        return _handles(ExactStates(exact, self.settle))
+
+    def _outdate(self) -> None:
+        """What the last update returned must not be read any more."""
+        if self.step is not None:
+            self.step.outdated, self.step = True, None
 
     def _read(self, leaving: int | None = None) -> LayerStates:
         """What attention reads now or, with `leaving`, after one more token, with `leaving` more tokens quantised."""
@@ -412,17 +497,9 @@ class TurboQuantLayer(DynamicLayer):
             states.leaving = leaving
         return states
 
-    def _exact_with_chunk(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The sinks held so far, followed by the new tokens, which may fill the remaining sinks."""
-        sinks = min(self.length, self.config.sink_length)
-        return {role: torch.cat([self.exact[role][:, :, :sinks], states[role]], dim=2) for role in ROLES}
-
-    def _states_with_chunk(self, before: int, exact: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Handles that read earlier tokens from the sinks and codes, and the chunk itself exactly."""
-        sinks = self.config.sink_length
-        if before <= sinks:
-            return tuple(exact[role] for role in ROLES)
-        return _handles(self._read_from(exact, before - sinks, self.length - before, 0))
+    def _with_exact(self, states: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+        """The first `count` tokens, which are exact, followed by new ones, in memory of their own."""
+        return {role: torch.cat([self.exact[role][:, :, :count], states[role]], dim=2) for role in ROLES}
 
     def _read_from(self, exact: dict[str, torch.Tensor], quantized: int, ring: int, phase: int) -> LayerStates:
         sinks, backend = self.config.sink_length, self.config.backend
@@ -517,5 +594,14 @@ class TurboQuantLayer(DynamicLayer):
             self._replace(lambda tensor: tensor.to(self.device, non_blocking=True))
 
 
-def _handles(states: LayerStates) -> tuple[torch.Tensor, torch.Tensor]:
+@lru_cache(maxsize=1)
+def _log_cut_off() -> None:
+    logger.warning(
+        "Gradients flow to the keys and values of a call's own tokens, and to none of earlier calls: a TurboQuantCache "
+        "holds these as codes. Pass all tokens in one call or use a `DynamicCache` to train with them, and call the "
+        "model under `torch.no_grad()` if nothing is trained."
+    )
+
+
+def _handles(states: LayerStates | ExactStates) -> tuple[torch.Tensor, torch.Tensor]:
     return QuantizedStates(states, "keys"), QuantizedStates(states, "values")

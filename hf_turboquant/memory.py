@@ -1,10 +1,12 @@
 """MemoryReport: the bytes of a cache, counted from its tensors."""
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from .layer import TurboQuantLayer
+from .packing import BLOCK
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class MemoryReport:
         constants_bytes (`int`): rotations, sketches and codebooks; independent of the sequence length.
         other_bytes (`int`): layers that are not compressed.
         full_bytes (`int`): what a `DynamicCache` holds for the same tokens.
+        smaller_from (`int`): about how many tokens a sequence must have to be smaller than in a `DynamicCache`; 0 if
+            it never is.
     """
 
     codes_bytes: int = 0
@@ -29,11 +33,12 @@ class MemoryReport:
     constants_bytes: int = 0
     other_bytes: int = 0
     full_bytes: int = 0
+    smaller_from: int = field(default=0, compare=False)
 
     @property
     def total_bytes(self) -> int:
         """Everything the cache holds."""
-        return sum(getattr(self, field.name) for field in fields(self)) - self.full_bytes
+        return sum(getattr(self, name) for name in _PARTS)
 
     @property
     def compression_ratio(self) -> float:
@@ -41,18 +46,20 @@ class MemoryReport:
         return self.full_bytes / self.total_bytes if self.total_bytes else 1.0
 
     def __add__(self, other: "MemoryReport") -> "MemoryReport":
-        return MemoryReport(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        sums = (getattr(self, name) + getattr(other, name) for name in (*_PARTS, "full_bytes"))
+        return MemoryReport(*sums, max(self.smaller_from, other.smaller_from))
 
     def __str__(self) -> str:
-        parts = ", ".join(
-            f"{field.name.removesuffix('_bytes')} {readable(getattr(self, field.name))}"
-            for field in fields(self)
-            if field.name != "full_bytes" and getattr(self, field.name)
-        )
-        return (
-            f"{readable(self.total_bytes)} in place of {readable(self.full_bytes)}: "
-            f"{self.compression_ratio:.2f} times smaller ({parts or 'empty'})"
-        )
+        held = {name.removesuffix("_bytes"): getattr(self, name) for name in _PARTS}
+        parts = ", ".join(f"{name} {readable(count)}" for name, count in held.items() if count)
+        ratio = f"{self.compression_ratio:.2f} times smaller"
+        if self.compression_ratio < 1:
+            later = f"; smaller from about {self.smaller_from:,} tokens on" if self.smaller_from else ""
+            ratio = f"{1 / self.compression_ratio:.1f} times larger{later}"
+        return f"{readable(self.total_bytes)} in place of {readable(self.full_bytes)}: {ratio} ({parts or 'empty'})"
+
+
+_PARTS = tuple(part.name for part in fields(MemoryReport))[:-2]
 
 
 def layer_memory(layer) -> MemoryReport:
@@ -76,15 +83,29 @@ def layer_memory(layer) -> MemoryReport:
         for tensor in layer.exact.tensors.values()
     )
     exact = token_bytes * (layer.length - layer.codes["keys"].length)
+    constants = sum(quantizer.nbytes for quantizer in layer.quantizers.values())
     return MemoryReport(
         codes_bytes=codes,
         scales_bytes=scales,
         exact_bytes=exact,
         slack_bytes=layer.nbytes - codes - scales - exact,
-        constants_bytes=sum(quantizer.nbytes for quantizer in layer.quantizers.values()),
+        constants_bytes=constants,
         other_bytes=held,
         full_bytes=token_bytes * layer.length + held,
+        smaller_from=_smaller_from(layer, token_bytes, constants),
     )
+
+
+def _smaller_from(layer: TurboQuantLayer, token_bytes: int, constants: int) -> int:
+    """Tokens whose codes have saved as much as the constants and a block of spare codes take."""
+    room = layer.config.max_cache_len
+    if room is not None:
+        tokens = math.ceil((layer.nbytes + constants) / token_bytes)
+        return tokens if tokens <= room else 0
+    tensors = [(t, buffer.block) for buffer in layer.codes.values() for t in buffer.tensors.values()]
+    code_bytes = sum(math.prod((*t.shape[:2], *t.shape[3:])) * t.itemsize / block for t, block in tensors)
+    exact = layer.config.sink_length + layer.config.residual_length
+    return exact + math.ceil((constants + BLOCK * code_bytes) / (token_bytes - code_bytes))
 
 
 def _tensor_bytes(tree) -> int:

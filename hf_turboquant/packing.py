@@ -73,10 +73,17 @@ def field_widths(nbits: int) -> list[int]:
     return [width for width in (8, 4, 2, 1) if nbits & width]
 
 
+def can_pack(head_dim: int) -> bool:
+    """Whether vectors of this width have codes: codebooks begin at 16 dimensions, and a byte holds up to four codes."""
+    return head_dim >= 16 and head_dim % 4 == 0
+
+
 def plane_shapes(nbits: int, layout: str, head_dim: int) -> dict[str, tuple[int, int]]:
     """Name and shape of every plane of one block; `layout` is `"keys"` or `"values"`, names are `"plane2"` etc."""
-    if head_dim % 8:
-        raise ValueError(f"`head_dim` must be a multiple of 8 to be packed, got {head_dim}. Use `skip_layers`.")
+    if not can_pack(head_dim):
+        raise ValueError(
+            f"`head_dim` must be a multiple of 4, 16 at least, to be packed, got {head_dim}. Use `skip_layers`."
+        )
     return {f"plane{width}": LAYOUTS[layout][width].rows(head_dim) for width in field_widths(nbits)}
 
 

@@ -83,7 +83,7 @@ class Quantizer:
         and in every process. Caches share it.
 
         Raises:
-            `ValueError`: `head_dim` is under 16 or not a multiple of 8.
+            `ValueError`: `head_dim` is under 16 or not a multiple of 4.
         """
         nbits, estimator = (
             (config.key_bits, config.key_estimator) if role == "keys" else (config.value_bits, config.value_estimator)

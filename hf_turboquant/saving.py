@@ -60,6 +60,7 @@ def save_cache(cache, folder: str | Path) -> None:
     # Negative indices could not be resolved without a model.
     header["options"] = {**asdict(cache.options), "skip_layers": sorted(cache.skipped)}
     header |= {"model": cache.model_fields, "layers": layers}
+    header["unpacked"] = {str(index): dim for index, dim in cache.unpacked.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
         new, old = Path(work, "new"), Path(work, "old")
@@ -98,6 +99,7 @@ def load_cache(cls, folder: str | Path, config: PreTrainedConfig | None, device:
         # The layers come from the folder: with a capacity, the cache would need the model's config to make them.
         cache = cls(None, **asdict(replace(options, max_cache_len=None)))
         cache.options, cache.model_fields = options, header["model"] and dict(header["model"])
+        cache.unpacked = {int(index): dim for index, dim in header.get("unpacked", {}).items()}
         # Layers go to the device one by one.
         cache.layers = [
             _new_layer(options, index, **_decode(state, tensors, device))
@@ -126,7 +128,10 @@ def _check_model(cache, folder: Path, config: PreTrainedConfig) -> None:
     # Fields come and go between releases of transformers.
     compared = [pair for pair in compared if None not in pair] + [("number of layers", len(cache.layers), count)]
     if len(cache.layers) == count:
-        pairs = zip(cache.layers, type(cache)(config, **asdict(cache.options)).layers, strict=True)
+        fresh = type(cache)(config, **asdict(cache.options))
+        for index, dim in cache.unpacked.items():
+            fresh._fit(index, [dim])
+        pairs = zip(cache.layers, fresh.layers, strict=True)
         compared += [(f"layer {i}", kind(held), kind(given)) for i, (held, given) in enumerate(pairs)]
     for what, held, given in compared:
         if held != given:
@@ -205,6 +210,8 @@ def _new_layer(options: TurboQuantConfig, index: int, kind: str, fields: dict, t
 
 def _restore(layer, length, quantized, stored, found, provisional, learned, query_energy, valid, constants) -> None:
     sinks, room = layer.config.sink_length, layer.config.max_cache_len
+    for role in ROLES:
+        _must(stored[role]["exact"].is_floating_point(), f"tokens of {role}", stored[role]["exact"].dtype)
     layer.lazy_initialization(*(stored[role]["exact"][:, :, :0] for role in ROLES))
     batch, heads, _, head_dim = stored["keys"]["exact"].shape
     layer.found, provisional = None if found is None else Learned(*found), Learned(*provisional)
@@ -218,7 +225,7 @@ def _restore(layer, length, quantized, stored, found, provisional, learned, quer
     for role in ROLES:
         buffer, blocks = layer.codes[role], -(-quantized // layer.codes[role].block)
         expected = {name: (t.dtype, (batch, heads, blocks, *t.shape[3:])) for name, t in buffer.tensors.items()}
-        expected["exact"] = layer.dtype, (batch, heads, length - quantized, layer.exact[role].shape[3])
+        expected["exact"] = layer.exact[role].dtype, (batch, heads, length - quantized, layer.exact[role].shape[3])
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored[role].items()}
         _must(found == expected, f"tokens of {role}", found)
         # Tolerates the rounding of another machine, but not another random stream.
@@ -301,6 +308,9 @@ def _refusing(folder: Path) -> Iterator[None]:
 
 
 def _read_header(folder: Path) -> dict:
+    if not (folder / HEADER).exists():
+        what = f"holds no {HEADER}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"`folder` must be one that `save_pretrained` wrote, got {folder}, which {what}.")
     with _refusing(folder):
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         if header["format"] != FORMAT:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -47,6 +47,10 @@ class LayerStates:
             Key and value of the last token, of shape `[batch, num_key_value_heads, 1, head_dim]`, while they are not
             stored yet: the attention kernels append them, all other readers call [`settle`] first.
         leaving (`int`): tokens that `newest` pushes out of the recent window: 1 or 0.
+        training (`dict[str, torch.Tensor]`, *optional*):
+            By role, the last tokens as they came, if gradients flow to them: then attention reads these, and of all
+            others dequantised ones.
+        outdated (`bool`): whether the layer went on, and may have overwritten what these states read.
         window (`int`, *optional*): recent tokens that stay exact if they are fewer than `ring`.
     """
 
@@ -63,6 +67,8 @@ class LayerStates:
     plans: dict | None = None
     newest: tuple[torch.Tensor, torch.Tensor] | None = None
     leaving: int = 0
+    training: dict[str, torch.Tensor] | None = None
+    outdated: bool = False
     window: int | None = None
 
     def measured(self) -> "LayerStates":
@@ -87,7 +93,12 @@ class LayerStates:
         return replace(self, kv_len=kv_len, quantized=quantized, phase=phase, window=window, counters=None)
 
     def settle(self) -> None:
-        """Appends the newest token if attention has not done so."""
+        """Appends the newest token if attention has not done so; raises a `ValueError` if these states are outdated."""
+        if self.outdated:
+            raise ValueError(
+                "Keys and values that `update` returned must be read before the next update or reset of their layer, "
+                "got a later read. Keep a `.clone()`, or take `cache.layers[i].keys`, which stay what they were."
+            )
         if self.newest is not None:
             before = replace(self, kv_len=self.kv_len - 1, quantized=self.quantized - self.leaving, newest=None)
             ops.append(before, *self.newest)
@@ -135,6 +146,9 @@ class LayerStates:
         for position, run in self.exact_runs():
             piece = exact[:, :, run]
             out[:, :, position : position + piece.shape[2]] = piece
+        if self.training is not None:
+            new = self.training[role]
+            out = torch.cat([out[:, :, : -new.shape[2]], new], dim=2)
         return out
 
 
@@ -146,10 +160,12 @@ class ExactStates:
     Args:
         exact (`dict[str, torch.Tensor]`): by role, of shape `[batch, num_key_value_heads, kv_len, head_dim]`.
         observe (`Callable`): called with the query and the attention mask, or with `None` twice if they are unknown.
+        writable (`bool`): whether a write to these tensors changes what the layer holds.
     """
 
     exact: dict[str, torch.Tensor]
     observe: Callable[[torch.Tensor | None, torch.Tensor | None], None]
+    writable: bool = False
 
     def shape(self, role: str) -> tuple[int, int, int, int]:
         return tuple(self.exact[role].shape)
@@ -167,7 +183,8 @@ class QuantizedStates(torch.Tensor):
 
     Shape, dtype and device are those of that tensor. `scaled_dot_product_attention` with both handles runs on the
     codes; repeating KV heads as transformers may do before it (index, expand, reshape) returns a handle. Any other
-    operation runs on a dequantised tensor, made for that operation alone.
+    operation runs on a dequantised tensor, made for that operation alone; one that writes to it, or to a view of it,
+    raises a `ValueError`.
 
     Args:
         states (`LayerStates` or `ExactStates`): what the layer holds.
@@ -213,10 +230,11 @@ class QuantizedStates(torch.Tensor):
     @classmethod
     @torch.compiler.disable
     def _untraced_function(cls, func, args, kwargs):
-        return cls._function(func, args, kwargs)
+        # A graph goes on with plain tensors.
+        return cls._function(func, args, kwargs, protect=False)
 
     @classmethod
-    def _function(cls, func, args, kwargs):
+    def _function(cls, func, args, kwargs, protect=True):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -235,12 +253,25 @@ class QuantizedStates(torch.Tensor):
             handle = args[0]._repeat_step(func, args[1:])
             if handle is not None:
                 return handle
-        return _call_plain(func, args, kwargs)
+        elif func == _SET_DATA and args[0].is_writable:
+            return args[0]._write(args[1])
+        return _call_plain(func, args, kwargs, cls, protect)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         # Reached where torch's C++ side skips the function override.
-        return _call_plain(func, args, kwargs or {})
+        return _call_plain(func, args, kwargs or {}, cls, protect=False)
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether a write changes what the layer holds: in place of codes there is nothing to write to."""
+        return isinstance(self.states, ExactStates) and self.states.writable
+
+    def _write(self, new: torch.Tensor) -> None:
+        """What assigning to `data` means while the layer holds exact tokens alone."""
+        if tuple(new.shape) != tuple(self.shape):
+            raise ValueError(f"`data` must keep its shape {list(self.shape)}, got {list(new.shape)}.")
+        self.dequantize().copy_(new)
 
     def _repeat_step(self, func, args) -> "QuantizedStates | None":
         """One step of `repeat_kv`: x[:, :, None, :, :] -> expand -> reshape; `None` for anything else."""
@@ -305,30 +336,92 @@ def _attention_call(
     }
 
 
-@cache
-def _log_dequantize(operation: str) -> None:
+@lru_cache(maxsize=1)
+def _log_dequantize() -> None:
     logger.warning(
-        "`%s` was called on quantised keys or values, which are dequantised for it: the result is right, but takes the "
-        "memory of full precision. Load the model with `attn_implementation='sdpa'` or `'turboquant'` to attend "
-        "straight from the codes.",
-        operation,
+        "Quantised keys or values were dequantised for an operation that does not read codes: the result is right, but "
+        "takes the memory of full precision. Load the model with `attn_implementation='sdpa'` or `'turboquant'` to "
+        "attend straight from the codes."
     )
 
 
-def _call_plain(func, args, kwargs):
-    """Calls `func` with plain tensors in place of handles; layers that wait for a query are told that none was seen."""
-
-    def plain(handle: QuantizedStates) -> torch.Tensor:
-        if isinstance(handle.states, ExactStates):
-            handle.states.observe(None, None)
-        else:
-            _log_dequantize(getattr(func, "__name__", str(func)))
+def plain(handle: QuantizedStates) -> torch.Tensor:
+    """The tensor that `handle` stands for, for an operation that is not attention; what waits is told of no query."""
+    if isinstance(handle.states, ExactStates):
+        handle.states.observe(None, None)
+    else:
+        _log_dequantize()
+    # An ordinary tensor even in inference mode: its version shows whether it was written to.
+    with torch.inference_mode(False):
         return handle.dequantize()
+
+
+class ReadOnly(torch.Tensor):
+    """
+    Shares memory with a tensor that was dequantised for one operation, as a slice of keys does. A write to it would be
+    lost, so it raises a `ValueError`; everything else gives plain tensors.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        function = _untraced_call if torch.compiler.is_compiling() else _call_plain
+        return function(func, args, kwargs or {}, cls)
+
+
+_SET_DATA = torch.Tensor.data.__set__
+_TO_NUMPY = torch.Tensor.numpy, torch.Tensor.__array__
+
+
+def _call_plain(func, args, kwargs, kind: type, protect: bool = True):
+    """
+    Calls `func` with plain tensors in place of those of `kind`: handles, or [`ReadOnly`]. These are copies that nobody
+    else has: raises a `ValueError` if `func` wrote to one, and with `protect` returns as [`ReadOnly`] what shares
+    memory with one.
+    """
+    name, copies = getattr(func, "__name__", str(func)), []
+
+    def convert(item: torch.Tensor) -> torch.Tensor:
+        if isinstance(item, QuantizedStates):
+            copy = plain(item)
+            if item.is_writable:
+                return copy
+        else:
+            with torch._C.DisableTorchFunctionSubclass():
+                copy = item.as_subclass(torch.Tensor)
+        copies.append((copy, copy._version))
+        return copy
 
     def replaced(item):
         # Most arguments are not trees, and searching a tree takes longer than everything else here.
         if isinstance(item, (tuple, list, dict)):
-            return tree_map_only(QuantizedStates, plain, item)
-        return plain(item) if isinstance(item, QuantizedStates) else item
+            return tree_map_only(kind, convert, item)
+        return convert(item) if isinstance(item, kind) else item
 
-    return func(*map(replaced, args), **{name: replaced(item) for name, item in kwargs.items()})
+    args, kwargs = [replaced(item) for item in args], {key: replaced(item) for key, item in kwargs.items()}
+    # The setter of an attribute, which would change the copy alone.
+    written = name == "__set__"
+    if written:
+        name = f"{func.__self__.__name__} = ..."
+    out = None if written else func(*args, **kwargs)
+    if written or any(copy._version != version for copy, version in copies):
+        raise ValueError(
+            f"Keys and values of a TurboQuantCache that are codes must not be written to, got `{name}`, which would "
+            "change a dequantised copy alone. Write to a `.clone()`; to change what a cache holds, `update` a new one "
+            "with the changed tensors."
+        )
+    if not copies or not protect:
+        return out
+    if func in _TO_NUMPY:
+        out.flags.writeable = False
+    memory = {copy.untyped_storage()._cdata for copy, _ in copies}
+
+    def protected(item: torch.Tensor) -> torch.Tensor:
+        shared = item.layout is torch.strided and item.untyped_storage()._cdata in memory
+        return item.as_subclass(ReadOnly) if shared and type(item) is torch.Tensor else item
+
+    # A tree of numbers, as `tolist` makes it, would take long.
+    several = isinstance(out, (tuple, list)) and len(out) and isinstance(out[0], torch.Tensor)
+    return tree_map_only(torch.Tensor, protected, out) if several or isinstance(out, torch.Tensor) else out
+
+
+_untraced_call = torch.compiler.disable(_call_plain)

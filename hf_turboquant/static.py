@@ -1,6 +1,7 @@
 """TurboQuantStaticLayer: a layer of static capacity, whose decode step needs nothing from the host."""
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 
@@ -8,20 +9,20 @@ from . import ops
 from .arena import describe, new_arena, open_arena
 from .conditioning import NOT_CONDITIONED, Learned
 from .config import KERNEL_BITS, TurboQuantConfig
-from .layer import ROLES, TurboQuantLayer
-from .states import LayerStates, QuantizedStates
+from .layer import ROLES, TurboQuantLayer, _handles
+from .states import LayerStates
 from .storage import SlotBuffer
 from .traced import TracedStates, append, seq_length
 
 # Attributes that are views of the arena and are made again with it.
-_VIEWS = {"states", "quantizers", "codes", "exact"}
+_VIEWS = {"states", "quantizers", "codes", "exact", "step"}
 
 # Most tokens of a step: one token of a compiled model, or those that a draft proposes.
 STEP_TOKENS = 16
 
 _NOT_COMPILED = (
-    "Only steps of a few tokens are compiled over a cache with `max_cache_len`, after a prefill that was not and whose "
-    "attention has run: `generate` does so. Leave `fullgraph=True` out for longer ones."
+    "Only steps of a few tokens without gradients are compiled over a cache with `max_cache_len`, after a prefill that "
+    "was not and whose attention has run: `generate` does so. Leave `fullgraph=True` out for others."
 )
 
 
@@ -126,13 +127,13 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             `ValueError`: as there, or the capacity is used up. The layer is left unchanged.
         """
         step = self.has_tokens and self.pending is None and key_states.shape[2] <= self.step_tokens
-        if torch.compiler.is_compiling() and step:
+        if torch.compiler.is_compiling() and step and not ops.trains(key_states, value_states):
             return self._traced_update(key_states, value_states)
         return self._plain_update(key_states, value_states)
 
     @torch.compiler.disable(reason=_NOT_COMPILED)
     def _plain_update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check(key_states, value_states)
+        as_held = self._check(key_states, value_states)
         self.settle()
         tokens = key_states.shape[2]
         if tokens > self.step_tokens or not self.has_tokens:
@@ -140,9 +141,14 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self._check_room(tokens)
             return super().update(key_states, value_states)
         self.find_room(tokens)
+        if not as_held:
+            self._in_one_dtype({"keys": key_states, "values": value_states})
         ops.append(self.states, key_states.detach(), value_states.detach())
         self.count(tokens)
-        return tuple(QuantizedStates(self.states, role) for role in ROLES)
+        self._outdate()
+        self.step = copy(self.states)
+        held = _handles(self.step)
+        return self._train(held, key_states, value_states) if ops.trains(key_states, value_states) else held
 
     def count(self, tokens: int) -> None:
         """
@@ -249,9 +255,10 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.measure()
         return super().condition
 
-    def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.measure()
-        return super()._states()
+        # A copy, because compiled steps write to the arena without any Python.
+        return _handles(open_arena(self.arena.clone(), self.description).measured())
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens held; once there are any, a tensor on the device, as in transformers' static layers."""
@@ -292,6 +299,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         if self.is_initialized:
             self.settle()
             self.measure()
+            self._outdate()
             super().crop(tokens_to_remove)
             self._write_lengths()
 
@@ -301,13 +309,22 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.settle()
         self.measure()
         valid = None if self.valid is None else function(self.valid)
+        self._hold([{name: function(tensor) for name, tensor in part.items()} for part in _parts(self.states)])
+        self.valid = valid
+
+    def _widen(self, dtypes: dict[str, torch.dtype]) -> None:
+        self.measure()
+        exact, *codes = _parts(self.states)
+        self._hold([{role: exact[role].to(dtypes[role]) for role in ROLES}, *codes])
+
+    def _hold(self, parts: list[dict[str, torch.Tensor]]) -> None:
+        """Holds the tokens in `parts`, see [`_parts`], instead of its own."""
+        self._outdate()
         self.checked = None
-        before = self.states
-        mapped = [{name: function(tensor) for name, tensor in tensors.items()} for tensors in _parts(before)]
-        exact = mapped[0]
+        before, exact = self.states, parts[0]
         description = describe(self.config, self.layer_idx, exact["keys"], exact["values"])
         if description != self.description:
-            # Another batch size needs other memory.
+            # Another batch size or dtype needs other memory.
             arena = new_arena(description, self.device)
             self.arena, self.description, quantized = arena, description, self.codes["keys"].length
             self._open()
@@ -316,10 +333,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             for buffer in self.codes.values():
                 buffer.length = quantized
             self._write_lengths()
-        for held, new in zip(_parts(self.states), mapped, strict=True):
+        for held, new in zip(_parts(self.states), parts, strict=True):
             for name, tensor in held.items():
                 tensor.copy_(new[name])
-        self.valid = valid
 
     def offload(self) -> None:
         """Raises a `ValueError`: compiled steps hold the addresses of this memory."""

@@ -75,6 +75,11 @@ class TokenBuffer:
         with torch.inference_mode(False):
             self.tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
 
+    def to(self, dtypes: dict[str, torch.dtype]) -> None:
+        """Converts the tensors, by name; contents stay what they are where dtypes are wider."""
+        with torch.inference_mode(False):
+            self.tensors = {name: tensor.to(dtypes[name]) for name, tensor in self.tensors.items()}
+
     def snapshot(self) -> "TokenBuffer":
         """A buffer with the same tensors but its own length: it does not see later appends and moves."""
         return copy.copy(self)

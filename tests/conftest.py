@@ -39,34 +39,38 @@ def smollm2():
     return load(None)
 
 
+def forget_quantizers():
+    """The next caches make quantizers anew."""
+    from hf_turboquant import arena, quantizer
+
+    arena._layout.cache_clear()
+    arena._quantizers.clear()
+    quantizer._create.cache_clear()
+
+
 @pytest.fixture
 def same_search(monkeypatch):
     """
     Tokens that come alone are searched for as long as those that come together, in four rounds: then how tokens arrive
     does not matter.
     """
-    from hf_turboquant import arena, quantizer
     from hf_turboquant.search import ANNEALINGS
-
-    def forget():
-        arena._layout.cache_clear()
-        quantizer._create.cache_clear()
 
     for bits, annealing in ANNEALINGS.items():
         monkeypatch.setitem(ANNEALINGS, bits, dataclasses.replace(annealing, rounds=annealing.single_rounds))
-    forget()
+    forget_quantizers()
     yield
-    forget()
+    forget_quantizers()
 
 
 @pytest.fixture(scope="module")
 def early_learning():
     """Keys wait for 16 tokens in place of 128 before they are conditioned: most texts of tests are short."""
-    from hf_turboquant import arena, conditioning, config
+    from hf_turboquant import conditioning, config
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "LEARNED_TOKENS", 16)
         patch.setattr(conditioning, "MIN_TOKENS", 8)
-        arena._layout.cache_clear()
+        forget_quantizers()
         yield
-    arena._layout.cache_clear()
+    forget_quantizers()

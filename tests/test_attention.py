@@ -2,14 +2,19 @@
 
 import copy
 import logging
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, masking_utils
+from transformers.integrations import flash_attention
+from transformers.integrations.flex_attention import WrappedFlexAttention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_turboquant import TurboQuantCache, ops, states
+from hf_turboquant import QuantizedStates, TurboQuantCache, layer, ops, states
+from hf_turboquant._supported import cache_name
 
 pytestmark = pytest.mark.usefixtures("early_learning")
 
@@ -22,6 +27,19 @@ CONFIG = LlamaConfig(
     head_dim=32,
     vocab_size=99,
     eos_token_id=2,
+)
+
+GEMMA2 = Gemma2Config(
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    vocab_size=99,
+    sliding_window=16,
+    # so low that it matters for a random model
+    attn_logit_softcapping=0.05,
 )
 
 
@@ -37,19 +55,45 @@ def paths(monkeypatch):
     return ran
 
 
-def run(implementation, padded, paths, pieces=(40, 1, 4, 1), **options):
+@pytest.fixture
+def implementations(monkeypatch):
+    """Lets the implementations run that need a C++ compiler or a GPU."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **{**options, "backend": "eager"}))
+    # compiled once in a process
+    monkeypatch.setattr(WrappedFlexAttention, "_is_flex_compiled", False)
+    # compiling the mask takes longer than all the rest
+    create = masking_utils.create_block_mask
+    monkeypatch.setattr(masking_utils, "create_block_mask", lambda *a, **k: create(*a, **{**k, "_compile": False}))
+
+    def flash(query, key, value, mask, is_causal, softmax_scale, **_):
+        # the kernels read memory, and handles have none
+        assert not any(isinstance(x, QuantizedStates) for x in (query, key, value))
+        causal = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril(key.shape[1] - query.shape[1])
+        mask = causal if mask is None else causal & mask[:, None, None, : key.shape[1]].bool()
+        states = [x.transpose(1, 2) for x in (query, key, value)]
+        out = torch.nn.functional.scaled_dot_product_attention(*states, mask, scale=softmax_scale, enable_gqa=True)
+        # rows of padding see nothing
+        return out.transpose(1, 2).nan_to_num()
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash)
+
+
+def run(implementation, padded, paths, pieces=(40, 1, 4, 1), cache=None, **options):
     torch.manual_seed(0)
     model = LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
-    model.set_attn_implementation(implementation)
+    # not by `set_attn_implementation`, which asks for the kernels
+    model.config._attn_implementation = implementation
     ids, mask = torch.randint(3, 99, (2, sum(pieces))), torch.ones(2, sum(pieces), dtype=torch.long)
     mask[0, : 7 if padded else 0] = 0
-    # without conditioning: eager attention shows no query, so it would not be the same for all
-    cache = TurboQuantCache(CONFIG, nbits=3, residual_length=8, condition="none")
+    if cache is None:
+        # without conditioning: eager attention shows no query, so it would not be the same for all
+        cache = TurboQuantCache(CONFIG, nbits=3, residual_length=8, condition="none")
     start, after_prefill = 0, []
     for piece in pieces:
         stop = start + piece
         with torch.no_grad():
-            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, **options)
+            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], **{cache_name(model): cache}, **options)
         start = stop
         after_prefill.append(list(paths))
         paths.clear()
@@ -57,14 +101,103 @@ def run(implementation, padded, paths, pieces=(40, 1, 4, 1), **options):
 
 
 @pytest.mark.parametrize("padded", (False, True))
-@pytest.mark.parametrize("implementation", ("sdpa", "turboquant", "eager"))
-def test_path(implementation, padded, paths):
+@pytest.mark.parametrize("implementation", sorted({"eager", *ALL_ATTENTION_FUNCTIONS}))
+def test_path(implementation, padded, paths, implementations):
+    try:
+        exact, _ = run(implementation, padded, paths, cache=DynamicCache(config=CONFIG))
+    except (TypeError, ValueError) as error:
+        # continuous batching has a cache of its own, and fails with every other
+        with pytest.raises(type(error), match=re.escape(str(error)[:50])):
+            run(implementation, padded, paths)
+        return
     out, ran = run(implementation, padded, paths)
     # the first prefill is exact; then every layer of every step
-    expected = ["codes"] * 2 if implementation != "eager" else ["dequantized"] * 4
+    expected = ["codes"] * 2 if implementation in ("sdpa", "turboquant") else ["dequantized"] * 4
     assert ran == [[], expected, expected, expected]
+    assert (out.logits - exact.logits).norm() < 0.1 * exact.logits.norm()
+    # what continuous batching takes has no causal mask
     reference, _ = run("sdpa", padded, paths)
-    assert (out.logits - reference.logits).norm() < 1e-5 * reference.logits.norm()
+    assert "paged" in implementation or (out.logits - reference.logits).norm() < 1e-5 * reference.logits.norm()
+
+
+@pytest.mark.parametrize("capacity", (None, 60))
+@pytest.mark.parametrize("inside", [(True, True, True), (True, False, False), (False, True, True), (True, False, True)])
+@pytest.mark.parametrize("implementation", ("sdpa", "turboquant", "eager"))
+def test_autocast(implementation, inside, capacity):
+    """Of a model in fp32, rotary embeddings leave keys in fp32 and values in bf16; autocast may begin or end."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
+    model.set_attn_implementation(implementation)
+    ids, logits = torch.randint(3, 99, (2, 50)), []
+    for cache in (
+        DynamicCache(config=CONFIG),
+        TurboQuantCache(CONFIG, residual_length=8, nbits=8, max_cache_len=capacity),
+    ):
+        for piece, enabled in zip(ids.split([40, 9, 1], dim=1), inside, strict=True):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled):
+                out = model(piece, **{cache_name(model): cache}).logits
+        logits.append(out.float())
+    assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
+    assert cache.layers[0].codes["keys"].length > 0
+
+
+def gradients(model, cache, ids, prompt, names, train_prompt=False):
+    """Of a loss over the tokens after a cached prompt."""
+    model.zero_grad()
+    with torch.set_grad_enabled(train_prompt):
+        model(ids[:, :prompt], **{cache_name(model): cache})
+    model(ids[:, prompt:], **{cache_name(model): cache}).logits.square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if any(part in name for part in names)}
+
+
+@pytest.mark.parametrize(
+    "options", ({}, {"condition": "none"}, {"residual_length": 0}, {"max_cache_len": 90, "condition": "none"}), ids=str
+)
+@pytest.mark.parametrize("implementation", ("sdpa", "turboquant", "eager"))
+@pytest.mark.parametrize("model_type", ("llama", "gemma2", "only queries"))
+def test_gradients_flow_to_the_tokens_of_the_call(model_type, implementation, options):
+    torch.manual_seed(0)
+    # softcap has a path of its own; sdpa has none
+    kind, config = (Gemma2ForCausalLM, GEMMA2) if model_type == "gemma2" else (LlamaForCausalLM, CONFIG)
+    if model_type == "gemma2" and implementation == "sdpa":
+        pytest.skip("sdpa has no softcap")
+    model, names = kind(copy.deepcopy(config)).train(), ("q_proj", "k_proj", "v_proj", "embed")
+    if model_type == "only queries":
+        names = ("layers.0.self_attn.q_proj",)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(names[0] in name)
+    model.set_attn_implementation(implementation)
+    # all exact, and with codes; as few as the window and more
+    for prompt, tokens in ((10, 4), (60, 1), (60, 4), (60, 20)):
+        ids = torch.randint(3, 99, (2, prompt + tokens))
+        cache = TurboQuantCache(config, **{"nbits": 8, "residual_length": 16, **options})
+        expected = gradients(model, DynamicCache(config=config), ids, prompt, names)
+        for name, found in gradients(model, cache, ids, prompt, names).items():
+            assert (found - expected[name]).norm() < 0.05 * expected[name].norm(), (name, prompt, tokens)
+
+
+@pytest.mark.parametrize("prompt", (10, 60))
+def test_gradients_that_are_cut_off_are_said_once(prompt, caplog):
+    torch.manual_seed(0)
+    model, ids = LlamaForCausalLM(copy.deepcopy(CONFIG)).train(), torch.randint(3, 99, (1, prompt + 4))
+    found = []
+    for train_prompt in (False, True, True):
+        layer._log_cut_off.cache_clear()
+        caplog.clear()
+        cache = TurboQuantCache(CONFIG, residual_length=16)
+        found.append(gradients(model, cache, ids, prompt, ("k_proj",), train_prompt))
+        said = [record.getMessage() for record in caplog.records if "Gradients" in record.getMessage()]
+        assert len(said) == train_prompt
+    assert "use a `DynamicCache` to train with them" in said[0]
+    # what the prompt was computed for does not matter
+    assert all(torch.equal(found[0][name], x) for name, x in found[1].items())
+
+
+def test_eager_attention_says_once_that_it_dequantises(paths, caplog):
+    states._log_dequantize.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="hf_turboquant.states"):
+        run("eager", False, paths)
+    assert len(caplog.records) == 1 and "attn_implementation='sdpa'" in caplog.text
 
 
 @pytest.mark.parametrize("implementation", ("sdpa", "turboquant"))
@@ -78,7 +211,7 @@ def test_generate_reaches_the_codes(implementation, paths):
         attention_mask=torch.ones_like(ids),
         max_new_tokens=5,
         min_new_tokens=5,
-        past_key_values=TurboQuantCache(CONFIG, residual_length=8),
+        **{cache_name(model): TurboQuantCache(CONFIG, residual_length=8)},
     )
     assert paths == ["codes"] * 2 * 4
 
@@ -93,20 +226,8 @@ def test_probabilities_come_from_the_scores(paths):
 
 @pytest.mark.parametrize("with_cache", (True, False))
 def test_softcap(with_cache, paths):
-    config = Gemma2Config(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=99,
-        sliding_window=16,
-        # so low that it matters for a random model
-        attn_logit_softcapping=0.05,
-    )
     torch.manual_seed(0)
-    model = Gemma2ForCausalLM(config).eval()
+    model, config = Gemma2ForCausalLM(copy.deepcopy(GEMMA2)).eval(), GEMMA2
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
@@ -119,7 +240,7 @@ def test_softcap(with_cache, paths):
                 continue
             cache = TurboQuantCache(config, residual_length=8, condition="none")
             for piece in (ids[:, :290], ids[:, 290:291], ids[:, 291:295]):
-                outputs[implementation] = model(piece, past_key_values=cache).logits
+                outputs[implementation] = model(piece, **{cache_name(model): cache}).logits
     assert (outputs["turboquant"] - outputs["eager"]).norm() < 1e-5 * outputs["eager"].norm()
     assert ("codes" in paths) == with_cache
 
@@ -132,8 +253,8 @@ def test_full_precision_cache_under_our_attention(paths):
         model.set_attn_implementation(implementation)
         cache = DynamicCache(config=CONFIG)
         with torch.no_grad():
-            model(ids[:, :15], past_key_values=cache)
-            logits.append(model(ids[:, 15:], past_key_values=cache).logits)
+            model(ids[:, :15], **{cache_name(model): cache})
+            logits.append(model(ids[:, 15:], **{cache_name(model): cache}).logits)
     assert torch.equal(*logits) and paths == []
 
 

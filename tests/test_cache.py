@@ -1,16 +1,29 @@
 """The drop-in: the same calls on `DynamicCache` and on ours."""
 
 import copy
+import dataclasses
 import inspect
 import pickle
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3NextConfig
-from transformers.cache_utils import DynamicLayer
+from test_models import ROWS
+from torch.utils._pytree import tree_map
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    Qwen3NextConfig,
+)
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import hf_turboquant
 from hf_turboquant import QuantizedStates, TurboQuantCache
+from hf_turboquant._supported import cache_name
+from hf_turboquant.cache import _log_unpackable
 from hf_turboquant.layer import TurboQuantLayer
 
 pytestmark = pytest.mark.usefixtures("early_learning")
@@ -182,7 +195,7 @@ def test_logits_match_full_precision(heads, pieces):
         for piece in (*pieces, 1, 1):
             with torch.no_grad():
                 stop = start + piece
-                out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits
+                out = model(ids[:, start:stop], attention_mask=mask[:, :stop], **{cache_name(model): cache}).logits
             start = stop
         logits.append(out)
     assert cache.layers[0].codes["keys"].length == 50
@@ -209,7 +222,7 @@ def test_generate_as_with_a_dynamic_cache(model, options):
         torch.manual_seed(0)
         outputs.append(
             model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, past_key_values=cache, **options
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **{cache_name(model): cache}, **options
             )
         )
     assert cache.layers[0].codes["keys"].length > 20
@@ -222,12 +235,12 @@ def test_modes_may_change_between_calls(model, first, then):
     ids, logits = tokens(60), []
     for cache in (DynamicCache(config=CONFIG), precise_cache()):
         with first():
-            model(ids[:, :40], past_key_values=cache)
-            model(ids[:, 40:41], past_key_values=cache)
+            model(ids[:, :40], **{cache_name(model): cache})
+            model(ids[:, 40:41], **{cache_name(model): cache})
             cache.reorder_cache(torch.tensor([1, 0]))
         with then():
-            model(ids[:, 41:42], past_key_values=cache)
-            logits.append(model(ids[:, 42:60], past_key_values=cache).logits.detach())
+            model(ids[:, 41:42], **{cache_name(model): cache})
+            logits.append(model(ids[:, 42:60], **{cache_name(model): cache}).logits.detach())
     assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
     for buffer in (*cache.layers[0].codes.values(), cache.layers[0].exact):
         assert not any(tensor.requires_grad or tensor.is_inference() for tensor in buffer.tensors.values())
@@ -237,7 +250,7 @@ def test_left_padding_in_generate(model):
     ids, mask = tokens(40), torch.ones(2, 40, dtype=torch.long)
     ids[0, :13], mask[0, :13] = 0, 0
     outputs = [
-        model.generate(ids, attention_mask=mask, max_new_tokens=12, past_key_values=cache)
+        model.generate(ids, attention_mask=mask, max_new_tokens=12, **{cache_name(model): cache})
         for cache in (
             DynamicCache(config=CONFIG),
             precise_cache(),
@@ -260,7 +273,7 @@ def test_several_turns_with_one_cache(model):
                 attention_mask=torch.ones_like(conversation),
                 max_new_tokens=8,
                 min_new_tokens=8,
-                past_key_values=cache,
+                **{cache_name(model): cache},
             )
         outputs.append(conversation)
     assert torch.equal(*outputs)
@@ -292,18 +305,114 @@ def test_layers_are_made_lazily_without_a_config():
     assert cache.layers[0].layer_idx == 0
 
 
+def odd_states(length, head_dim, batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 2, length, head_dim, generator=generator) for _ in range(2)]
+
+
+@pytest.mark.parametrize("room", (None, 60))
+@pytest.mark.parametrize("early", (False, True))
+def test_head_dims_that_cannot_be_packed_stay_in_full_precision(room, early, caplog, tmp_path):
+    """A model whose layers differ: 8 is too small, 18 no multiple of 4, 100 has no kernels but codes."""
+    dims, kind = (8, 100, 18, 32), DynamicLayer if room is None else StaticLayer
+    config = LlamaConfig(num_hidden_layers=4, hidden_size=64, num_attention_heads=2, vocab_size=99)
+    cache, full = TurboQuantCache(config, **STREAMING, max_cache_len=room), DynamicCache(config=config)
+    _log_unpackable.cache_clear()
+    if early:
+        cache.early_initialization(2, 2, list(dims), torch.float32, "cpu")
+    for length in (30, 1, 1):
+        for index, dim in enumerate(dims):
+            ours, theirs = (c.update(*odd_states(length, dim, seed=index), index) for c in (cache, full))
+            for x, y in zip(ours, theirs, strict=True):
+                error = (plain(x)[:, :, : y.shape[2]] - y).norm() / y.norm()
+                assert error < 0.015 if index in (1, 3) else error == 0
+    assert [type(layer) for layer in cache.layers[::2]] == [kind, kind]
+    assert cache.layers[1].codes["keys"].length == cache.layers[3].codes["keys"].length > 0
+    assert [int(cache.get_seq_length(index)) for index in range(4)] == [32] * 4
+    assert "2 of 4 layers compressed: 1, 3" in repr(cache)
+    assert "head_dim 8 cannot be packed: 0" in repr(cache) and "head_dim 18 cannot be packed: 2" in repr(cache)
+    assert caplog.text.count("Layers of head_dim 8 stay in full precision") == 1
+    cache.save_pretrained(tmp_path / "saved")
+    assert repr(TurboQuantCache.from_pretrained(tmp_path / "saved", config)) == repr(cache)
+    cache.reset()
+    assert "2 of 4 layers compressed" in repr(cache)
+
+
+def test_without_a_config_any_layer_may_stay_in_full_precision():
+    cache = TurboQuantCache(**STREAMING)
+    for index, dim in enumerate((18, 32)):
+        cache.update(*odd_states(20, dim), index)
+    assert [type(layer) for layer in cache.layers] == [DynamicLayer, TurboQuantLayer]
+
+
+def test_recurrent_states_outlive_the_codes_of_their_layer():
+    row = next(row for row in ROWS if row.name == "falcon_h1")
+    row = dataclasses.replace(row, options={**row.options, "head_dim": 8}, model_type="falcon_h1")
+    model = row.model()
+    cache, full = TurboQuantCache(model.config), row.full_cache(model.config)
+    # one that can be packed, so that the others may stay as they are
+    cache.layers.append(TurboQuantLayer(cache.options, 3))
+    assert torch.equal(*(row.prefill_and_decode(model, each) for each in (full, cache)))
+    assert type(cache.layers[0]) is type(full.layers[0])
+
+
+def test_a_model_without_any_layer_to_compress_is_refused():
+    config = LlamaConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=99)
+    model, cache = LlamaForCausalLM(config).eval(), TurboQuantCache(config)
+    assert "0 of 2 layers compressed" in repr(cache) and "head_dim 8 cannot be packed: 0-1" in repr(cache)
+    # the config does not always tell
+    unaware = TurboQuantCache(CONFIG)
+    for each in (cache, cache, unaware, unaware):
+        with pytest.raises(ValueError, match="multiple of 4, 16 at least, got head_dim 8 in layer 0.*`DynamicCache`"):
+            model(tokens(5), **{cache_name(model): each})
+
+
+def test_layers_of_different_configs():
+    """A config whose layers differ refuses to tell one head_dim for all."""
+    config = LlamaConfig(
+        num_hidden_layers=3, hidden_size=64, num_attention_heads=2, per_layer_config={1: {"head_dim": 8}}
+    )
+    cache = TurboQuantCache(config)
+    assert "2 of 3 layers compressed: 0, 2" in repr(cache) and "head_dim 8 cannot be packed: 1" in repr(cache)
+    assert len(cache.layers[0].frequencies) == 16
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"config": CONFIG, "skip_layers": (2,)}, "`skip_layers` must be from -2 to 1 for this model"),
         ({"skip_layers": (-1,)}, "Negative `skip_layers` need the model's `config`"),
-        ({"config": "llama"}, "`config` must be the model's config, got str"),
+        ({"config": "llama"}, "`config` must be the model's config, got str. Use `model.config`"),
+        ({"config": LlamaForCausalLM}, "got the class LlamaForCausalLM. Use `model.config`"),
+        ({"config": LlamaForCausalLM(CONFIG)}, "got LlamaForCausalLM. Use `model.config`"),
+        ({"nbit": 3}, "got `nbit`. Did you mean `nbits`?"),
+        ({"offload": True}, "got `offload`. Did you mean `offloading`?"),
+        ({"colour": 3}, "got `colour`. Take one of config, nbits, .*, offload_only_non_sliding."),
         ({"config": CONFIG, "nbits": 9}, "`nbits` must be 2, 2.5, 3, 3.5, 4 or 8, got 9"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         TurboQuantCache(**arguments)
+
+
+@pytest.mark.parametrize("options", ({}, {"custom_generate": hf_turboquant.generate}))
+def test_the_class_in_place_of_an_object(model, options):
+    with pytest.raises(ValueError, match=r"got the class. Pass `TurboQuantCache\(model.config\)`"):
+        model.generate(tokens(5), **{cache_name(model): TurboQuantCache}, max_new_tokens=2, **options)
+    # and no cache that is made later takes itself for the user's
+    assert not hasattr(TurboQuantCache(CONFIG), "_is_user_defined")
+
+
+@pytest.mark.parametrize("options", ({}, {"max_cache_len": 64}))
+@pytest.mark.parametrize("loop", ({}, {"custom_generate": hf_turboquant.generate}))
+def test_a_cache_of_another_prompt(model, options, loop):
+    cache = TurboQuantCache(CONFIG, **options)
+    loop = {cache_name(model): cache, "max_new_tokens": 3, "min_new_tokens": 3, **loop}
+    model.generate(tokens(20, batch=1), **loop)
+    with pytest.raises(ValueError, match=r"go on from the 22 tokens that the cache holds.* or `reset\(\)` the cache"):
+        model.generate(tokens(10, batch=1), **loop)
+    assert cache.get_seq_length() == 22
 
 
 def test_signature_shows_every_option():
@@ -348,12 +457,73 @@ def test_report_counts_every_tensor():
     assert f"{report.compression_ratio:.2f} times smaller" in str(report)
 
 
+@pytest.mark.parametrize(
+    "options", ({}, {"nbits": 2}, {"residual_length": 32, "key_estimator": "rescaled"}, {"max_cache_len": 2000})
+)
+def test_short_texts_say_from_where_on_the_cache_is_smaller(options):
+    def report(length):
+        cache = TurboQuantCache(CONFIG, **options)
+        for layer in range(2):
+            cache.update(*states(length, layer), layer)
+            cache.layers[layer].settle(torch.randn(2, 4, length, 32))
+        return cache.memory()
+
+    short = report(20)
+    count = short.smaller_from
+    assert f"{1 / short.compression_ratio:.1f} times larger; smaller from about {count:,} tokens on" in str(short)
+    assert report(int(0.9 * count)).compression_ratio < 1 < report(int(1.05 * count)).compression_ratio
+    # a capacity that is all exact never is
+    never = TurboQuantCache(CONFIG, max_cache_len=40)
+    never.update(*states(20), 0)
+    assert "times larger (" in str(never.memory())
+
+
 def test_a_preset_takes_every_option_of_the_cache():
     cache = TurboQuantCache.from_preset(CONFIG, "small", value_bits=3, max_cache_len=64, offloading=False)
     assert (cache.options.key_bits, cache.options.value_bits) == (2, 3)
     assert cache.options.key_estimator == "qjl" and cache.is_compileable
     with pytest.raises(ValueError, match="`preset` must be one of"):
         TurboQuantCache.from_preset(CONFIG, "fast")
+    with pytest.raises(ValueError, match=r"got 'small'. Use `TurboQuantCache.from_preset\(model.config, 'small'\)`"):
+        TurboQuantCache.from_preset("small", CONFIG)
+
+
+@pytest.mark.parametrize("kind", (DynamicCache, TurboQuantCache))
+def test_purely_recurrent_models_are_not_compiled(kind):
+    """Their layers allow it; `generate` leaves only the class `DynamicCache` alone."""
+    config = Mamba2Config(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=8, expand=2,
+        n_groups=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model, cache, everywhere = Mamba2ForCausalLM(config).eval(), kind(config=config), CompileConfig()
+    everywhere._compile_all_devices = True
+    options = {"max_new_tokens": 3, "do_sample": False, "compile_config": everywhere}
+    model.generate(tokens(12), **{cache_name(model): cache}, **options)
+    assert cache.has_previous_state() and not hasattr(model, "_compiled_call")
+    assert TurboQuantCache(config, max_cache_len=20).is_compileable
+
+
+class CacheOfAUser(TurboQuantCache):
+    pass
+
+
+@pytest.mark.parametrize("kind", (TurboQuantCache, CacheOfAUser))
+def test_a_cache_is_one_leaf_less_tree_and_is_not_exported(model, kind):
+    exporters = pytest.importorskip("transformers.exporters.exporter_dynamo")
+    exporters.register_cache_pytrees_for_model(model)
+    cache = kind(CONFIG)
+    with torch.no_grad():
+        model(tokens(30), **{cache_name(model): cache})
+    assert tree_map(lambda leaf: 1 / 0, {"cache": [cache]}) == {"cache": [cache]}
+    inputs = {"input_ids": tokens(1), cache_name(model): cache, "use_cache": True}
+    for export in (
+        lambda: torch.export.export(model, (), inputs),
+        lambda: torch.export.export(model, (), inputs, strict=True),
+        lambda: exporters.DynamoExporter().export(model, inputs, exporters.DynamoConfig()),
+    ):
+        with pytest.raises(ValueError, match="a `DynamicCache`"):
+            export()
+    assert cache.get_seq_length() == 30 and cache.options == TurboQuantCache().options
 
 
 @pytest.mark.skipif(

@@ -6,6 +6,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant._supported import cache_name
 
 STEPS = 10
 pytestmark = pytest.mark.usefixtures("early_learning")
@@ -35,7 +36,7 @@ def test_no_compilation_per_step(dynamo, attention):
         cache, tokens, graphs, out = TurboQuantCache(config, residual_length=8), prompt, [], []
         with torch.no_grad():
             for _ in range(STEPS):
-                tokens = model.forward(tokens, past_key_values=cache).logits[:, -1:].argmax(-1)
+                tokens = model.forward(tokens, **{cache_name(model): cache}).logits[:, -1:].argmax(-1)
                 out.append(int(tokens))
                 graphs.append(counters["stats"]["unique_graphs"])
         assert all(layer.codes["keys"].length == 80 + STEPS - 1 - 12 for layer in cache.layers)

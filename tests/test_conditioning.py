@@ -17,6 +17,7 @@ from transformers import (
 
 import hf_turboquant.layer
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
+from hf_turboquant._supported import cache_name
 from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, learned, rotary_frequencies, valid_tokens
 from hf_turboquant.config import LEARNED_TOKENS
 from hf_turboquant.layer import MAX_WAITING_TOKENS, TurboQuantLayer
@@ -222,7 +223,7 @@ def test_the_host_waits_in_the_first_layer_alone(monkeypatch):
         cache = TurboQuantCache(config, residual_length=8)
         waits.clear()
         with torch.no_grad():
-            model(torch.randint(3, 99, (1, prompt)), past_key_values=cache)
+            model(torch.randint(3, 99, (1, prompt)), **{cache_name(model): cache})
         assert len(waits) == expected and all((layer.found is None) == (prompt == 100) for layer in cache.layers)
     # and there again for another prompt of the same length
     cache = TurboQuantCache(config, residual_length=8)
@@ -230,7 +231,7 @@ def test_the_host_waits_in_the_first_layer_alone(monkeypatch):
         cache.reset()
         ids = torch.randint(3, 99, (1, 200)) if kind is None else torch.full((1, 200), kind)
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **{cache_name(model): cache})
         assert [layer.condition for layer in cache.layers] == [None if kind else "attention"] * 5
 
 
@@ -354,7 +355,7 @@ def test_models_show_their_queries(implementation, expected, padded):
     mask[0, : 9 if padded else 0] = 0
     cache = TurboQuantCache(CONFIG, residual_length=8)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **{cache_name(model): cache})
     assert [layer.condition for layer in cache.layers] == [expected] * 2
     assert {"attention": "conditioned", "center": "centred"}[expected] in repr(cache)
 
@@ -378,8 +379,8 @@ def test_a_model_that_collapses_is_cured():
         kl, full = {}, None
         for kind in ("full", "none", "attention"):
             cache = DynamicCache(config=config) if kind == "full" else TurboQuantCache(config, nbits=3, condition=kind)
-            model(ids[:, :400], past_key_values=cache)
-            log_probs = model(ids[:, 400:], past_key_values=cache).logits.log_softmax(-1)
+            model(ids[:, :400], **{cache_name(model): cache})
+            log_probs = model(ids[:, 400:], **{cache_name(model): cache}).logits.log_softmax(-1)
             full = log_probs if full is None else full
             kl[kind] = (full.exp() * (full - log_probs)).sum(-1).mean().item()
     assert kl["attention"] < kl["none"] / 10 and kl["none"] > 1e-4

@@ -87,3 +87,12 @@ def test_presets():
     assert (paper.key_bits, paper.value_bits, paper.sketch, paper.rotation) == (2, 2, "gaussian", "haar")
     with pytest.raises(ValueError, match=r"`preset` must be one of \('cautious', .*'paper'\), got 'fast'"):
         TurboQuantConfig.from_preset("fast")
+    with pytest.raises(ValueError, match=r"`preset` must be one of .*, got TurboQuantConfig\.$"):
+        TurboQuantConfig.from_preset(TurboQuantConfig())
+
+
+def test_a_misspelt_option_names_the_nearest():
+    with pytest.raises(ValueError, match="got `residual_lenght`. Did you mean `residual_length`?"):
+        TurboQuantConfig(residual_lenght=3)
+    with pytest.raises(ValueError, match="got `nbit`. Did you mean `nbits`?"):
+        TurboQuantConfig.from_preset("small", nbit=3)

@@ -9,6 +9,7 @@ from test_models import ALL_CODES, PROMPT, ROWS, STEPS, compressed_layers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant._supported import cache_name
 
 SECOND = "cuda:1" if torch.cuda.device_count() > 1 else "cpu"
 
@@ -32,7 +33,7 @@ def test_layers_on_two_devices(name, static):
         # accelerate runs what is on the CPU there only if that is the main device
         twin = dispatch_model(row.model(), device_map, main_device="cpu", skip_keys=model._skip_keys_device_placement)
         cache = new_cache(model.config)
-        results.append(twin.generate(**inputs, past_key_values=cache, **options))
+        results.append(twin.generate(**inputs, **{cache_name(twin): cache}, **options))
     for index, layer in enumerate(cache.layers):
         if layer in compressed_layers(cache):
             layer.measure()
@@ -60,6 +61,6 @@ def test_kernels_run_where_the_layer_is(capacity):
     for device_map in ({"": 0}, spread):
         cache = TurboQuantCache(config, backend="triton", **capacity)
         twin = dispatch_model(copy.deepcopy(model), device_map, skip_keys=model._skip_keys_device_placement)
-        results.append(twin.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options))
+        results.append(twin.generate(ids, attention_mask=torch.ones_like(ids), **{cache_name(twin): cache}, **options))
     assert [layer.codes["keys"]["scales"].device.index for layer in cache.layers] == [0, 1, 0, 1]
     assert cache.memory().codes_bytes > 0 and torch.equal(*results)

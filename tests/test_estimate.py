@@ -2,14 +2,20 @@
 
 import functools
 import json
+import re
+import sys
+from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from test_models import ROWS, EncoderDecoderRow
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_turboquant import TurboQuantCache, cli
+from hf_turboquant._supported import cache_name
 from hf_turboquant.estimate import MAX_CONTEXT, Estimate
 
 CONFIGS = json.loads((Path(__file__).parent / "model_configs.json").read_text())
@@ -64,7 +70,15 @@ def test_a_hybrid_at_200k_tokens_and_a_small_model_at_8k():
 
 def test_the_sizes_of_other_kinds():
     windows = {cost.window for cost in estimate("gpt-oss-20b").layers}
-    assert windows == {None, 127}
+    # as the model card gives it, though the current token is one of them and is not kept
+    assert windows == {None, 128}
+    gemma = estimate("gemma-3-27b")
+    assert {str(cost) for cost in gemma.layers} == {
+        f"{kind}, 16 KV heads of 128" for kind in ("full attention", "sliding window of 1,024 tokens")
+    }
+    assert gemma.full_bytes(10**5) - gemma.full_bytes(1023) == 10 * 16 * 256 * 2 * (10**5 - 1023)
+    # an fp8 cache takes sliding windows too
+    assert 2 * gemma.full_bytes(10**5, fp8=True) == gemma.full_bytes(10**5)
     mamba = estimate("Mamba2-2.7B")
     assert mamba.full_bytes(10**6) == 0 and mamba.longest_context(10**9, nbits=4) == MAX_CONTEXT
     assert mamba.longest_context(10**6) == 0
@@ -77,7 +91,7 @@ def test_bytes_of_real_caches(row):
     options = {"nbits": 3, "residual_length": 8, "sink_length": 2, "condition": "center"}
     cache = TurboQuantCache(model.config, **options)
     with torch.no_grad():
-        row.forward(model, tokens, torch.ones_like(tokens), **{row.cache_name: cache, "use_cache": True})
+        row.forward(model, tokens, torch.ones_like(tokens), **{cache_name(model): cache, "use_cache": True})
     found = Estimate.from_config(model.config, torch.float32)
     held, expected = cache.memory(), found.memory(40, 2, **options)
     assert expected.total_bytes == pytest.approx(held.total_bytes, rel=0.01)
@@ -93,7 +107,7 @@ def test_bytes_of_the_default_cache_and_of_skipped_layers():
     for options in ({}, {"nbits": 2, "skip_layers": (0, -1), "key_estimator": "rescaled"}):
         cache = TurboQuantCache(model.config, **options)
         with torch.no_grad():
-            model(tokens, past_key_values=cache)
+            model(tokens, **{cache_name(model): cache})
         assert cache.layers[1].condition == "attention"
         found = Estimate.from_config(model.config, torch.float32)
         assert found.memory(700, 1, **options) == cache.memory()
@@ -106,7 +120,8 @@ def test_bytes_of_half_bits():
     )  # fmt: skip
     cache = TurboQuantCache(config, nbits=2.5)
     with torch.no_grad():
-        LlamaForCausalLM(config)(torch.randint(3, 90, (1, 300)), past_key_values=cache)
+        model = LlamaForCausalLM(config)
+        model(torch.randint(3, 90, (1, 300)), **{cache_name(model): cache})
     assert Estimate.from_config(config, torch.float32).memory(300, 1, nbits=2.5) == cache.memory()
 
 
@@ -121,10 +136,84 @@ def test_the_longest_context_is_the_longest():
     assert 3.5 < found.longest_context(budget, nbits=4) / full < 4
 
 
-def test_encoder_decoders_are_refused():
-    (row, *_) = [row for row in ROWS if row.name == "whisper"]
-    with pytest.raises(ValueError, match="decoder-only"):
-        Estimate.from_config(row.config())
+# `python tests/test_estimate.py` does this for all types that transformers has
+KINDS_OF_MODELS = {
+    "bert": "its attention sees later tokens, as that of an encoder does\\.$",
+    "roberta": "its attention sees later tokens",
+    "electra": "its attention sees later tokens",
+    "albert": "`model` must take a cache, got AlbertModel, which does not. Take a decoder\\.$",
+    "distilbert": "must take a cache",
+    "modernbert": "must take a cache",
+    "clip": "must take a cache, got CLIPTextModel",
+    "bit": "must take a cache, got BitModel",
+    "rwkv": "must take a cache",
+    "openai-gpt": "must take a cache",
+    # a head_dim for each layer
+    "embedding_gemma2": "must take a cache",
+    "whisper": "its decoder caches the states of an encoder too",
+    "t5": "its decoder caches the states of an encoder too",
+    "encoder-decoder": "its decoder caches the states of an encoder too",
+    "colpali": "its attention sees later tokens",
+    "clap_text_model": "transformers has no model of its own for ClapTextConfig",
+    "deepseek_v4": "its cache has layers of its own kind, DeepseekV4",
+    "unlimited_ocr": "its cache has layers of its own kind, UnlimitedOcr",
+    "xlstm": "no attribute 'rnn_state'",
+    # by default, all of it is recurrent
+    "bamba": "only contain LinearAttention layers",
+    "bert decoder": "2 × full attention, 12 KV heads of 64: compressed",
+    # sees all of a prompt, and generates
+    "paligemma": "18 × full attention, 1 KV head of 256: compressed",
+    "gpt_neox": "2 × full attention, 64 KV heads of 96: compressed",
+    "modernbert-decoder": "2 × full attention, 12 KV heads of 64: compressed",
+    # the sizes are those of a test
+    "bloom": "2 × full attention, 8 KV heads of 8, cannot be packed",
+    # its text has a class only within the whole, and some layers see nothing but images
+    "mllama": "32 × full attention, 8 KV heads of 128: compressed; 8 × full attention, empty for text alone",
+    # layers run several times, over a cache each
+    "dory": "42 × sliding window of 1,024 tokens, 4 KV heads of 256; "
+    "14 × full attention, 4 KV heads of 256: compressed",
+}
+MODEL_OPTIONS = {
+    "gpt_neox": {"num_hidden_layers": 2},
+    "modernbert-decoder": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+    "bert decoder": {"num_hidden_layers": 2, "is_decoder": True},
+}
+
+
+def answer(name, **options) -> str:
+    """What an estimate says of a type of model: its layers, or why it is refused."""
+    try:
+        found = Estimate.from_config(AutoConfig.for_model(name, **options))
+    except ValueError as error:
+        return str(error)
+    held, full = found.memory(10_000, nbits=4), found.full_bytes(10_000) + found.state_bytes
+    assert held.full_bytes == full and (held.codes_bytes > 0) == bool(found.compressed())
+    kinds = Counter(f"{cost}{': compressed' * cost.compressed}" for cost in found.layers)
+    return "; ".join(f"{count} × {kind}" for kind, count in kinds.items())
+
+
+@pytest.mark.parametrize("name", KINDS_OF_MODELS)
+def test_kinds_of_models(name):
+    kind = name.split(" ")[0]
+    if kind not in CONFIG_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {kind}")
+    found = answer(kind, **MODEL_OPTIONS.get(name, {}))
+    if KINDS_OF_MODELS[name][0].isdigit():
+        assert found == KINDS_OF_MODELS[name]
+    else:
+        assert re.search(KINDS_OF_MODELS[name], found)
+
+
+def test_the_whole_reason(monkeypatch):
+    error = RuntimeError("first line,\n\n second line.")
+    monkeypatch.setattr("hf_turboquant.estimate._run", Mock(side_effect=error))
+    with pytest.raises(ValueError, match="'llama': first line, second line\\. Count from"):
+        Estimate.from_config(AutoConfig.for_model("llama"))
+
+
+def test_a_model_in_place_of_its_config():
+    with pytest.raises(ValueError, match="got LlamaForCausalLM. Use `model.config`"):
+        Estimate.from_config(DECODERS[0].model())
 
 
 @pytest.fixture
@@ -143,7 +232,10 @@ def test_the_command(config_file, capsys):
     text = capsys.readouterr().out
     assert "10 × full attention, 2 KV heads of 256: compressed" in text and "4.1 GB" in text
     assert "10 of 40 layers hold a KV cache" in text and "64.9 MB of states" in text
-    assert "compression can't help" not in text
+    assert "this cache can't help" not in text
+    # bf16, fp8, then 4, 3 and 2 bits, each with how many times smaller it is
+    (row,) = re.findall(r"^ +200,000 .*$", text, re.MULTILINE)
+    assert re.findall(r"([\d.]+)×", row) == ["2.0", "3.8", "5.0", "7.3"] and row.count("B") == 5
     assert cli.main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["kv_bytes"]["200000"]["bf16"] == 4_096_000_000 and len(found["compressed"]) == 10
@@ -156,7 +248,9 @@ def test_the_command(config_file, capsys):
     assert list(found["kv_bytes"]["8192"]) == ["bf16", "fp8", "2.5 bits"]
     # at 1,000 tokens the states of linear attention are most of the cache
     assert cli.main(["estimate", config_file("Qwen3.5-35B-A3B"), "--contexts", "1000"]) == 0
-    assert "compression can't help much" in capsys.readouterr().out
+    assert "this cache can't help much" in capsys.readouterr().out
+    assert cli.main(["estimate", config_file("Qwen3-8B"), "--contexts", "8k", "128K", "1M", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["kv_bytes"]) == ["8192", "131072", "1048576"]
     assert cli.main(["estimate", config_file("Mamba2-2.7B"), "--budget", "1G"]) == 0
     assert "4 bits any" in capsys.readouterr().out
 
@@ -165,23 +259,34 @@ def test_the_command(config_file, capsys):
     "arguments, message",
     [
         (["no-such/model"], "Check the name, the path and the network"),
-        (["README.md"], "Check the name, the path and the network"),
+        (["{broken}"], "is not a valid JSON file. Look at the files."),
         (["{config}", "--nbits", "9"], "`nbits` must be"),
         (["{config}", "--nbits", "nan"], "`nbits` must be"),
         (["{config}", "--nbits", "inf"], "`nbits` must be"),
     ],
 )
-def test_bad_input_is_one_line(config_file, capsys, monkeypatch, arguments, message):
+def test_bad_input_is_one_line(config_file, tmp_path, capsys, monkeypatch, arguments, message):
     # the hub is asked no questions from tests
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    arguments = [argument.format(config=config_file("Qwen3-8B")) for argument in arguments]
+    broken = tmp_path / "config.json"
+    broken.write_text('{"model_type": "llama",')
+    files = {"config": config_file("Qwen3-8B"), "broken": broken}
+    arguments = [argument.format(**files) for argument in arguments]
     assert cli.main(["estimate", *arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
-@pytest.mark.parametrize("flag", [["--contexts", "0"], ["--batch", "-1"], ["--budget", "much"], ["--budget", "nanG"]])
+@pytest.mark.parametrize(
+    "flag", [["--contexts", "0"], ["--contexts", "128q"], ["--batch", "-1"], ["--budget", "much"], ["--budget", "nanG"]]
+)
 def test_bad_flags_are_refused(flag, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["estimate", "model", *flag])
     assert stop.value.code == 2 and "must be" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    # all types, some hundreds, in the config that each has by default: a name, then what an estimate says
+    for name in sys.argv[1:] or sorted(CONFIG_MAPPING_NAMES):
+        print(f"{name}: {answer(name)}", flush=True)

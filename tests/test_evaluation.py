@@ -1,5 +1,7 @@
 """The parts of `hf-turboquant evaluate`, on a real small model and on tensors whose answers are known."""
 
+import functools
+import io
 import json
 import re
 import sys
@@ -9,10 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from load_model import default_model
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+import hf_turboquant
 from hf_turboquant import TurboQuantCache, cli
-from hf_turboquant.evaluation import caches, claims, fidelity, load, needle, plots, quality, run
+from hf_turboquant._supported import cache_name
+from hf_turboquant.estimate import Estimate
+from hf_turboquant.evaluation import benchmark, caches, claims, fidelity, load, needle, plots, quality, run
 from hf_turboquant.evaluation.results import Results
 
 TINY = {
@@ -32,6 +38,34 @@ TEXT = "".join(f"Line {i} of the log says that nothing happened at {i * 7 % 24} 
 def tiny():
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)).eval()
+
+
+def test_the_cache_arrives_without_the_old_name(tiny, monkeypatch):
+    """In transformers 5.40 `forward` loses `past_key_values` among its other keywords."""
+    if cache_name(tiny) != "cache":
+        pytest.skip("before transformers 5.24 there is the old name alone")
+
+    def stripped(shimmed):
+        @functools.wraps(shimmed)
+        def forward(*args, past_key_values=None, **kwargs):
+            return shimmed(*args, **kwargs)
+
+        return forward
+
+    for kind in (type(tiny), type(tiny.model)):
+        monkeypatch.setattr(kind, "forward", stripped(kind.forward))
+    arrived, update = [], TurboQuantCache.update
+    monkeypatch.setattr(TurboQuantCache, "update", lambda *args, **kwargs: arrived.append(1) or update(*args, **kwargs))
+    ids = torch.randint(0, 97, (1, 60), generator=torch.Generator().manual_seed(0))
+    for run_model in (
+        lambda: quality.measure(tiny, ids, [{"nbits": 2}], block=20),
+        lambda: fidelity.capture(tiny, ids),
+        lambda: benchmark.generate_rate(tiny, TurboQuantCache(tiny.config), 20, 2),
+    ):
+        arrived.clear()
+        run_model()
+        assert arrived
+    assert len(Estimate.from_config(tiny.config).compressed()) == 2
 
 
 def test_specs():
@@ -100,15 +134,15 @@ def test_plots_of_few_and_many_caches(tiny, tmp_path, specs, lines):
     for index, options in enumerate(found):
         name, error = caches.label(options), 0.01 * (index + 1)
         quality_ = vars(quality.Quality(tokens=1, kls=[error], total_bits=3 + index % 3))
-        units.setdefault("quality: window 0", {})[name] = quality_
+        units[f"quality: window 0, {name}"] = quality_
         units[f"fidelity: {name}, 200 tokens"] = {"layer": [0, 1], "output_error": [error, 2 * error]}
     parts = ("quality", "fidelity")
-    settings = run.Settings("model", "text", found, parts, fidelity_lengths=(200,))
+    settings = load.Settings("model", "text", found, parts, fidelity_lengths=(200,))
     with warnings.catch_warnings():
         # matplotlib only warns when a legend leaves no room for the axes
         warnings.simplefilter("error")
         assert len(plots.draw(SimpleNamespace(units=units), settings, tmp_path, tiny.config)) == 2
-    figure = plots.overview_figure(quality.total(units, 1), found, tiny.config)
+    figure = plots.overview_figure(quality.total(units), found, tiny.config)
     figure.draw_without_rendering()
     drawn = figure.axes[0].get_lines()
     assert len(drawn) == lines
@@ -141,7 +175,7 @@ def test_bits_are_counted(tiny):
             assert spec == "fp8" and "Unknown quantization backend" in str(error)
             continue
         with torch.no_grad():
-            tiny(tokens, past_key_values=cache)
+            tiny(tokens, **{cache_name(tiny): cache})
         assert caches.bits_per_coordinate(cache) == pytest.approx(bits, rel=0.01)
         if spec == "dynamic":
             assert caches.held_bytes(cache) == 2 * 2 * 2 * 400 * 16 * 4
@@ -153,7 +187,7 @@ def test_integers_of_transformers(tiny):
     (options,) = caches.parse("quanto:nbits=4")
     cache = caches.new_cache(tiny.config, options)
     with torch.no_grad():
-        tiny(tokens, past_key_values=cache)
+        tiny(tokens, **{cache_name(tiny): cache})
     # a group is one vector of 16: two bytes of scale, and of zero point
     assert caches.bits_per_coordinate(cache) == pytest.approx(4 + 32 / 16)
 
@@ -170,8 +204,8 @@ def test_integers_of_hqq(tiny):
     }.items():
         cache = caches.new_cache(tiny.config, *caches.parse(spec))
         with torch.no_grad():
-            tiny(tokens, past_key_values=cache)
-            logits = tiny(tokens[:, :8], past_key_values=cache).logits
+            tiny(tokens, **{cache_name(tiny): cache})
+            logits = tiny(tokens[:, :8], **{cache_name(tiny): cache}).logits
         assert caches.bits_per_coordinate(cache) == pytest.approx(bits)
         found[spec] = logits
         layer = cache.layers[1]
@@ -208,14 +242,14 @@ def test_quality_adds_up(tiny):
     assert coded.kl > 0 and coded.kl_p99 > coded.kl and coded.compression_ratio > 1
     with torch.no_grad():
         cache = TurboQuantCache(tiny.config, **configurations[1])
-        logits = [tiny(part, past_key_values=cache).logits for part in (windows[:, :160], windows[:, 160:176])]
+        logits = [tiny(part, **{cache_name(tiny): cache}).logits for part in (windows[:, :160], windows[:, 160:176])]
         plain = tiny(windows).logits[:, 160:176].log_softmax(-1)
     kl = (plain.exp() * (plain - logits[1].log_softmax(-1))).sum(-1)
     assert torch.tensor(coded.kls[: kl.numel()]) == pytest.approx(kl.flatten(), abs=1e-5)
     halves = [quality.measure(tiny, half, configurations, **options)[0] for half in windows.split(1)]
     assert (halves[0] + halves[1]).perplexity == pytest.approx(full.perplexity, rel=1e-5)
-    units = {f"quality: window {i}": {"full cache": vars(half)} for i, half in enumerate(halves)}
-    assert quality.total(units, 2)["full cache"].nll_sum == pytest.approx(full.nll_sum, rel=1e-5)
+    units = {f"quality: window {i}, full cache": vars(half) for i, half in enumerate(halves)}
+    assert quality.total(units)["full cache"].nll_sum == pytest.approx(full.nll_sum, rel=1e-5)
 
 
 def test_needles_lie_where_they_should(smollm2):
@@ -236,7 +270,7 @@ def test_attention_is_compared_on_what_the_model_computes(tiny):
     assert [layer.layer_idx for layer in layers] == [0, 1]
     cache = DynamicCache(config=tiny.config)
     with torch.no_grad():
-        tiny(ids, past_key_values=cache)
+        tiny(ids, **{cache_name(tiny): cache})
     for layer, held in zip(layers, cache.layers, strict=True):
         assert torch.allclose(layer.keys, held.keys, atol=1e-5) and torch.allclose(layer.values, held.values, atol=1e-5)
         assert layer.query.shape == (1, 4, 320, 16)
@@ -320,7 +354,7 @@ def test_the_command_and_an_interrupted_run(arguments, tmp_path, capsys, monkeyp
     found = json.loads((out / "results.json").read_text())
     assert found["conditions"]["window"] == 224 and {"dtype", "device", "torch"} <= set(found["conditions"])
     name = "turboquant 4 bits rescaled"
-    measured = found["results"]["quality: window 0"][name]
+    measured = found["results"][f"quality: window 0, {name}"]
     assert measured["tokens"] == 63 and 0 < sum(measured["kls"]) / 63 < 0.05 and measured["total_bits"] == 4.25
     needles = {key: unit for key, unit in found["results"].items() if key.startswith("needle")}
     # found at 4 bits, as through the full cache
@@ -331,17 +365,72 @@ def test_the_command_and_an_interrupted_run(arguments, tmp_path, capsys, monkeyp
     lost = f"needle: {name}, 200 tokens, depth 0.2"
     del found["results"][lost]
     (out / "results.json").write_text(json.dumps(found))
-    monkeypatch.setattr(quality, "measure", lambda *args, **kwargs: pytest.fail("measured again"))
+    monkeypatch.setattr(quality, "read_full", lambda *args, **kwargs: pytest.fail("measured again"))
     calls = []
     find = needle.find_needle
     monkeypatch.setattr(needle, "find_needle", lambda *args: calls.append(args) or find(*args))
     assert cli.main(arguments) == 0
     assert len(calls) == 1 and json.loads((out / "results.json").read_text())["results"][lost]["exact"]
 
-    # other conditions are another run
+    # other conditions are another run, which is said before the weights are loaded
     capsys.readouterr()
+    monkeypatch.setattr(load, "load_model", lambda *args: pytest.fail("weights loaded"))
     assert cli.main([*arguments, "--block", "8"]) == 2
     assert "holds results of other conditions: block 64, now 8" in one_line(capsys)
+
+
+def test_ctrl_c_and_going_on(arguments, tmp_path, capsys, monkeypatch):
+    """`--window` alone, stopped at the second cache of the first window: what was finished before it is kept."""
+    command = [*arguments[:5], str(tmp_path / "out"), "--parts", "quality", "--window", "256", "--caches"]
+    command.append("turboquant:nbits=4/2,key_estimator=rescaled")
+    compare, left = quality.compare, [1]
+
+    def stopped(*args, **kwargs):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return compare(*args, **kwargs)
+
+    monkeypatch.setattr(quality, "compare", stopped)
+    assert cli.main(command) == 130
+    assert "stopped. Give the same command to go on: what --out holds is not measured again." in one_line(capsys)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    names = ["full cache", "turboquant 4 bits rescaled", "turboquant 2 bits rescaled"]
+    assert list(found["results"]) == [f"quality: window 0, {name}" for name in names[:2]]
+    assert (found["conditions"]["prefill"], found["conditions"]["score_from"]) == (128, 128)
+    left += [1]
+    assert cli.main(command) == 0 and not left
+    again = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert list(again) == [f"quality: window 0, {name}" for name in names]
+    assert (
+        all(unit["tokens"] == 127 for unit in again.values()) and again[f"quality: window 0, {names[2]}"]["kls"][-1] > 0
+    )
+
+
+def test_windows_that_share_a_cache(tiny, tmp_path):
+    """`batch` windows at a time: as `measure` reads them, and otherwise than one by one."""
+    found = {}
+    for batch in (1, 2):
+        caches_ = ["turboquant:nbits=2,key_estimator=rescaled"]
+        settings = load.Settings("tiny", "log", caches_, ("quality",), window=320, windows=2, batch=batch)
+        console = Console(file=io.StringIO())
+        units = run.evaluate(tiny, letters, TEXT, settings, tmp_path / str(batch), console).units
+        assert len(units) == 2 * 2 // batch
+        found[batch] = quality.total(units)["turboquant 2 bits rescaled"]
+    windows = quality.split_windows(letters, TEXT, 320, 2)
+    expected = quality.measure(tiny, windows, settings.caches, batch=2, block=64, prefill=160, score_from=160)[1]
+    assert found[2].kl == pytest.approx(expected.kl, rel=1e-3) and found[1].tokens == found[2].tokens == 2 * 159
+    assert found[1].kl != pytest.approx(expected.kl, rel=1e-3)
+
+
+def letters(text, **options):
+    return {"input_ids": torch.tensor([[ord(letter) % 97 for letter in text]])}
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"hf-turboquant {hf_turboquant.__version__}\n"
 
 
 def one_line(capsys) -> str:
@@ -355,7 +444,7 @@ def one_line(capsys) -> str:
     [
         (["--window", "9000"], "within the 8,192 tokens"),
         (["--needle-lengths", "8190"], "within the 8,192 tokens"),
-        (["--window", "100"], "must leave tokens of the window to score"),
+        (["--window", "100"], "must leave tokens of the window to score, got 160 and 160 of 100"),
         (["--text", "{empty}"], "must hold words"),
         (["--text", "{missing}"], "must be a text file"),
         (["--out", "{text}/out"], "must be a folder that can be written to"),
@@ -363,7 +452,7 @@ def one_line(capsys) -> str:
         (["--needle-depths", "2"], "--needle-depths must be from 0"),
         (["--caches", "turboquant:nbits=9"], "`nbits` must be"),
         (["--caches", "hqq:nbits=7"], "transformers' hqq cache must fit this model"),
-        (["--caches", "turboquant:colour=4"], "must be given options that it has"),
+        (["--caches", "turboquant:nbit=4"], "Did you mean `nbits`?"),
         (["--dtype", "float33"], "--dtype must be"),
         (["--dtype", "float8_e4m3fn"], "--dtype must be"),
         (["--device", "gpu"], "--device must be one that this machine"),
@@ -371,9 +460,11 @@ def one_line(capsys) -> str:
         (["--windows", "900"], "must hold 900 windows"),
     ],
 )
-def test_bad_input_is_one_line(arguments, tmp_path, capsys, extra, message):
+def test_bad_input_is_one_line(arguments, tmp_path, capsys, monkeypatch, extra, message):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
+    if extra[0] not in ("--out", "--windows"):
+        monkeypatch.setattr(load, "load_model", lambda *args: pytest.fail("weights loaded"))
     places = {"empty": empty, "missing": tmp_path / "missing.txt", "text": tmp_path / "log.txt"}
     assert cli.main([*arguments, *(word.format(**places) for word in extra)]) == 2
     assert message in one_line(capsys)
@@ -388,7 +479,7 @@ def test_bad_input_is_one_line(arguments, tmp_path, capsys, extra, message):
         ({"config.json": '{"model_type": "llama", "hidden_size": "x"}'}, "hidden_size"),
         ({"config.json": '{"model_type": "llama"}'}, "no file named model.safetensors"),
         ({"config.json": '{"model_type": "llama"}', "model.safetensors": "no tensors"}, "MODEL must be a causal"),
-        ({}, "got the file"),
+        ({}, "is not a valid JSON file"),
     ],
 )
 def test_a_broken_model_is_one_line(arguments, tmp_path, capsys, files, message):
@@ -403,7 +494,7 @@ def test_out_of_memory_is_one_line(arguments, capsys, monkeypatch):
     def fail(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(quality, "measure", fail)
+    monkeypatch.setattr(quality, "compare", fail)
     assert cli.main(arguments) == 2
     assert "out of memory. Take shorter contexts" in one_line(capsys)
 
@@ -419,7 +510,10 @@ def test_an_unknown_model_is_one_line(arguments, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     arguments[1] = "no-such/model"
     assert cli.main(arguments) == 2
-    assert "MODEL must be a causal language model" in one_line(capsys)
+    assert "MODEL must be a name on the Hub" in one_line(capsys)
+    arguments[1] = str(default_model() / "config.json")
+    assert cli.main(arguments) == 2
+    assert "a folder with weights, got the file" in one_line(capsys)
 
 
 def test_a_missing_package_is_one_line(arguments, capsys, monkeypatch):
@@ -428,7 +522,7 @@ def test_a_missing_package_is_one_line(arguments, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     assert cli.main(arguments) == 2
     message = one_line(capsys)
-    assert "needs the package 'rich'" in message and "pip install 'hf-turboquant[eval]'" in message
+    assert "needs the package 'rich'" in message and "`python -m pip install rich matplotlib`" in message
     # what the extra does not bring
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -441,7 +535,7 @@ def test_a_dataset_of_the_hub(monkeypatch):
 
     def load_dataset(name, config, split):
         asked.append((name, config, split))
-        return {"text": ["one", "two"], "other": ["three"]}
+        return {"text": ["one", "two\n"], "other": ["three"]}
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert load.read_text("hub:owner/name") == "one\ntwo"

@@ -1,6 +1,7 @@
 """The examples start, on the model that comes with them, and tell the truth about what they did."""
 
 import cProfile
+import functools
 import gzip
 import importlib
 import io
@@ -8,12 +9,14 @@ import json
 import pstats
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_turboquant import TurboQuantCache
+from hf_turboquant import TurboQuantCache, cli
+from hf_turboquant._supported import cache_name
 from hf_turboquant.config import PRESETS
 from hf_turboquant.evaluation.caches import bits_per_coordinate, new_cache
 from hf_turboquant.evaluation.quality import Quality
@@ -43,13 +46,89 @@ def test_run_generation(run):
     text = run("run_generation", "--length", "5", *several)
     assert "=== 2 ===" in text and "DynamicCache of" in text
     assert run("run_generation", "--length", "3", "--temperature", "0.7", "--prompt", "One, two,")
-    with pytest.raises(SystemExit):
-        run("run_generation", "--cache", "dynamic", "--nbits", "3")
 
 
 def test_compare_caches(run):
-    text = run("compare_caches", "--max-new-tokens", "5", "--caches", "dynamic", "turboquant:nbits=8/4")
-    assert "5, the first 5 the same" in text and "turboquant 8 bits" in text and "turboquant 4 bits" in text
+    """What people come for: the same answer, from a cache several times smaller; times only where there is a GPU."""
+    text = run("compare_caches")
+    assert text.count("The lens came from Paris in 1861.") == 2 and "turboquant 4 bits" in text
+    ratios = re.search(r"times smaller +([\d.]+) +([\d.]+)", text).groups()
+    assert ratios[0] == "1.0" and float(ratios[1]) > (2 if torch.cuda.is_available() else 3.5)
+    assert ("ms a token" in text) == torch.cuda.is_available()
+    text = run("compare_caches", "--nbits", "2", "--max-new-tokens", "2")
+    assert "turboquant 2 bits" in text
+    text = run("compare_caches", "--max-new-tokens", "2", "--caches", "dynamic", "turboquant:nbits=8/2.5", "dynamic")
+    assert "turboquant 8 bits" in text and "turboquant 2.5 bits" in text
+
+
+MISTAKES = [
+    ("run_generation --nbits 9", "`nbits` must be 2, 2.5, 3, 3.5, 4 or 8, got 9"),
+    ("run_generation --prompt_file nowhere.txt", "got nowhere.txt: No such file"),
+    ("run_generation --prompt Hi --prompt_file nowhere.txt", "not allowed with argument --prompt"),
+    ("run_generation --num_return_sequences 3", "needs as many --num_beams"),
+    ("run_generation --cache dynamic --nbits 3", "--nbits belongs to --cache turboquant"),
+    ("compare_caches --nbits 9", "`nbits` must be"),
+    ("compare_caches --caches turboquant:nbit=4", "Did you mean `nbits`?"),
+    ("compare_caches --caches dynamic --nbits 3", "not allowed with argument"),
+    ("compare_caches --prompt-file nowhere.txt", "got nowhere.txt: No such file"),
+    ("chat --nbits 5", "`nbits` must be"),
+    ("long_document_qa --load nowhere --question Why?", "--load must be a folder that --save wrote, got nowhere"),
+    ("long_document_qa --load nowhere", "belong together"),
+    ("long_document_qa --question Why?", "belong together"),
+    ("long_document_qa --text nowhere.txt --save saved", "got nowhere.txt: No such file"),
+    ("long_document_qa --save one --load two --question Why?", "not allowed with argument"),
+    ("task_agreement --problems 0 --caches turboquant:nbits=9", "`nbits` must be"),
+    ("train_small_model folder --text nowhere.txt", "No such file or directory: 'nowhere.txt'"),
+    *((f"benchmark_{what}", "a GPU is needed") for what in ("attention", "quantize", "generate")),
+]
+
+
+def refused(command, monkeypatch, capsys) -> str:
+    """The one line of stderr with which a command ends."""
+    name, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [f"examples/{name}.py", *arguments])
+    try:
+        code = cli.run(importlib.import_module(name).main)
+    except SystemExit as stop:
+        code = stop.code
+    *usage, line = capsys.readouterr().err.splitlines()
+    assert code == 2 and line.startswith(f"{name}.py: ") and all(text.startswith(("usage:", " ")) for text in usage)
+    return line
+
+
+@pytest.mark.parametrize("command, message", MISTAKES)
+def test_ordinary_mistakes_are_one_line(command, message, monkeypatch, capsys, tmp_path):
+    if command.startswith("benchmark"):
+        pytest.importorskip("triton")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    module = importlib.import_module(command.split()[0])
+    monkeypatch.setattr(module, "load", lambda *args: pytest.fail("weights loaded"), raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(command, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name, flag", [("run_generation", "--model_name_or_path"), ("compare_caches", "--model")])
+def test_an_unreachable_model_is_one_line(name, flag, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = refused(f"{name} {flag} no-such/model", monkeypatch, capsys)
+    assert "got 'no-such/model'" in line and "Check the name, the path and the network" in line
+
+
+def test_the_default_model_needs_gguf(monkeypatch, tmp_path, capsys):
+    import load_model
+
+    monkeypatch.setenv("HF_TURBOQUANT_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(load_model, "_fetch", lambda folder: pytest.fail("fetched in vain"))
+    assert "Install it with `python -m pip install gguf`" in refused("load_model", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(cli.__file__).parents[1].glob("examples/*.py")), ids=lambda path: path.stem
+)
+def test_every_example_ends_in_one_line(path):
+    text = path.read_text()
+    assert "def main(" not in text or text.endswith('if __name__ == "__main__":\n    raise SystemExit(run(main))\n')
 
 
 def test_chat_reads_only_what_is_new(run, smollm2, monkeypatch):
@@ -57,6 +136,8 @@ def test_chat_reads_only_what_is_new(run, smollm2, monkeypatch):
     read = []
     forward = type(model).forward
 
+    # it keeps its signature, which says what the argument for the cache is called
+    @functools.wraps(forward)
     def spy(self, input_ids=None, *args, **kwargs):
         read.append(input_ids.shape[1])
         return forward(self, input_ids, *args, **kwargs)
@@ -67,6 +148,33 @@ def test_chat_reads_only_what_is_new(run, smollm2, monkeypatch):
     first, second = (count for count in read if count > 1)
     # the second turn reads its own message and no more: the first prompt holds the system's too
     assert second < first
+
+
+def test_ctrl_c_in_a_chat(run, smollm2, monkeypatch):
+    """It stops an answer, after which the chat goes on, and at the prompt it ends the chat."""
+    model, _ = smollm2
+    lines, generate, stopped = iter(["Say yes.", "Say no."]), model.generate, []
+
+    def interrupted(**arguments):
+        output = generate(**arguments)
+        if not stopped:
+            stopped.append(arguments[cache_name(model)].get_seq_length())
+            raise KeyboardInterrupt
+        return output
+
+    def ask(prompt):
+        line = next(lines, None)
+        if line is None:
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr(model, "generate", interrupted)
+    monkeypatch.setattr("builtins.input", ask)
+    text = run("chat", "--max-new-tokens", "6")
+    assert text.count("[stopped: ask again to go on") == 1 and len(re.findall(r"\[(\d+) tokens more; ", text)) == 1
+    assert text.endswith("The chat is over; the same command begins another.\n")
+    # the question that was stopped is forgotten
+    assert int(re.search(r"\[(\d+) tokens more", text)[1]) <= stopped[0] + 2
 
 
 def test_a_long_document_is_read_once(run, tmp_path):
@@ -97,7 +205,7 @@ def test_all_bits_count(tiny):
         cache = new_cache(tiny.config, options)
         with torch.no_grad():
             for part in torch.randint(0, 97, (1, 400)).split([384, 16], dim=1):
-                tiny(part, past_key_values=cache)
+                tiny(part, **{cache_name(tiny): cache})
         return bits_per_coordinate(cache, with_exact=True)
 
     # 4 first and 128 last tokens exact, otherwise 4 bits and a scale of 16 for every 16 coordinates
@@ -156,18 +264,6 @@ def test_compare_quality(run, monkeypatch, tmp_path):
     assert len(bits) == 4 and all(2 < found < 16 for found in bits)
     with pytest.raises(SystemExit):
         run("compare_quality", "--text", str(file), "--length", "320")
-
-
-def test_measure_quality(run, tmp_path):
-    file = tmp_path / "log.txt"
-    file.write_text("Nothing happened at the lighthouse. " * 100)
-    sizes = ("--window", "320", "--windows", "1", "--prefill", "280", "--score-from", "280")
-    text = run("measure_quality", "--text", str(file), *sizes, "--bits", "4", "2", "--key-estimators", "rescaled")
-    assert "log.txt, 1 × 320 tokens" in text and "scored from position 280" in text
-    kls = [float(kl) for kl in re.findall(r"\| rescaled \| attention \| \d \| [\d.]+ \| ([\d.]+)", text)]
-    assert "| full cache |  |  |" in text and len(kls) == 2 and 0 < kls[0] < kls[1]
-    # below it the command
-    assert text.rstrip().endswith("--bits 4 2 --key-estimators rescaled`")
 
 
 @pytest.fixture
@@ -253,6 +349,17 @@ def test_memory_table(capsys, monkeypatch):
     assert 1 < short[0] < short[1] < short[2] < long[2] and long[0] > 2
 
 
+def test_memory_table_prints_rows_as_they_come(monkeypatch):
+    import memory_table
+
+    written, seen = io.BytesIO(), []
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
+    monkeypatch.setattr(sys, "argv", ["memory_table.py", "--contexts", "1k", "2k"])
+    monkeypatch.setattr(memory_table, "ratio", lambda *args, **kw: seen.append(written.getvalue().count(b"\n")) or 1.0)
+    memory_table.main()
+    assert seen[3::3] == [5, 6, 7]
+
+
 def test_statistics_of_another_text_stay_when_its_tokens_go(tiny):
     from measure_drift import informed
 
@@ -262,10 +369,10 @@ def test_statistics_of_another_text_stay_when_its_tokens_go(tiny):
         early, whole = TurboQuantCache(tiny.config, **options), TurboQuantCache(tiny.config, **options)
         later = informed(tiny, ids, options)
         assert later.get_seq_length() == 0
-        tiny(ids, past_key_values=whole)
+        tiny(ids, **{cache_name(tiny): whole})
         for cache in (early, later):
-            tiny(ids[:, :200], past_key_values=cache)
-            tiny(ids[:, 200:300], past_key_values=cache)
+            tiny(ids[:, :200], **{cache_name(tiny): cache})
+            tiny(ids[:, 200:300], **{cache_name(tiny): cache})
     for mine, other, first in zip(later.layers, whole.layers, early.layers, strict=True):
         assert mine.condition == first.condition == "attention" and mine.get_seq_length() == 300
         # 300 tokens but sinks and window, no more
@@ -283,7 +390,7 @@ def test_drift_is_read_by_stretches(tiny, monkeypatch):
     assert list(found) == [("coarse", statistics) for statistics in ("prompt", "whole", "none")]
     # one that is not conditioned needs no statistics: the mean over all is that of the quality that is measured
     plain = {"nbits": 2, "key_estimator": "rescaled", "condition": "none"}
-    quality = measure_drift.measure(tiny, ids, [plain], 50, 1, 200, score_from=200)[1]
+    quality = measure_drift.measure(tiny, ids, [plain], 1, block=50, prefill=200, score_from=200)[1]
     weights = torch.tensor([100, 100, 99]) / 299
     assert (found["coarse", "none"] * weights).sum() == pytest.approx(quality.kl, rel=1e-4)
     assert found["coarse", "prompt"].ne(found["coarse", "whole"]).all()
@@ -322,5 +429,5 @@ def test_the_host_has_little_to_do_in_a_step(monkeypatch, capsys):
         model, caches = measure_host.prepare(4)
         for _ in range(3):
             for name, cache in caches.items():
-                counted(name, lambda cache=cache: measure_host.step(model, cache))
+                counted(name, lambda cache=cache: measure_host.step(model, cache, cache_name(model)))
     assert calls["TurboQuantCache"] - calls["DynamicCache"] < 4 * 90

@@ -16,6 +16,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_turboquant import TurboQuantCache
+from hf_turboquant._supported import cache_name
 
 CONFIG = LlamaConfig(
     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -46,7 +47,8 @@ class Run:
 
     def generate(self, ids=None, mask=None, seed=0, model=None, **options):
         ids = self.prompt if ids is None else ids
-        options.setdefault("past_key_values", None) or options.update(past_key_values=self.cache())
+        name = cache_name(self.model)
+        options.setdefault(name, None) or options.update({name: self.cache()})
         options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False} | options
         torch.manual_seed(seed)
         mask = torch.ones_like(ids) if mask is None else mask
@@ -68,7 +70,7 @@ def chat(run):
     cache, conversation = run.cache(), run.prompt[:, :100]
     for turn in range(3):
         conversation = torch.cat([conversation, run.prompt[:, 100 + 12 * turn : 112 + 12 * turn]], dim=1)
-        conversation = run.generate(conversation, past_key_values=cache, max_new_tokens=6, min_new_tokens=6)
+        conversation = run.generate(conversation, **{cache_name(run.model): cache}, max_new_tokens=6, min_new_tokens=6)
     assert cache.get_seq_length() == conversation.shape[1] - 1
     return conversation
 
@@ -77,10 +79,11 @@ def from_a_prefix(run):
     """Two questions about one document, which is prefilled once."""
     prefix, answers = run.cache(), []
     with torch.no_grad():
-        run.model(run.prompt[:, :140], past_key_values=prefix)
+        run.model(run.prompt[:, :140], **{cache_name(run.model): prefix})
     for question in (run.prompt[:, 140:], run.prompt[:, 20:50]):
         twin = copy.deepcopy(prefix)
-        answers.append(run.generate(torch.cat([run.prompt[:, :140], question], dim=1), past_key_values=twin)[0])
+        whole = torch.cat([run.prompt[:, :140], question], dim=1)
+        answers.append(run.generate(whole, **{cache_name(run.model): twin})[0])
         assert twin.get_seq_length() == answers[-1].shape[0] - 1
     # the answers did not touch it
     assert prefix.get_seq_length() == 140
@@ -89,11 +92,11 @@ def from_a_prefix(run):
 
 def twice_with_reset(run):
     cache = run.cache()
-    first = run.generate(past_key_values=cache)
+    first = run.generate(**{cache_name(run.model): cache})
     # in transformers 5.17 DynamicCache.reset keeps the length: a new one is what reset should give
     cache.reset() if isinstance(cache, TurboQuantCache) else cache.__init__(config=run.model.config)
     # another batch size
-    second = run.generate(run.two_rows(), past_key_values=cache)
+    second = run.generate(run.two_rows(), **{cache_name(run.model): cache})
     assert torch.equal(first[0], second[0]) or run.tokenizer is not None
     return torch.cat([first, second])
 
@@ -133,7 +136,7 @@ def text_pipeline(run):
     generator = pipeline("text-generation", model=run.model, tokenizer=run.tokenizer)
     text = run.tokenizer.decode(run.prompt[0])
     (out,) = generator(
-        text, past_key_values=run.cache(), max_new_tokens=NEW_TOKENS, do_sample=False, return_full_text=False
+        text, **{cache_name(run.model): run.cache()}, max_new_tokens=NEW_TOKENS, do_sample=False, return_full_text=False
     )
     assert out["generated_text"]
     return run.tokenizer(out["generated_text"], return_tensors="pt")["input_ids"]
@@ -145,9 +148,8 @@ def chat_pipeline(run):
     cache, messages = run.cache(), []
     for question in (run.tokenizer.decode(run.prompt[0, :120]), "And in one word?"):
         messages.append({"role": "user", "content": question})
-        messages = generator(messages, past_key_values=cache, max_new_tokens=NEW_TOKENS, do_sample=False)[0][
-            "generated_text"
-        ]
+        options = {cache_name(run.model): cache, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+        messages = generator(messages, **options)[0]["generated_text"]
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     return run.tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
 
@@ -165,7 +167,7 @@ def stepwise(run):
     cache, ids = run.cache(), run.prompt
     with torch.no_grad():
         for _ in range(NEW_TOKENS):
-            logits = run.model(ids[:, cache.get_seq_length() :], past_key_values=cache).logits
+            logits = run.model(ids[:, cache.get_seq_length() :], **{cache_name(run.model): cache}).logits
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
     return ids
 

@@ -29,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_turboquant
 from hf_turboquant import TurboQuantCache, captured, decoding, generation
+from hf_turboquant._supported import cache_name
 from hf_turboquant.captured import Graph, Steps
 
 SHAPE = dict(
@@ -138,7 +139,7 @@ def graphs(monkeypatch):
 def ours(model, ids, seed=0, **options):
     torch.manual_seed(seed)
     options = {"max_new_tokens": NEW, "do_sample": False, **options}
-    if "past_key_values" not in options:
+    if cache_name(model) not in options:
         options = {**OPTIONS, **options}
     return model.generate(ids, custom_generate=hf_turboquant.generate, **options)
 
@@ -147,7 +148,7 @@ def theirs(model, ids, seed=0, cache=None, **options):
     torch.manual_seed(seed)
     cache = TurboQuantCache(model.config, **OPTIONS) if cache is None else cache
     options = {"max_new_tokens": NEW, "do_sample": False, **options}
-    return model.generate(ids, past_key_values=cache, **options)
+    return model.generate(ids, **{cache_name(model): cache}, **options)
 
 
 WAYS = {
@@ -221,7 +222,7 @@ def test_all_that_generate_returns(model, graphs, way, length):
     for name in ("scores", "logits"):
         pairs = list(zip(getattr(got, name), getattr(expected, name), strict=True))
         assert len(pairs) == NEW and all(torch.allclose(ours, full, atol=1e-5) for ours, full in pairs)
-    cache = got.past_key_values
+    cache = got[cache_name(model)]
     assert isinstance(cache, TurboQuantCache) and cache.get_seq_length() == length + NEW - 1
     # whose cache is out is not used again
     assert model not in generation._kept
@@ -234,14 +235,14 @@ def test_the_next_step_is_under_way_while_the_host_looks(llama, monkeypatch):
     step = Steps.__call__
     monkeypatch.setattr(Steps, "__call__", lambda s, ids: notes.append(("step", ids.shape[1])) or step(s, ids))
     cache = TurboQuantCache(llama.config, **OPTIONS)
-    out = ours(llama, prompt(), past_key_values=cache, stopping_criteria=[At(153, notes)])
+    out = ours(llama, prompt(), **{cache_name(llama): cache}, stopping_criteria=[At(153, notes)])
     assert out.shape[1] == 153
     # one too many at an end that nobody knew of, which is taken back
     assert notes == [(what, length) for length in (151, 152, 153) for what in ("step", "looked at")]
     assert cache.get_seq_length() == 152
     notes.clear()
     cache.reset()
-    ours(llama, prompt(), past_key_values=cache, max_new_tokens=3, stopping_criteria=[At(200, notes)])
+    ours(llama, prompt(), **{cache_name(llama): cache}, max_new_tokens=3, stopping_criteria=[At(200, notes)])
     assert notes[-2:] == [("looked at", 152), ("looked at", 153)] and cache.get_seq_length() == 152
 
 
@@ -249,7 +250,7 @@ def test_a_cache_that_cannot_be_cropped_gets_no_step_too_many():
     model = make("qwen3-next")
     notes = []
     cache = TurboQuantCache(model.config, **OPTIONS)
-    ours(model, prompt(), past_key_values=cache, stopping_criteria=[At(153, notes)])
+    ours(model, prompt(), **{cache_name(model): cache}, stopping_criteria=[At(153, notes)])
     assert cache.get_seq_length(1) == 152 and len(notes) == 3
 
 
@@ -260,7 +261,7 @@ def test_a_chat_over_a_given_cache(model, graphs, capacity):
         room = capacity if run is ours else None
         cache, ids = TurboQuantCache(model.config, **OPTIONS, max_cache_len=room), prompt()
         for turn in range(3):
-            way = {"cache": cache} if run is theirs else {"past_key_values": cache}
+            way = {"cache": cache} if run is theirs else {cache_name(model): cache}
             ids = run(model, ids, **way, stopping_criteria=[At(ids.shape[1] + 9)])
             ids = torch.cat([ids, torch.full((2, 15 + turn), 7)], dim=1)
         conversations.append(ids)
@@ -304,7 +305,7 @@ def test_nothing_outlives_the_model():
     model = make("llama")
     cache = TurboQuantCache(model.config, **OPTIONS, max_cache_len=200)
     ours(model, prompt())
-    ours(model, prompt(), past_key_values=cache)
+    ours(model, prompt(), **{cache_name(model): cache})
     assert cache in decoding._steps
     gone = weakref.ref(model), weakref.ref(cache)
     del model, cache
@@ -328,21 +329,21 @@ def test_steps_that_no_graph_can_hold_go_on_uncaptured(model, graphs, caplog):
 @pytest.mark.parametrize("capacity", [None, 256])
 def test_a_request_that_fails_leaves_model_and_cache_usable(llama, graphs, error, capacity):
     cache = TurboQuantCache(llama.config, **OPTIONS, max_cache_len=capacity)
-    first = ours(llama, prompt(), past_key_values=cache)
+    first = ours(llama, prompt(), **{cache_name(llama): cache})
     turn = torch.cat([first, torch.full((2, 20), 7)], dim=1)
     expected = theirs(llama, turn, cache=copy.deepcopy(cache))
     with pytest.raises(type(error)):
-        ours(llama, turn, past_key_values=cache, streamer=Collector(fails=6, error=error))
+        ours(llama, turn, **{cache_name(llama): cache}, streamer=Collector(fails=6, error=error))
     # in the middle of the model, which then has the tokens of a step in some layers
     hook = llama.model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(type(error)):
-        ours(llama, turn, past_key_values=cache)
+        ours(llama, turn, **{cache_name(llama): cache})
     with pytest.raises(type(error)):
         ours(llama, prompt())
     hook.remove()
     assert [layer.get_seq_length() for layer in cache.layers] == [first.shape[1] - 1] * 2
     assert llama not in generation._kept
-    assert torch.equal(ours(llama, turn, past_key_values=cache), expected)
+    assert torch.equal(ours(llama, turn, **{cache_name(llama): cache}), expected)
     assert torch.equal(ours(llama, prompt()), first)
 
 
@@ -389,7 +390,8 @@ def test_the_rest_is_left_to_the_loop_of_transformers(llama, options, caplog):
     options["return_dict_in_generate"] = True
     expected, got = theirs(llama, prompt(batch=1), **options), ours(llama, prompt(batch=1), **options)
     assert torch.equal(got.sequences, expected.sequences)
-    assert type(got.past_key_values) is TurboQuantCache and got.past_key_values.options.nbits == 3
+    cache = got[cache_name(llama)]
+    assert type(cache) is TurboQuantCache and cache.options.nbits == 3
     ours(llama, prompt(batch=1), **options)
     assert caplog.text.count("to the loop of transformers, over the same cache") == 1
 
@@ -397,14 +399,14 @@ def test_the_rest_is_left_to_the_loop_of_transformers(llama, options, caplog):
 def test_other_caches_go_through_the_same_loop(llama, graphs):
     for cache, made in ((DynamicCache(config=llama.config), 0), (StaticCache(llama.config, max_cache_len=200), 1)):
         expected = llama.generate(prompt(), max_new_tokens=NEW, do_sample=False)
-        assert torch.equal(ours(llama, prompt(), past_key_values=cache), expected)
+        assert torch.equal(ours(llama, prompt(), **{cache_name(llama): cache}), expected)
         assert cache.get_seq_length() == 150 + NEW - 1 and graphs.made == made
 
 
 def test_what_is_refused(llama):
     cache = TurboQuantCache(llama.config)
     for options, words in (
-        ({"past_key_values": cache, "nbits": 4}, "must not come with another cache, got {'nbits': 4}"),
+        ({cache_name(llama): cache, "nbits": 4}, "must not come with another cache, got {'nbits': 4}"),
         ({"cache_implementation": "static", "nbits": 4}, "must not come with another cache"),
         ({"nbits": 9}, "nbits"),
         ({"nbit": 4}, "nbit"),
@@ -415,7 +417,7 @@ def test_what_is_refused(llama):
             ours(llama, prompt(batch=1), **options)
     small = TurboQuantCache(llama.config, max_cache_len=155)
     with pytest.raises(ValueError, match="max_cache_len=155"):
-        ours(llama, prompt(), past_key_values=small)
+        ours(llama, prompt(), **{cache_name(llama): small})
     assert small.get_seq_length() == 0
 
 
@@ -491,7 +493,7 @@ def test_a_turn_over_a_given_cache_replays_the_graph_of_the_last_one():
         cache, ids = TurboQuantCache(model.config, **OPTIONS, max_cache_len=400), prompt().cuda()
         for _ in range(3):
             if run is ours:
-                ids = ours(model, ids, past_key_values=cache)
+                ids = ours(model, ids, **{cache_name(model): cache})
                 graphs = dict(decoding._steps[cache].graphs)
             else:
                 ids = theirs(model, ids, cache=cache, disable_compile=True)

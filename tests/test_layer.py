@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
-from hf_turboquant import QuantizedStates, TurboQuantConfig
+from hf_turboquant import QuantizedStates, TurboQuantConfig, ops
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
+from hf_turboquant.states import LayerStates
+from hf_turboquant.static import TurboQuantStaticLayer
 
 
 def options(**options):
@@ -82,6 +85,119 @@ def test_a_chunk_longer_than_the_window_is_read_exactly():
     assert not torch.equal(plain(layer.keys)[:, :, 200:284], keys[:, :, 200:284])
 
 
+KINDS = {"grows": (TurboQuantLayer, {}), "static": (TurboQuantStaticLayer, {"max_cache_len": 300})}
+MEMORY = (
+    {},
+    {"condition": "none"},
+    {"residual_length": 16},
+    {"residual_length": 16, "condition": "none"},
+    {"residual_length": 0, "condition": "none"},
+)
+
+
+@pytest.fixture(params=[(kind, options) for kind in KINDS for options in MEMORY], ids=str)
+def new_layer(request):
+    kind, options = request.param
+    return lambda: KINDS[kind][0](TurboQuantConfig(nbits=4, **KINDS[kind][1], **options), 0)
+
+
+@pytest.mark.parametrize("attends", (True, False))
+@pytest.mark.parametrize(
+    "pieces",
+    ([200, *[1] * 12], [20, *[1] * 120], [150, 1, 1, 20, 1, 1, 40, 1], [1, 3, 160, 1]),
+    ids=("long prompt", "short prompt", "chunks", "one token first"),
+)
+def test_what_was_taken_may_be_written_to(new_layer, pieces, attends):
+    """One buffer for every update, overwritten after attention or, if there is none, at once."""
+    kept, fed = new_layer(), new_layer()
+    keys, values = states(sum(pieces))
+    buffers, start = [x.clone() for x in (keys, values)], 0
+    for piece in pieces:
+        new = [x[:, :, start : start + piece] for x in (keys, values)]
+        for buffer, x in zip(buffers, new, strict=True):
+            buffer[:, :, :piece] = x
+        start += piece
+        given = [buffer[:, :, :piece] for buffer in buffers]
+        for layer, taken in ((kept, given), (fed, [x.clone() for x in new])):
+            handles = layer.update(*taken)
+            if attends:
+                query = torch.ones(2, 2, piece, 32)
+                torch.nn.functional.scaled_dot_product_attention(query, *handles)
+        for buffer in buffers:
+            buffer.zero_()
+    for ours, expected in ((kept.keys, fed.keys), (kept.values, fed.values)):
+        assert torch.equal(plain(ours), plain(expected)) and plain(ours)[:, :, : sum(pieces)].any(-1).all()
+
+
+def test_a_token_that_attention_reads_is_not_copied():
+    layer = TurboQuantLayer(options(residual_length=16), 0)
+    keys, values = states(110)
+    feed(layer, keys, values, [100])
+    copied = []
+    for at in range(100, 110):
+        token = [x[:, :, at : at + 1] for x in (keys, values)]
+        handles = layer.update(*token)
+        copied.append(layer.step.newest[0].data_ptr() != token[0].data_ptr())
+        if at != 105:
+            torch.nn.functional.scaled_dot_product_attention(torch.ones(2, 2, 1, 32), *handles)
+    # the first, and the one after that which was not read
+    assert copied == [at in (100, 106) for at in range(100, 110)]
+
+
+def test_what_was_given_stays_what_it_was(new_layer):
+    keys, values = states(300)
+    layer, given = new_layer(), []
+    start = 0
+
+    def go_on(*pieces):
+        nonlocal start
+        for piece in pieces:
+            layer.update(*(x[:, :, start : start + piece] for x in (keys, values)))
+            start += piece
+            given.extend((x, plain(x).clone()) for x in (layer.keys, layer.values))
+
+    go_on(20, 1, 100, 11, *[1] * 30, 50, *[1] * 5)
+    layer.crop(-150)
+    start -= 150
+    go_on(1, 130)
+    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.offload() if type(layer) is TurboQuantLayer else None
+    go_on(1, 1)
+    layer.reset()
+    start = 0
+    go_on(200, 1)
+    for held, was in given:
+        assert torch.equal(plain(held), was)
+
+
+def test_what_update_returned_is_read_before_the_next_one(new_layer):
+    keys, values = states(300)
+    layer, query = new_layer(), torch.ones(2, 2, 1, 32)
+    start, exact = 0, []
+    for piece in (1, 10, *[1] * 9, 40, 1, 100, 3, 1, 40):
+        handles = layer.update(*(x[:, :, start : start + piece] for x in (keys, values)))
+        start += piece
+        if isinstance(handles[0], QuantizedStates) and isinstance(handles[0].states, LayerStates):
+            layer.get_seq_length()
+            assert plain(handles[0])[:, :, :start].any(-1).all()
+            read = [lambda h=handles: plain(h[0]), lambda h=handles: h[1].clone()]
+            read.append(lambda h=handles: torch.nn.functional.scaled_dot_product_attention(query, *h))
+            read.append(lambda h=handles: ops.scores(query, h[0].states, scaling=1.0))
+            layer.update(*(x[:, :, start : start + 1] for x in (keys, values)))
+            start += 1
+            for late in read:
+                with pytest.raises(ValueError, match="before the next update or reset .* Keep a `.clone"):
+                    late()
+        else:
+            # exact ones have memory of their own
+            exact.append((handles[0], plain(handles[0]).clone()))
+    assert exact and all(torch.equal(plain(held), was) for held, was in exact)
+    handles = layer.update(*(x[:, :, :1] for x in (keys, values)))
+    layer.reset()
+    with pytest.raises(ValueError, match="before the next update or reset"):
+        plain(handles[0])
+
+
 def test_pure_streaming_holds_nothing_exact():
     layer = TurboQuantLayer(options(residual_length=0, sink_length=0), 0)
     keys, values = states(140)
@@ -154,9 +270,7 @@ BAD_UPDATES = {
     "batch": (states(1, batch=3), "must keep the batch size"),
     "heads": (states(1, heads=1), "must keep the batch size"),
     "head_dim": (states(1, head_dim=64), "must keep the batch size"),
-    "dtype": (tuple(t.half() for t in states(1)), "must keep the batch size"),
     "unequal lengths": ((states(1)[0], states(2)[1]), "must agree in batch, heads, tokens"),
-    "unequal dtypes": ((states(1)[0], states(1)[1].half()), "must agree in batch, heads, tokens"),
     "no batch": (tuple(t[0] for t in states(1)), "must be a floating-point tensor of shape"),
     "integers": (tuple(t.int() for t in states(1)), "must be a floating-point tensor of shape"),
     "nothing": ((None, None), "must be a floating-point tensor of shape"),
@@ -174,6 +288,54 @@ def test_bad_updates_change_nothing(case):
     assert "at layer 2" in str(error.value)
     assert layer.get_seq_length() == 100
     assert torch.equal(plain(layer.keys), before[0]) and torch.equal(plain(layer.values), before[1])
+
+
+@pytest.mark.parametrize("kind", (TurboQuantLayer, TurboQuantStaticLayer))
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        # keys, then values: of the prompt, and of what follows
+        (("float32", "bfloat16"), ("float32", "bfloat16")),
+        (("float32", "bfloat16"), ("float32", "float32")),
+        (("float32", "float32"), ("float32", "bfloat16")),
+        (("bfloat16", "bfloat16"), ("float32", "float16")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("condition", ("none", "attention"))
+def test_each_role_has_its_own_dtype(kind, dtypes, condition):
+    """As under autocast, which may begin or end between two updates: the dtypes that torch.cat would give."""
+    layer = kind(TurboQuantConfig(residual_length=16, nbits=4, max_cache_len=400, condition=condition), 0)
+    full, start = DynamicLayer(), 0
+    keys, values = states(300, value_dim=64)
+    for index, piece in enumerate([150, 1, 1, 12, 30, 1, 1]):
+        chosen = [getattr(torch, dtype) for dtype in dtypes[index > 0]]
+        new = [x[:, :, start : start + piece].to(dtype) for x, dtype in zip((keys, values), chosen, strict=True)]
+        start += piece
+        handles, expected = layer.update(*new), full.update(*new)
+        assert [x.dtype for x in handles] == [x.dtype for x in expected]
+        # what is read differs from what was given by the error of codes alone, and not at all in the window
+        for held, given in zip((layer.keys, layer.values), expected, strict=True):
+            assert held.dtype == given.dtype
+            assert torch.equal(plain(held)[:, :, start - 16 : start], given[:, :, start - 16 :])
+            assert (plain(held)[:, :, :start] - given).norm() < 0.15 * given.norm()
+    assert len(layer.codes["keys"].tensors) > 1 and layer.codes["keys"].length == start - 20
+
+
+def test_autocast_does_not_round_codes():
+    keys, values = states(200)
+    held = []
+    for enabled in (False, True):
+        layer = TurboQuantLayer(options(residual_length=16, nbits=8), 0)
+        with torch.autocast("cpu", enabled=enabled):
+            feed(layer, keys, values, [100, 1, 99])
+            held.append((plain(layer.keys), plain(layer.values)))
+            query = torch.ones(2, 2, 1, 32)
+            held[-1] += (
+                ops.attention(query, layer._read(), scaling=1.0),
+                ops.scores(query, layer._read(), scaling=1.0),
+            )
+    assert all(map(torch.equal, *held))
 
 
 def test_too_small_head_dim_is_refused_before_anything_is_made():

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_turboquant import QuantizedStates, TurboQuantCache
+from hf_turboquant._supported import cache_name
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.states import LayerStates
 
@@ -135,7 +136,6 @@ class Row:
         attentions (`tuple[str, ...]`): what `attn_implementation` may be; all of them compute the same.
         dequantizes (`tuple[str, ...]`): those of them that can't attend straight from the codes; where it is not just
             eager, the reason stands beside the row.
-        cache_name (`str`): the argument that takes the cache.
     """
 
     name: str
@@ -144,7 +144,6 @@ class Row:
     model_type: str | None = None
     attentions: tuple[str, ...] = ("sdpa", "eager", "turboquant")
     dequantizes: tuple[str, ...] = ("eager",)
-    cache_name: str = "past_key_values"
 
     model_class = AutoModelForCausalLM
 
@@ -179,7 +178,7 @@ class Row:
 
     def prefill_and_decode(self, model, cache, after_prefill=lambda cache: None) -> torch.Tensor:
         """Logits of all positions: the prompt at once, then token by token."""
-        inputs, options = self.inputs(), {self.cache_name: cache, "use_cache": True}
+        inputs, options = self.inputs(), {cache_name(model): cache, "use_cache": True}
         outputs, start = [], 0
         with torch.no_grad():
             for stop in range(PROMPT, PROMPT + STEPS + 1):
@@ -197,7 +196,7 @@ class Row:
     def generate(self, model, cache) -> torch.Tensor:
         """The tokens generated."""
         inputs = {name: tensor[:, :PROMPT] for name, tensor in self.inputs().items()}
-        inputs.update(self.prefill_inputs(model.config), **{self.cache_name: cache})
+        inputs.update(self.prefill_inputs(model.config), **{cache_name(model): cache})
         return model.generate(**inputs, **GREEDY)[:, PROMPT:]
 
 
@@ -279,7 +278,7 @@ class EncoderDecoderRow(Row):
 
     def generate(self, model, cache):
         inputs = {f"decoder_{name}": tensor[:, :PROMPT] for name, tensor in self.inputs().items()}
-        tokens = model.generate(**self.source(model.config), **inputs, past_key_values=cache, **GREEDY)
+        tokens = model.generate(**self.source(model.config), **inputs, **{cache_name(model): cache}, **GREEDY)
         # whisper leaves the prompt out
         return tokens[:, -STEPS:]
 
@@ -397,7 +396,6 @@ ROWS = [
         0,
         {"num_heads": 8, "n_groups": 2, "state_size": 16, "chunk_size": 16},
         attentions=("eager",),
-        cache_name="cache_params",
     ),
     VisionRow("qwen2_5_vl", 3, {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}}),
     VisionRow("qwen3_5", 2, typed(HYBRID, **LINEAR)),

@@ -9,6 +9,7 @@ from test_models import GREEDY, PROMPT, ROWS, SMALL_WINDOW, Row, compressed_laye
 from torch.utils._pytree import tree_leaves
 
 from hf_turboquant import QuantizedStates, TurboQuantCache
+from hf_turboquant._supported import cache_name
 from hf_turboquant.layer import ROLES
 
 pytestmark = pytest.mark.usefixtures("early_learning")
@@ -135,7 +136,7 @@ def test_what_waits_for_its_query_leaves_with_the_prefill(gpu):
     model = row.model()
     cache = row.cache(model.config, **SMALL_WINDOW, offloading=True)
     with torch.no_grad():
-        model(row.inputs()["input_ids"][:, :PROMPT], past_key_values=cache)
+        model(row.inputs()["input_ids"][:, :PROMPT], **{cache_name(model): cache})
     assert [layer.condition for layer in cache.layers] == ["attention"] * 3
     # the first layer is back already
     assert count_on_host(cache) == 2 and all(layer.pending is None for layer in cache.layers)
@@ -151,7 +152,7 @@ def test_other_operations_bring_tokens_back(gpu, way, tmp_path):
         cache = row.cache(model.config, **SMALL_WINDOW, offloading=offloading)
         options = {"num_beams": 3} if way == "beams" else {}
         first = model.generate(
-            **{n: t[:, :PROMPT] for n, t in inputs.items()}, past_key_values=cache, **GREEDY | options
+            **{n: t[:, :PROMPT] for n, t in inputs.items()}, **{cache_name(model): cache}, **GREEDY | options
         )
         if offloading:
             assert count_on_host(cache)
@@ -182,12 +183,12 @@ def test_same_tokens_on_a_gpu(name):
     model = row.model().cuda()
     inputs = {name: tensor[:, :PROMPT].cuda() for name, tensor in row.inputs().items()}
     options = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
-    expected = model.generate(**inputs, past_key_values=row.cache(model.config, **SMALL_WINDOW), **options)
+    expected = model.generate(**inputs, **{cache_name(model): row.cache(model.config, **SMALL_WINDOW)}, **options)
     for _ in range(5):
         cache = row.cache(model.config, **SMALL_WINDOW, offloading=True)
-        assert torch.equal(model.generate(**inputs, past_key_values=cache, **options), expected)
+        assert torch.equal(model.generate(**inputs, **{cache_name(model): cache}, **options), expected)
         away = [layer.exact["keys"] for layer in compressed_layers(cache) if not layer.exact["keys"].is_cuda]
         assert len(away) >= row.compressed - 1 and all(tensor.is_pinned() for tensor in away)
         twin = pickle.loads(pickle.dumps(cache))
-        one_more = [model(inputs["input_ids"][:, :1], past_key_values=each).logits for each in (cache, twin)]
+        one_more = [model(inputs["input_ids"][:, :1], **{cache_name(model): each}).logits for each in (cache, twin)]
         assert torch.equal(*one_more)

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from hf_turboquant import TurboQuantCache, saving
+from hf_turboquant._supported import cache_name
 from hf_turboquant.hybrid import TurboQuantHybridLayer
 
 TINY = {
@@ -75,13 +76,13 @@ def tokens(length, batch=2):
 def go_on(model, cache, steps=6):
     """Logits of tokens that follow, one at a time: the codes grow meanwhile."""
     with torch.no_grad():
-        return torch.stack([model(ids, past_key_values=cache).logits for ids in tokens(steps).split(1, dim=1)])
+        return torch.stack([model(ids, **{cache_name(model): cache}).logits for ids in tokens(steps).split(1, dim=1)])
 
 
 def prefilled(model, length=150, **options):
     cache = TurboQuantCache(model.config, **{**OPTIONS, **options})
     with torch.no_grad():
-        model(tokens(length), past_key_values=cache)
+        model(tokens(length), **{cache_name(model): cache})
     return cache
 
 
@@ -123,6 +124,18 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(family, capacity, with_config, 
     assert not torch.equal(go_on(model, loaded), go_on(model, TurboQuantCache(model.config)))
 
 
+@pytest.mark.parametrize("capacity", (None, 400))
+def test_keys_and_values_of_different_dtypes_are_loaded(capacity, tmp_path):
+    model = make_model("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = prefilled(model, max_cache_len=capacity)
+    cache.save_pretrained(tmp_path / "saved")
+    loaded = TurboQuantCache.from_pretrained(tmp_path / "saved", config=model.config)
+    keys, values = held(loaded)[-1]
+    assert (keys.dtype, values.dtype) == (torch.float32, torch.bfloat16) and same(loaded, cache)
+    assert torch.equal(go_on(model, loaded), go_on(model, cache))
+
+
 @pytest.mark.parametrize("family, capacity", [*((family, None) for family in FAMILIES), ("llama", 180)])
 def test_another_process_writes_the_same_tokens(family, capacity, tmp_path):
     """With a capacity, decode steps are compiled in both."""
@@ -130,16 +143,16 @@ def test_another_process_writes_the_same_tokens(family, capacity, tmp_path):
     cache = prefilled(model, max_cache_len=capacity)
     cache.save_pretrained(tmp_path / "saved")
     ids = torch.cat([tokens(150), tokens(7)], dim=1)
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **{cache_name(model): cache}, max_new_tokens=12)
     script = f"""
 import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_saving import make_model, tokens, TurboQuantCache
+from test_saving import cache_name, make_model, tokens, TurboQuantCache
 model = make_model({family!r})
 cache = TurboQuantCache.from_pretrained({str(tmp_path / "saved")!r}, config=model.config)
 ids = torch.cat([tokens(150), tokens(7)], dim=1)
-out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12)
+out = model.generate(ids, attention_mask=torch.ones_like(ids), **{{cache_name(model): cache}}, max_new_tokens=12)
 print(out.tolist())
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -395,7 +408,7 @@ CORRUPTIONS = {
     "json edited": (edit, "must be as it was written"),
     "json cut off": (lambda f: (f / saving.HEADER).write_text('{"format'), "as `save_pretrained` writes it"),
     "json a list": (lambda f: (f / saving.HEADER).write_text("[]"), "as `save_pretrained` writes it"),
-    "no json": (lambda f: (f / saving.HEADER).unlink(), "No such file"),
+    "no json": (lambda f: (f / saving.HEADER).unlink(), "holds no cache.json"),
     "no tensors": (lambda f: (f / saving.TENSORS).unlink(), "No such file"),
     "foreign json": (in_header("format", "safetensors index"), "`format` must be 'hf_turboquant cache', got 'safe"),
     "pickle": (pickled, "as `save_pretrained` writes it"),
@@ -419,7 +432,7 @@ CORRUPTIONS = {
     "scales of another dtype": (in_tensor(SCALES, lambda t: t.float()), "tokens of keys must fit"),
     "scales of fewer blocks": (in_tensor(SCALES, lambda t: t[:, :, 1:].contiguous()), "tokens of keys must fit"),
     "exact tokens gone": (in_tensor(EXACT, lambda t: t[:, :, 1:].contiguous()), "tokens of values must fit"),
-    "exact values of another dtype": (in_tensor(EXACT, lambda t: t.half()), "tokens of values must fit"),
+    "exact values that are integers": (in_tensor(EXACT, lambda t: t.int()), "tokens of values must fit"),
     "mean of other heads": (in_tensor(MEAN, lambda t: t[:1].contiguous()), "what 'attention' learned must fit"),
     "tensor missing": (without_tensor(SCALES), f"KeyError: '{SCALES}'"),
     "unknown layer": (
@@ -460,11 +473,13 @@ def test_a_cache_of_an_older_format_is_replaced(saved, tmp_path):
     assert same(TurboQuantCache.from_pretrained(tmp_path), cache)
 
 
-@pytest.mark.parametrize("folder", ("nothing there", "a model"))
-def test_folders_that_hold_no_cache(folder, tmp_path):
-    if folder == "a model":
-        make_model("llama").save_pretrained(tmp_path / folder)
-    with pytest.raises(ValueError, match="must be a folder as `save_pretrained` writes it"):
+@pytest.mark.parametrize(
+    "folder, what",
+    [("nothing there", "does not exist"), ("a model", "holds no cache.json"), ("a model/config.json", "is a file")],
+)
+def test_folders_that_hold_no_cache(folder, what, tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "a model")
+    with pytest.raises(ValueError, match=f"one that `save_pretrained` wrote, got .*{folder}, which {what}."):
         TurboQuantCache.from_pretrained(tmp_path / folder)
 
 

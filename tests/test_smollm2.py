@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.generation import CompileConfig
 
 from hf_turboquant import TurboQuantCache, TurboQuantConfig, ops
+from hf_turboquant._supported import cache_name
 from hf_turboquant.evaluation.quality import measure, split_windows
 from hf_turboquant.quantizer import Quantizer
 
@@ -21,7 +22,7 @@ def test_8_bits_write_the_same_200_tokens(smollm2):
     options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False}
     caches = DynamicCache(config=model.config), TurboQuantCache(model.config, nbits=8)
     full, ours = (
-        model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)[0]
+        model.generate(ids, attention_mask=torch.ones_like(ids), **{cache_name(model): cache}, **options)[0]
         for cache in caches
     )
     assert caches[1].layers[0].codes["keys"].length == 1699 - 128 - 4
@@ -42,11 +43,11 @@ def test_compiled_steps_write_what_steps_of_the_growing_cache_write(smollm2):
     # otherwise only GPUs compile
     config._compile_all_devices = True
     options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    grown = model.generate(ids, past_key_values=TurboQuantCache(model.config), **options)
+    grown = model.generate(ids, **{cache_name(model): TurboQuantCache(model.config)}, **options)
     torch.compiler.reset()
     counters.clear()
     cache = TurboQuantCache(model.config, max_cache_len=464)
-    assert torch.equal(model.generate(ids, past_key_values=cache, compile_config=config, **options), grown)
+    assert torch.equal(model.generate(ids, **{cache_name(model): cache}, compile_config=config, **options), grown)
     assert counters["stats"]["unique_graphs"] == 1 and cache.layers[0].condition == "attention"
 
 
@@ -77,7 +78,7 @@ def real_keys(smollm2):
     model, tokenizer = smollm2
     ids = split_windows(tokenizer, TEXT, 512, 1).to(model.device)
     with torch.inference_mode():
-        cache = model(ids, past_key_values=DynamicCache(config=model.config)).past_key_values
+        cache = model(ids, **{cache_name(model): DynamicCache(config=model.config)})[cache_name(model)]
     keys = torch.cat([layer.keys[0].float().cpu() for layer in cache.layers])[:, 4:]
     return keys - keys.mean(1, keepdim=True)
 

@@ -2,10 +2,14 @@
 
 import copy
 import pickle
+import sys
+from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -22,7 +26,8 @@ from transformers import (
 from transformers.cache_utils import StaticSlidingWindowLayer
 from transformers.generation import CompileConfig
 
-from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
+from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, arena, conditioning, ops
+from hf_turboquant._supported import cache_name
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.states import LayerStates
 from hf_turboquant.static import TurboQuantStaticLayer
@@ -225,7 +230,7 @@ def test_memory_before_tokens_is_no_prompt(first):
             assert cache.is_initialized and cache.get_seq_length() == 0 and cache.get_mask_sizes(5, 0) == (5, 0)
         with torch.no_grad():
             for start, stop in ((0, first), *((at, at + 1) for at in range(first, 150)), (150, 190)):
-                out = model(ids[:, start:stop], past_key_values=cache).logits
+                out = model(ids[:, start:stop], **{cache_name(model): cache}).logits
         assert [layer.condition for layer in cache.layers] == ["attention"] * 4
         logits.append(out)
     assert torch.equal(*logits)
@@ -249,10 +254,10 @@ def test_compiled_steps_after_a_short_prompt(window, monkeypatch):
     cache = TurboQuantCache(model.config, max_cache_len=300, residual_length=window, backend="triton")
     counts = []
     with torch.no_grad():
-        model(torch.randint(3, 99, (1, 120)), past_key_values=cache)
+        model(torch.randint(3, 99, (1, 120)), **{cache_name(model): cache})
         for _ in range(20):
             fetched.clear()
-            model(torch.full((1, 1), 5), past_key_values=cache)
+            model(torch.full((1, 1), 5), **{cache_name(model): cache})
             counts.append(len(fetched))
     assert counts == [0] * 12 + [2] + [0] * 7
 
@@ -302,7 +307,7 @@ def generate(model, cache, tokens=NEW, prompt=PROMPT, **options):
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, **options}
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)[:, prompt:]
+    return model.generate(ids, attention_mask=mask, **{cache_name(model): cache}, **options)[:, prompt:]
 
 
 def compiled(backend="eager"):
@@ -374,7 +379,7 @@ def test_no_step_asks_the_host_for_anything(monkeypatch):
     fetched.clear()
     with torch.no_grad():
         for tokens in (1, 3):
-            model(torch.full((2, tokens), 5), past_key_values=cache)
+            model(torch.full((2, tokens), 5), **{cache_name(model): cache})
         # no mask is asked for here
         for layer in cache.layers:
             layer.update(*states(2, value_dim=32))
@@ -396,10 +401,10 @@ def test_a_graph_of_the_bare_model_gives_the_tokens_of_steps():
     for captured in (False, True):
         cache = TurboQuantCache(model.config, max_cache_len=PROMPT + 40)
         with torch.no_grad():
-            token = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            token = model(ids, **{cache_name(model): cache}).logits[:, -1].argmax(-1, keepdim=True)
 
             def step(token=token, cache=cache):
-                token.copy_(model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
+                token.copy_(model(token, **{cache_name(model): cache}).logits[:, -1].argmax(-1, keepdim=True))
 
             # what the first step compiles and allocates is not for a graph
             step()
@@ -438,7 +443,7 @@ def test_other_ways_of_generating(way):
     ):
         torch.manual_seed(0)
         options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, **way, **options}
-        out.append(model.generate(ids, past_key_values=cache, **options))
+        out.append(model.generate(ids, **{cache_name(model): cache}, **options))
     assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
     # transformers does not compile beam search, and from some release on a model with a draft
     assert counters["stats"]["unique_graphs"] > 0 or "do_sample" not in way
@@ -455,7 +460,7 @@ def test_a_chat_goes_on_with_compiled_steps():
         ids = torch.randint(3, 99, (1, 140), generator=torch.Generator().manual_seed(0))
         for turn in range(3):
             ids = model.generate(
-                ids, past_key_values=cache, max_new_tokens=20, min_new_tokens=20, do_sample=False, **options
+                ids, **{cache_name(model): cache}, max_new_tokens=20, min_new_tokens=20, do_sample=False, **options
             )
             ids = torch.cat([ids, torch.full((1, 15 + turn), 7)], dim=1)
         conversations.append(ids)
@@ -473,15 +478,19 @@ def test_generate_says_when_the_room_is_used_up():
         generate(model, TurboQuantCache(model.config, max_cache_len=100))
 
 
-@pytest.mark.parametrize("implementation, tokens", [("eager", 1), ("sdpa", 17)])
+@pytest.mark.parametrize("implementation, tokens", [("eager", 1), ("flex_attention", 1), ("sdpa", 17)])
 def test_what_cannot_be_compiled_says_so(implementation, tokens):
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=implementation)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     cache = TurboQuantCache(model.config, max_cache_len=300)
     with torch.no_grad():
-        model(torch.full((1, 150), 5), past_key_values=cache)
+        model(torch.full((1, 150), 5), **{cache_name(model): cache})
         step = torch.compile(model, backend="eager", fullgraph=True)
-        with pytest.raises(Exception, match="attn_implementation='sdpa'|Only steps of a few tokens"):
-            step(torch.full((1, tokens), 5), past_key_values=cache)
+        # not by `set_attn_implementation`: the mask of flex attention would break the graph
+        for layer in model.model.layers:
+            layer.self_attn.config = copy.copy(model.config)
+            layer.self_attn.config._attn_implementation = implementation
+        with pytest.raises(Exception, match="attn_implementation='sdpa'|Only steps of a few tokens without gradients"):
+            step(torch.full((1, tokens), 5), **{cache_name(model): cache})
 
 
 def test_what_a_static_cache_refuses():
@@ -529,3 +538,36 @@ def test_a_hybrid_layer_is_refused():
 
     with pytest.raises(ValueError, match="recurrent part in one layer"):
         TurboQuantCache(FalconH1Config(num_hidden_layers=2), max_cache_len=300)
+
+
+def tables():
+    """The size of everything that the package remembers across calls, by module and name."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        for variable, value in vars(module).items() if name.split(".")[0] == "hf_turboquant" else ():
+            if hasattr(value, "cache_info"):
+                assert value.cache_info().maxsize is not None, f"{name}.{variable} has no bound"
+                found[name, variable] = value.cache_info().currsize
+            elif isinstance(value, (dict, set, list, WeakKeyDictionary, WeakIdKeyDictionary)):
+                found[name, variable] = len(value)
+    return found
+
+
+def test_requests_of_many_lengths_leave_nothing(monkeypatch):
+    """Both kinds of cache; what the kernels' own tables grow by is in `tests/ops/test_quantize_kernel.py`."""
+    assert ("hf_turboquant.arena", "_layout") in tables()
+    # the same with less room, which is full soon
+    monkeypatch.setattr(arena, "_layout", lru_cache(maxsize=20)(arena._Layout))
+    monkeypatch.setattr(conditioning, "_turns", lru_cache(maxsize=4)(conditioning._turns.__wrapped__))
+    config, seen = LlamaConfig(**{**SHAPE, "num_hidden_layers": 2}), []
+    for request in range(40):
+        length, batch = 140 + 3 * request, 1 + request % 3
+        for room in ({}, {"max_cache_len": length + 1 + request}):
+            cache = TurboQuantCache(config, residual_length=16, backend="torch", **room)
+            for layer in range(2):
+                cache.update(*states(length, batch=batch), layer)
+                keys, values = cache.update(*states(1, batch=batch), layer)
+                torch.nn.functional.scaled_dot_product_attention(torch.randn(batch, 2, 1, 32), keys, values)
+        seen.append(tables())
+    # by then each table has met every kind of request
+    assert seen[19] == seen[39]

@@ -1,6 +1,7 @@
 """The versions of transformers that are let in."""
 
 import configparser
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,4 +40,9 @@ def test_the_import_fails_before_anything_else_does():
 def test_the_range_is_that_of_the_package():
     config = configparser.ConfigParser()
     config.read(Path(__file__).parent.parent / "setup.cfg")
-    assert "transformers>={}.{},<{}".format(*LOWEST, TOO_NEW[0]) in config["options"]["install_requires"].split()
+    required = config["options"]["install_requires"].split()
+    assert "transformers>={}.{},<{}".format(*LOWEST, TOO_NEW[0]) in required
+    # the lowest torch and triton are those of the measurements on a GPU
+    speed = (Path(__file__).parent.parent / "docs" / "speed.md").read_text(encoding="utf-8")
+    versions = re.search(r"torch (\d+\.\d+)\.\d+, triton (\d+\.\d+)\.", speed).groups()
+    assert {f"torch>={versions[0]}", f"triton>={versions[1]};"} <= set(required)

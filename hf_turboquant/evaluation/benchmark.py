@@ -17,6 +17,7 @@ from torch.utils.benchmark import Timer
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .._supported import cache_name
 from ..cache import TurboQuantCache
 from ..config import TurboQuantConfig
 from ..estimate import Estimate
@@ -197,12 +198,12 @@ def generate_rate(model, cache, context: int, tokens: int) -> float:
     """Tokens per second of greedy decoding after a prompt of `context` random tokens, which is not counted."""
     ids = torch.randint(0, model.config.get_text_config(decoder=True).vocab_size, (1, context + 1), device=model.device)
     with torch.inference_mode():
-        model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :-1], **{cache_name(model): cache}, logits_to_keep=1)
 
     def generate(ids: torch.Tensor, count: int) -> torch.Tensor:
         options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
         # Copy the tokens to the host, to wait for the device.
-        ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options).cpu()
+        ids = model.generate(ids, attention_mask=torch.ones_like(ids), **{cache_name(model): cache}, **options).cpu()
         return ids.to(model.device)
 
     # Read the prompt and compile kernels before the clock starts.

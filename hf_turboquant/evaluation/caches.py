@@ -3,16 +3,18 @@
 import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from transformers import DynamicCache, QuantizedCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from ..cache import TurboQuantCache
 from ..conditioning import head_dim
+from ..config import TurboQuantConfig
 from ..layer import TurboQuantLayer
 from ..memory import layer_memory
 
-KINDS = ("turboquant", "dynamic", "quanto", "hqq", "fp8")
+KINDS = ("turboquant", "dynamic", "static", "quanto", "hqq", "fp8")
 # How a label words each option, in this order; options that are not listed follow under their own names.
 _WORDS = {"cache": "{}", "nbits": "{} bits", "key_bits": ", keys {} bits", "key_estimator": "{}", "sketch": "{}"}
 _WORDS |= {"value_bits": ", values {} bits", "value_estimator": "{}", "condition": ", {}"}
@@ -25,7 +27,7 @@ def parse(spec: str) -> list[dict]:
     `"turboquant:nbits=4/3,key_estimator=qjl"` -> two sets of options, one for each of the values between slashes.
 
     Raises:
-        `ValueError`: the spec has another form, or names an unknown kind of cache.
+        `ValueError`: the spec has another form, names an unknown kind of cache, or has options that ours refuses.
     """
     kind, _, rest = spec.partition(":")
     pairs = [pair.partition("=") for pair in rest.split(",") if pair]
@@ -35,7 +37,10 @@ def parse(spec: str) -> list[dict]:
             "Try `turboquant:nbits=4/3,key_estimator=rescaled`."
         )
     choices = [[(name, _value(value)) for value in values.split("/")] for name, _, values in pairs]
-    return [{"cache": kind, **dict(chosen)} for chosen in itertools.product(*choices)]
+    found = [dict(chosen) for chosen in itertools.product(*choices)]
+    for options in found if kind == "turboquant" else ():
+        TurboQuantConfig(**{name: value for name, value in options.items() if "offload" not in name})
+    return [{"cache": kind, **options} for options in found]
 
 
 def _value(text: str):
@@ -121,14 +126,10 @@ def new_cache(config, options: dict):
     """
     options = dict(options)
     kind = options.pop("cache", "turboquant")
-    if kind in ("turboquant", "dynamic"):
-        make = TurboQuantCache if kind == "turboquant" else DynamicCache
-        try:
-            return make(config=config, **options)
-        except TypeError as error:
-            raise ValueError(f"A {kind} cache must be given options that it has: {error}.") from None
-    if kind != "fp8":
-        size = options.setdefault("q_group_size", head_dim(config.get_text_config(decoder=True)))
+    if kind == "turboquant":
+        return TurboQuantCache(config, **options)
+    if kind in ("quanto", "hqq"):
+        size = options.setdefault("q_group_size", head_dim(config))
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`q_group_size` must be a positive integer, got {size!r}.")
     if kind == "hqq":
@@ -139,7 +140,8 @@ def new_cache(config, options: dict):
         if not usual and any(axes.values()):
             raise ValueError(f"HQQ's 3 bits must have `axis_key` and `axis_value` 0, got {axes}. Take 4 or 2 bits.")
     try:
-        return QuantizedCache(kind, config, **options)
+        theirs = {"dynamic": DynamicCache, "static": StaticCache}.get(kind, partial(QuantizedCache, kind))
+        return theirs(config=config, **options)
     except (ImportError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers' {kind} cache must fit this model and be installed: {reason}") from None

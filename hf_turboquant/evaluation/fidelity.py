@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._supported import cache_name
 from ..cache import TurboQuantCache
 from ..config import TurboQuantConfig
 from ..layer import TurboQuantLayer
@@ -53,7 +54,7 @@ def capture(model, ids: torch.Tensor) -> list[LayerInputs]:
     for index, layer in enumerate(cache.layers):
         if type(layer) is TurboQuantLayer:
             cache.layers[index] = _RecordingLayer(cache.options, index)
-    model(ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+    model(ids.to(model.device), **{cache_name(model): cache}, logits_to_keep=1)
     recorded = [layer for layer in cache.layers if isinstance(layer, _RecordingLayer)]
     if not recorded or any(layer.query is None for layer in recorded):
         raise ValueError(

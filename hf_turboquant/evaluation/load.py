@@ -1,7 +1,9 @@
-"""Turns what a user types into a model, a text and settings."""
+"""Turns what a user types into settings, a text and a model."""
 
+import argparse
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -15,7 +17,6 @@ from .caches import label, new_cache, parse
 # As in the project's measurements: a block of 32 tokens sees itself exactly and all earlier tokens in codes.
 _ALL_CODES = "condition=none,residual_length=32,sink_length=0"
 PRESETS = {
-    "default": ["turboquant:nbits=4/3/2,key_estimator=qjl/rescaled"],
     # Every estimator of the papers: only keys, only values (the other in 8 bits), then both with exact tokens.
     "estimators": [
         f"turboquant:key_bits=4/3/2,value_bits=8,key_estimator=mse/rescaled,{_ALL_CODES}",
@@ -25,6 +26,127 @@ PRESETS = {
         "turboquant:nbits=4/3/2,key_estimator=qjl,condition=none",
     ],
 }
+PARTS = ("quality", "needle", "fidelity", "claims")
+
+
+def parse_bytes(text: str, base: int = 1000, what: str = "bytes such as 24G or 800M") -> int:
+    """`"24G"` -> 24 · 10⁹."""
+    digits, units = text.upper().removesuffix("B"), ["", "K", "M", "G", "T"]
+    unit = digits[-1:] if digits[-1:] in units else ""
+    try:
+        count = float(digits.removesuffix(unit)) * base ** units.index(unit)
+    except ValueError:
+        count = 0
+    if not 1 <= count < (2**31 if base == 1024 else float("inf")):
+        raise argparse.ArgumentTypeError(f"must be a number of {what}, got {text!r}")
+    return int(count)
+
+
+def parse_tokens(text: str) -> int:
+    """`"128k"` -> 131,072, as model cards count."""
+    return parse_bytes(text, 1024, "tokens such as 8192 or 128k")
+
+
+def positive(text: str) -> int:
+    """A positive integer below 2³¹."""
+    if not text.replace("_", "").isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a positive integer below 2³¹, got {text!r}")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A positive number of tokens, or 0."""
+    return 0 if text == "0" else parse_tokens(text)
+
+
+def _option(default, about: str, **how):
+    """A field that is an argument of the command too, where `how` says how it is read."""
+    return field(default=default, metadata={"help": about, **how})
+
+
+_TEXT = "a text file, hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub, or `reference`: Python's own reference"
+_SPECS = (
+    "KIND:OPTION=VALUE/VALUE, such as quanto:nbits=4, or `estimators`, those of the papers; the default adds those "
+)
+_SPECS += "of transformers that are installed"
+CACHES = ("turboquant:nbits=4/3/2,key_estimator=qjl/rescaled",)
+_SEVERAL, _TOKENS = {"nargs": "+"}, {"type": parse_tokens, "metavar": "TOKENS"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    What to measure, and on what. All of it is saved with the results.
+
+    `caches` may be given as specs, see [`caches.parse`], and become options. Windows take what the whole model reads;
+    `prefill` and `score_from` are half of one unless given.
+
+    Raises:
+        `ValueError`: a part, a cache or a depth is not valid, or the blocks leave no token to score.
+    """
+
+    model: str
+    text: str = _option("reference", _TEXT)
+    caches: Sequence = _option(CACHES, _SPECS, metavar="SPEC", **_SEVERAL)
+    parts: Sequence[str] = _option(PARTS, "what to measure", metavar="PART", **_SEVERAL)
+    window: int = _option(1024, "quality: tokens in a window", **_TOKENS)
+    windows: int = _option(1, "quality: number of windows", type=positive)
+    batch: int = _option(1, "quality: windows that share a cache", type=positive)
+    block: int = _option(64, "quality: tokens fed at a time", **_TOKENS)
+    prefill: int | None = _option(None, "quality: tokens of the first block (default: half a window)", **_TOKENS)
+    score_from: int | None = _option(
+        None, "quality: count blocks from this position on (default: half a window)", type=natural, metavar="TOKENS"
+    )
+    needle_lengths: Sequence[int] = _option((256, 512, 1024), "tokens of the haystacks", **_SEVERAL, **_TOKENS)
+    needle_depths: Sequence[float] = _option(
+        (0.0, 0.5, 1.0), "where the needles are, 0 to 1", type=float, metavar="DEPTH", **_SEVERAL
+    )
+    fidelity_lengths: Sequence[int] = _option((512, 1024), "tokens of context", **_SEVERAL, **_TOKENS)
+
+    def __post_init__(self):
+        caches = []
+        for named in self.caches:
+            for spec in PRESETS.get(named, [named]) if isinstance(named, str) else [named]:
+                caches += parse(spec) if isinstance(spec, str) else [spec]
+        object.__setattr__(self, "caches", caches)
+        for name in ("prefill", "score_from"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.window // 2)
+        for part in self.parts:
+            if part not in PARTS:
+                raise ValueError(f"--parts must be of {', '.join(PARTS)}, got {part!r}.")
+        if any(not 0 <= depth <= 1 for depth in self.needle_depths):
+            raise ValueError(f"--needle-depths must be from 0 (first) to 1 (last), got {self.needle_depths}.")
+        names = [label(options) for options in self.caches]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--caches must differ from each other, got {', '.join(names)}.")
+        if "quality" in self.parts and not max(self.prefill, self.score_from) < self.window - 1:
+            raise ValueError(
+                f"--prefill and --score-from must leave tokens of the window to score, got {self.prefill} and "
+                f"{self.score_from} of {self.window}. Take a longer --window, or leave them out."
+            )
+
+    def check(self, config, text: str) -> None:
+        """
+        Raises:
+            `ValueError`: the text is empty, a context is longer than the model can read, or a cache does not fit it.
+        """
+        if not text.strip():
+            raise ValueError(f"The text must hold words, got an empty one from {self.text}. Give another --text.")
+        lengths = {
+            "quality": [self.window],
+            "needle": [length + 32 for length in self.needle_lengths],
+            "fidelity": self.fidelity_lengths,
+        }
+        longest = max((max(lengths[part]) for part in self.parts if part in lengths), default=0)
+        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit and longest > limit:
+            raise ValueError(
+                f"Contexts must be within the {limit:,} tokens that {self.model} can read, got {longest:,} (needles "
+                "need 32 for the question). Take a shorter --window, --needle-lengths or --fidelity-lengths."
+            )
+        for options in self.caches:
+            new_cache(config, options)
 
 
 def baselines(config) -> list[dict]:
@@ -38,29 +160,6 @@ def baselines(config) -> list[dict]:
                 continue
             found.append(options)
     return found
-
-
-def settings(options: dict) -> dict:
-    """
-    The arguments of [`run.Settings`], with lists as tuples and caches parsed.
-
-    Raises:
-        `ValueError`: a part, a cache or a depth is not valid.
-    """
-    from .run import PARTS
-
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    named = options.get("caches") or ["default"]
-    caches = [found for name in named for spec in PRESETS.get(name, [name]) for found in parse(spec)]
-    for part in options.get("parts", ()):
-        if part not in PARTS:
-            raise ValueError(f"--parts must be of {', '.join(PARTS)}, got {part!r}.")
-    if any(not 0 <= depth <= 1 for depth in options.get("needle_depths", ())):
-        raise ValueError(f"--needle-depths must be from 0 (first) to 1 (last), got {options['needle_depths']}.")
-    names = [label(found) for found in caches]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--caches must differ from each other, got {', '.join(names)}.")
-    return {**options, "caches": caches}
 
 
 def read_text(source: str) -> str:
@@ -80,15 +179,15 @@ def read_text(source: str) -> str:
 
         try:
             rows = load_dataset(name, config or None, split=split or "test")
-            return "\n".join(rows[column or "text"])
+            return "\n".join(row.removesuffix("\n") for row in rows[column or "text"])
         except (OSError, ValueError, KeyError, ConnectionError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"--text hub:... must name a dataset with that split and column: {reason}") from None
+            raise ValueError(f"The text hub:... must name a dataset with that split and column: {reason}") from None
     try:
         return Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ValueError(f"--text must be a text file or hub:DATASET, got {source}: {reason}.") from None
+        raise ValueError(f"The text must be a text file, hub:DATASET or reference, got {source}: {reason}.") from None
 
 
 def place(dtype: str | None = None, device: str | None = None) -> tuple[str, torch.dtype]:
@@ -152,7 +251,6 @@ def _found(what: str, name: str, load: Callable):
         raise
     # Config, weights and tokenizer can fail in any way.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise ValueError(
-            f"MODEL must be {what}, got {name!r}: {reason}. Check the name, the path and the network."
-        ) from None
+        reason = " ".join(str(error).split()).rstrip(".")
+        advice = "Look at the files" if Path(name).exists() else "Check the name, the path and the network"
+        raise ValueError(f"MODEL must be {what}, got {name!r}: {reason}. {advice}.") from None

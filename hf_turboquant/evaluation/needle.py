@@ -4,6 +4,7 @@ import random
 
 import torch
 
+from .._supported import cache_name
 from .caches import named, new_cache
 
 # Digits are copied one by one, and a question that repeats the needle's words needs no reasoning: this tests only the
@@ -52,12 +53,12 @@ def find_needle(model, tokenizer, text: str, options: dict, length: int, depth: 
     context, inputs = (ids.to(model.device) for ids in haystack(tokenizer, text, length, depth, code))
     cache = new_cache(model.config, options)
     with named(options):
-        model(context, past_key_values=cache, logits_to_keep=1)
+        model(context, **{cache_name(model): cache}, logits_to_keep=1)
     answer, written = [], ""
     # A token holds at least one digit; one more token for a leading space.
     while len(answer) < len(code) + 1 and len(written.strip()) < len(code):
         with named(options):
-            inputs = model(inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            inputs = model(inputs, **{cache_name(model): cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
         answer.append(inputs.item())
         written = tokenizer.decode(answer)
     return {"expected": code, "answer": written, "exact": written.strip() == code}

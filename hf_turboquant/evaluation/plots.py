@@ -27,7 +27,7 @@ def draw(results, settings, out: Path, config) -> list[Path]:
     """
     figures = {}
     if "quality" in settings.parts:
-        figures["overview"] = overview_figure(total(results.units, settings.windows), settings.caches, config)
+        figures["overview"] = overview_figure(total(results.units), settings.caches, config)
     else:
         figures["memory"] = memory_figure(config)
     if "needle" in settings.parts:

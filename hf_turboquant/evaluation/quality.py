@@ -1,13 +1,13 @@
 """Compares predictions through a compressed cache with those through a full one."""
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache
 
+from .._supported import cache_name
 from .caches import bits_per_coordinate, held_bytes, named, new_cache
 
 
@@ -45,7 +45,7 @@ class Quality:
 
     @property
     def bits(self) -> float:
-        """Mean of what `weigh` returned for the cache."""
+        """Mean bits per coordinate of all tokens, exact ones included."""
         return self.bits_sum / self.tokens
 
     def add(self, full: torch.Tensor, log_probs: torch.Tensor, targets: torch.Tensor, bits: float = 0.0) -> None:
@@ -60,6 +60,14 @@ class Quality:
         names = "tokens", "nll_sum", "agreement_sum", "bits_sum", "kls"
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
         return Quality(**sums, compression_ratio=other.compression_ratio, total_bits=other.total_bits)
+
+
+class Full(NamedTuple):
+    """What the full cache predicts: its [`Quality`], log-probabilities by scored block, on the CPU, and its bytes."""
+
+    quality: Quality
+    log_probs: list[torch.Tensor]
+    nbytes: int
 
 
 def split_windows(tokenizer, text: str, length: int, count: int) -> torch.Tensor:
@@ -79,72 +87,75 @@ def split_windows(tokenizer, text: str, length: int, count: int) -> torch.Tensor
 
 
 @torch.inference_mode()
-def measure(
-    model,
-    windows: torch.Tensor,
-    configurations: list[dict | Callable],
-    block: int = 32,
-    batch: int = 4,
-    prefill: int | None = None,
-    score_from: int = 0,
-    advance: Callable[[int], object] = lambda tokens: None,
-    weigh: Callable[[object], float] = lambda cache: 0.0,
-) -> list[Quality]:
+def _predict(model, cache, ids, block=32, prefill=None, score_from=0, advance=lambda tokens: None) -> Iterator[tuple]:
+    """Reads `ids` block by block; yields log-probabilities and next tokens of every scored block."""
+    starts = [0, *range(block if prefill is None else prefill, ids.shape[1], block)]
+    for start, stop in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
+        # The window's last token has no next one.
+        targets = ids[:, start + 1 : stop + 1]
+        logits = model(ids[:, start:stop], **{cache_name(model): cache}).logits[:, : targets.shape[1]]
+        advance(ids[:, start:stop].numel())
+        if start >= score_from:
+            yield logits.float().log_softmax(-1), targets
+
+
+def read_full(model, ids: torch.Tensor, **blocks) -> Full:
+    """Reads windows, ids of shape `[batch, length]`, through the full cache; for `blocks` see [`measure`]."""
+    cache, quality, kept = new_cache(model.config, {"cache": "dynamic"}), Quality(), []
+    for log_probs, targets in _predict(model, cache, ids, **blocks):
+        quality.add(log_probs, log_probs, targets, bits=16.0)
+        kept.append(log_probs.cpu())
+    return Full(quality, kept, held_bytes(cache))
+
+
+def compare(model, ids: torch.Tensor, options: dict | Callable, full: Full, **blocks) -> Quality:
+    """Reads the windows that `full` is of through another cache; for `options` and `blocks` see [`measure`]."""
+    cache = options(model.config) if callable(options) else new_cache(model.config, options)
+    quality = Quality()
+    with named({} if callable(options) else options):
+        predicted = _predict(model, cache, ids, **blocks)
+        for expected, (log_probs, targets) in zip(full.log_probs, predicted, strict=True):
+            bits = bits_per_coordinate(cache, with_exact=True)
+            quality.add(expected.to(log_probs.device), log_probs, targets, bits)
+    counted = cache.memory().total_bytes if hasattr(cache, "memory") else held_bytes(cache)
+    quality.compression_ratio, quality.total_bits = full.nbytes / counted, bits_per_coordinate(cache)
+    return quality
+
+
+def measure(model, windows: torch.Tensor, configurations: list[dict | Callable], batch: int = 4, **blocks):
     """
     Compares compressed caches with the full one on the same text.
 
     Windows of the text are fed in small blocks that attend to the cache, so that all predictions but those of the first
-    block depend on it. The full cache and all compressed ones read each block in turn, so that each is run once and
-    only one block of full logits is in memory.
+    block depend on it. The full cache's predictions of a batch are kept in host memory: four bytes for every scored
+    token and word of the vocabulary.
 
     Args:
         model: a causal language model.
         windows (`torch.Tensor`): token ids of shape `[windows, length]`.
         configurations (`list[dict | Callable]`): options of the caches, see [`caches.new_cache`]; or functions that
             make any other cache from the model's config.
-        block (`int`): tokens fed at a time.
         batch (`int`): windows fed at a time; they share a cache, its conditioning and its constants.
-        prefill (`int`, *optional*): tokens of the first block, `block` by default.
-        score_from (`int`): position of the first block whose predictions count.
-        advance (`Callable`): called with the number of tokens done, after every block of every cache.
-        weigh (`Callable`): called with every cache after every scored block; [`Quality.bits`] is the mean.
+        blocks: `block` (`int`, 32), tokens fed at a time; `prefill` (`int`, `block`), tokens of the first block;
+            `score_from` (`int`, 0), position of the first block whose predictions count; `advance` (`Callable`),
+            called with the number of tokens done, after every block of every cache.
 
     Returns:
         A [`Quality`] for the full cache, then one for each configuration.
     """
-    qualities = [Quality() for _ in range(1 + len(configurations))]
+    total = None
     for ids in windows.to(model.device).split(batch):
-        caches = [DynamicCache(config=model.config)]
-        caches += [
-            options(model.config) if callable(options) else new_cache(model.config, options)
-            for options in configurations
-        ]
-        starts = [0, *range(block if prefill is None else prefill, ids.shape[1], block)]
-        for start, stop in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
-            inputs = ids[:, start:stop]
-            # The window's last token has no next one.
-            targets = ids[:, start + 1 : stop + 1]
-            full = None
-            for cache, quality, options in zip(caches, qualities, [{}, *configurations], strict=True):
-                with nullcontext() if callable(options) else named(options):
-                    logits = model(inputs, past_key_values=cache).logits[:, : targets.shape[1]]
-                log_probs = logits.float().log_softmax(-1)
-                full = log_probs if full is None else full
-                if start >= score_from:
-                    quality.add(full, log_probs, targets, weigh(cache))
-                advance(inputs.numel())
-        full_bytes = held_bytes(caches[0])
-        for cache, quality in zip(caches[1:], qualities[1:], strict=True):
-            counted = cache.memory().total_bytes if hasattr(cache, "memory") else held_bytes(cache)
-            quality.compression_ratio = full_bytes / counted
-            quality.total_bits = bits_per_coordinate(cache)
-    return qualities
+        full = read_full(model, ids, **blocks)
+        found = [full.quality, *(compare(model, ids, options, full, **blocks) for options in configurations)]
+        total = [sum_ + new for sum_, new in zip(total, found, strict=True)] if total else found
+    return total
 
 
-def total(units: dict[str, dict], windows: int) -> dict[str, Quality]:
+def total(units: dict[str, dict]) -> dict[str, Quality]:
     """The [`Quality`] of every cache by name, summed over the saved windows of a run."""
     sums: dict[str, Quality] = {}
-    for index in range(windows):
-        for name, found in units[f"quality: window {index}"].items():
+    for unit, found in units.items():
+        window, _, name = unit.partition(", ")
+        if window.startswith("quality: ") and name:
             sums[name] = sums.get(name, Quality()) + Quality(**found)
     return sums

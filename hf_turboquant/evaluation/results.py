@@ -15,7 +15,7 @@ class Results:
         conditions (`dict`): everything that the results depend on, as json represents it.
 
     Raises:
-        `ValueError`: the folder cannot be written to, or holds results under other conditions.
+        `ValueError`: the folder holds results under other conditions.
     """
 
     def __init__(self, folder: Path, conditions: dict):
@@ -24,13 +24,6 @@ class Results:
         self.units: dict[str, dict] = {}
         if self.path.exists():
             self._resume(f"Give another --out, or remove {self.path}.")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._save()
-        except OSError as error:
-            raise ValueError(
-                f"--out must be a folder that can be written to, got {folder}: {error.strerror}."
-            ) from None
 
     def _resume(self, advice: str) -> None:
         try:
@@ -38,8 +31,8 @@ class Results:
             conditions, self.units = dict(found["conditions"]), dict(found["results"])
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{self.path} must hold results of this command, and cannot be read. {advice}") from None
-        for name in sorted(conditions.keys() | self.conditions.keys()):
-            before, now = conditions.get(name), self.conditions.get(name)
+        for name, now in self.conditions.items():
+            before = conditions.get(name)
             # Without results, there is nothing that must have the same conditions.
             if self.units and before != now:
                 raise ValueError(f"{self.path} holds results of other conditions: {name} {before}, now {now}. {advice}")
@@ -49,11 +42,18 @@ class Results:
         if name not in self.units:
             # Through json, so that a resumed run sees the same as this one.
             self.units[name] = json.loads(json.dumps(compute()))
-            self._save()
+            self.save()
         return self.units[name]
 
-    def _save(self) -> None:
-        # Renamed only when complete: a run that dies here leaves the previous file.
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps({"conditions": self.conditions, "results": self.units}, indent=1), encoding="utf-8")
-        os.replace(new, self.path)
+    def save(self) -> None:
+        """Writes everything; a `ValueError` if the folder cannot be written to."""
+        new, content = self.path.with_suffix(".new"), {"conditions": self.conditions, "results": self.units}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            # Renamed only when complete: a run that dies here leaves the previous file.
+            os.replace(new, self.path)
+        except OSError as error:
+            raise ValueError(
+                f"--out must be a folder that can be written to, got {self.path.parent}: {error.strerror}."
+            ) from None

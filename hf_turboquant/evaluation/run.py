@@ -1,8 +1,8 @@
 """All parts of an evaluation in one run: progress, resuming, tables and plots."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
+from functools import lru_cache, partial
 from pathlib import Path
 
 from rich import box
@@ -12,70 +12,14 @@ from rich.table import Table
 
 from ..conditioning import head_dim
 from . import claims, fidelity, needle, plots, quality
-from .caches import label, new_cache, rows
-from .load import machine
+from .caches import label, rows
+from .load import Settings, machine
 from .results import Results
 
-PARTS = ("quality", "needle", "fidelity", "claims")
 # For the claims: bits, dimensions of the distortion, and estimators of keys with their sketch.
 WIDTHS = (4, 3, 2)
 DIMENSIONS = (64, 128, 256)
 ESTIMATORS = (("mse", "orthogonal"), ("rescaled", "orthogonal"), ("qjl", "gaussian"), ("qjl", "orthogonal"))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """
-    What to measure, and on what. All of it is saved with the results.
-
-    Args:
-        model (`str`), text (`str`): as the user named them.
-        caches (`list[dict]`): see [`caches.new_cache`].
-        parts (`tuple[str, ...]`): names from `PARTS`.
-        window, windows, block, prefill, score_from (`int`): for the quality part, see [`quality.measure`].
-        needle_lengths, needle_depths: the grid of the needle part.
-        fidelity_lengths: tokens of context for the fidelity part.
-    """
-
-    model: str
-    text: str
-    caches: list[dict]
-    parts: tuple[str, ...] = PARTS
-    window: int = 1024
-    windows: int = 1
-    block: int = 64
-    prefill: int = 512
-    score_from: int = 512
-    needle_lengths: tuple[int, ...] = (256, 512, 1024)
-    needle_depths: tuple[float, ...] = (0.0, 0.5, 1.0)
-    fidelity_lengths: tuple[int, ...] = (512, 1024)
-
-    def check(self, config, text: str) -> None:
-        """
-        Raises:
-            `ValueError`: the text is empty, a context is longer than the model can read, or no token is left to score.
-        """
-        if not text.strip():
-            raise ValueError(f"The text must hold words, got an empty one from {self.text}. Give another --text.")
-        lengths = {
-            "quality": [self.window],
-            "needle": [length + 32 for length in self.needle_lengths],
-            "fidelity": self.fidelity_lengths,
-        }
-        longest = max((max(lengths[part]) for part in self.parts if part in lengths), default=0)
-        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if limit and longest > limit:
-            raise ValueError(
-                f"Contexts must be within the {limit:,} tokens that {self.model} can read, got {longest:,} (needles "
-                "need 32 for the question). Take a shorter --window, --needle-lengths or --fidelity-lengths."
-            )
-        if "quality" in self.parts and not max(self.prefill, self.score_from) < self.window - 1:
-            raise ValueError(
-                f"--prefill and --score-from must leave tokens of the window to score, got {self.prefill} and "
-                f"{self.score_from} of {self.window}. Take a longer --window."
-            )
-        for options in self.caches:
-            new_cache(config, options)
 
 
 def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console: Console | None = None) -> Results:
@@ -103,6 +47,7 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
         ]
         # Only after text and settings have been checked.
         results = Results(out, conditions)
+        results.save()
         work, done = [unit for unit in work if unit[0] not in results.units], 0
         progress.update(task, total=sum(cost for _, cost, _ in work))
         for name, cost, compute in work:
@@ -121,16 +66,25 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
 
 
 def _quality_units(model, tokenizer, text, settings, advance):
-    options = {"block": settings.block, "prefill": settings.prefill, "score_from": settings.score_from}
-    names = ["full cache", *map(label, settings.caches)]
-
-    def measure(window) -> dict:
-        found = quality.measure(model, window, settings.caches, advance=advance, **options)
-        return {name: {**asdict(q), "kls": _rounded(q.kls)} for name, q in zip(names, found, strict=True)}
-
+    names = "block", "prefill", "score_from"
+    blocks = {name: getattr(settings, name) for name in names} | {"advance": advance}
     windows = quality.split_windows(tokenizer, text, settings.window, settings.windows)
-    for index, window in enumerate(windows):
-        yield f"window {index}", settings.window * len(names), partial(measure, window[None])
+    batches = windows.to(model.device).split(settings.batch)
+
+    # Of one batch at a time; a run that goes on needs that of the batch where the last one stopped.
+    @lru_cache(maxsize=1)
+    def full(index: int) -> quality.Full:
+        return quality.read_full(model, batches[index], **blocks)
+
+    def measure(index: int, options: dict | None) -> dict:
+        found = full(index)
+        found = found.quality if options is None else quality.compare(model, batches[index], options, found, **blocks)
+        return {**asdict(found), "kls": _rounded(found.kls)}
+
+    for index, ids in enumerate(batches):
+        for options in (None, *settings.caches):
+            name = f"window {index * settings.batch}, {label(options) if options else 'full cache'}"
+            yield name, ids.numel(), partial(measure, index, options)
 
 
 def _needle_units(model, tokenizer, text, settings, advance):
@@ -158,7 +112,7 @@ def _fidelity_units(model, tokenizer, text, settings, advance):
 
 
 def _claims_units(model, tokenizer, text, settings, advance):
-    width = head_dim(model.config.get_text_config(decoder=True))
+    width = head_dim(model.config)
     for nbits in WIDTHS:
         for dim in DIMENSIONS:
             yield f"distortion, {nbits} bits, dimension {dim}", 50, partial(claims.distortion, nbits, dim)
@@ -177,7 +131,7 @@ _UNITS = {"quality": _quality_units, "needle": _needle_units, "fidelity": _fidel
 def _quality_table(units: dict, settings: Settings) -> Table:
     title = f"Quality: {settings.windows} × {settings.window:,} tokens, scored from {settings.score_from:,}"
     table = _table(title, "cache", "bits", "perplexity", "KL", "KL p99", "top-1", "smaller")
-    found = quality.total(units, settings.windows)
+    found = quality.total(units)
 
     def cells(name: str):
         q = found[name]

@@ -1,7 +1,8 @@
 """The operations on codes. Only this module checks arguments and picks the backend."""
 
 import logging
-from functools import cache
+from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 
@@ -13,12 +14,13 @@ try:
     # Imported before the functions below, which replace these submodules as attributes of the package.
     from . import attention as attention_kernels
     from . import dequantize as dequantize_kernels
+    from . import launch
     from . import quantize as quantize_kernels
     from . import statistics as statistics_kernels
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "triton":
         raise
-    attention_kernels = dequantize_kernels = quantize_kernels = statistics_kernels = None
+    attention_kernels = dequantize_kernels = launch = quantize_kernels = statistics_kernels = None
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,8 @@ def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None
 
     Args:
         states (`LayerStates`): before the step.
-        key_states, value_states (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`, few tokens.
+        key_states, value_states (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`, few tokens; stored in
+            the dtypes of the exact slots.
 
     Raises:
         `ValueError`: shapes don't fit, the requested backend cannot do it or, with the reference, the capacity is used
@@ -104,11 +107,23 @@ def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None
                 f"The {role} of a step must be of shape [{batch}, {heads}, {key_states.shape[2]}, {head_dim}], got "
                 f"{list(state.shape)}."
             )
+    new = {role: state.to(states.exact[role].dtype) for role, state in new.items()}
     kernels = {
         _pick(states.backend, state.device, quantize_kernels, "append", state, states.quantizers[role])
         for role, state in new.items()
     }
     (kernels.pop() if len(kernels) == 1 else reference.append)(states, new)
+
+
+def compile_only():
+    """A context in which launches only compile their kernels; does nothing where there are none."""
+    compiles = launch is not None and not launch.INTERPRETED and hasattr(launch.triton, "AsyncCompileMode")
+    return launch.compile_only() if compiles else nullcontext()
+
+
+def is_only_compiling() -> bool:
+    """Whether this runs within [`compile_only`]."""
+    return launch is not None and launch.is_only_compiling()
 
 
 def warm(states) -> None:
@@ -155,8 +170,8 @@ def channel_statistics(
         backend (`str`): see [`TurboQuantConfig`].
 
     Returns:
-        Mean and scale, fp32 `[heads, 1, head_dim]` (the scale is `None` without `query_energy`), and int32 `[4]` on the
-        device: whether the mean is valid, whether the scale is, whether there were enough different tokens, and how
+        Mean and scale, fp32 `[heads, 1, head_dim]` (the scale is `None` without `query_energy`), and int32 `[4]` on
+        the device: whether the mean is valid, whether the scale is, whether there were enough different tokens, and how
         many tokens the mean is of. What is not valid is zero, for the mean, or one.
     """
     batch, heads, tokens, head_dim = keys.shape
@@ -223,7 +238,11 @@ def attention(
     Raises:
         `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
     """
-    if states.plans and attention_mask is None:
+    if states.outdated:
+        # Raises the error.
+        states.settle()
+    differentiable = trains(query) or states.training is not None
+    if states.plans and attention_mask is None and not differentiable:
         out = attention_kernels.attention_again(query, states, scaling, is_causal, softcap, sinks)
         if out is not None:
             return out
@@ -237,10 +256,15 @@ def attention(
         "softcap": softcap,
         "sinks": sinks,
     }
-    if query.shape[2] > MAX_KERNEL_QUERIES and softcap is None and sinks is None:
+    if (differentiable or query.shape[2] > MAX_KERNEL_QUERIES) and softcap is None and sinks is None:
         states = states.measured()
         return _dequantized_attention(query, states, scaling, attention_mask, is_causal)
     return _pick(states.backend, query.device, attention_kernels, "attention", query, states)(query, states, **options)
+
+
+def trains(*tensors: torch.Tensor) -> bool:
+    """Whether gradients are wanted for one of these: codes have none, nor do the kernels compute any."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def scores(
@@ -300,7 +324,7 @@ def _dequantized_attention(query, states, scaling, attention_mask, is_causal) ->
             attention_mask = attention_mask[..., : states.kv_len].masked_fill(~visible, -torch.inf)
     elif attention_mask is not None:
         attention_mask = attention_mask[..., : states.kv_len]
-    keys, values = states.dequantize("keys"), states.dequantize("values")
+    keys, values = (states.dequantize(role).to(query.dtype) for role in ("keys", "values"))
     groups = query.shape[1] // keys.shape[1]
     if groups > 1 and attention_mask is not None and query.is_cuda:
         # With groups and a mask, torch may offer only its slowest kernel, which holds all logits.
@@ -332,6 +356,6 @@ def _pick(backend: str, device: torch.device, kernels, name: str, *args):
     return getattr(reference, name)
 
 
-@cache
+@lru_cache(maxsize=64)
 def _log_choice(level: int, name: str, choice: str, reason: str) -> None:
     logger.log(level, "%s runs on %s%s.", name, choice, f": {reason}" if reason else "")

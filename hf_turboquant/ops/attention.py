@@ -1,14 +1,16 @@
 """Attention and scores straight from the codes, in three and two kernel launches."""
 
+from itertools import chain
+
 import torch
 
 from ..config import KERNEL_BITS
 from ..packing import BLOCK
 from ..quantizer import Quantizer
 from .attention_plan import (
+    CODED_SPLITS,
     COMBINE_COLUMNS,
     EXACT_TILE,
-    MAX_SPLITS,
     ROWS,
     NewScratch,
     constants_of,
@@ -17,7 +19,7 @@ from .attention_plan import (
     kernels_for,
     scratch_of,
 )
-from .launch import DTYPES, INTERPRETED, on_other_device, stream_of
+from .launch import DTYPES, INTERPRETED, is_only_compiling, on_other_device, stream_of
 from .quantize import token_sides
 
 LOG2E = 1.4426950408889634
@@ -88,8 +90,8 @@ def warm(states) -> None:
     if _decline(states) is not None:
         # The reference has no constants of its own.
         return
-    keys, values, dtype = states.quantizers["keys"], states.quantizers["values"], states.exact["keys"].dtype
-    constants_of(keys).query_operators(keys, dtype)
+    keys, values = states.quantizers["keys"], states.quantizers["values"]
+    constants_of(keys).query_matrices(keys, is_portable(keys.dual.device))
     constants_of(values).dual_operator(values, torch.float16)
     if keys.annealing is not None:
         constants_of(keys).search_operator(keys)
@@ -105,7 +107,7 @@ def scores(
     softcap: float | None = None,
     portable: bool | None = None,
 ) -> torch.Tensor:
-    """[`ops.scores`] in two launches: query, logits of exact tokens | logits of codes."""
+    """[`ops.scores`] in two launches: rotate the query | logits."""
     states.settle()
     query = query if query.stride(3) == 1 else query.contiguous()
     mask, mask_kind = _mask(attention_mask, query)
@@ -159,19 +161,15 @@ class AttentionPlan:
         static = states.counters is not None
         self.blocks = -(-states.quantized // BLOCK)
         key_constants, value_constants = constants_of(keys), constants_of(values)
+        key_states, value_states = states.exact["keys"], states.exact["values"]
+        portable = is_portable(query.device) if portable is None else portable
+        matrices = key_constants.query_matrices(keys, portable)
         self.kernels = kernels = kernels_for(
             query.device,
-            is_portable(query.device) if portable is None else portable,
+            portable,
             query.dtype,
-            states.exact["keys"].dtype,
-            (
-                keys.nbits,
-                keys.estimator == "qjl",
-                keys.head_dim,
-                keys.scale is not None,
-                keys.mean is not None,
-                keys.codebook,
-            ),
+            tuple(exact.dtype for exact in states.exact.values()),
+            (keys.nbits, keys.estimator == "qjl", keys.head_dim, matrices.shape[1], keys.codebook),
             (values.nbits, values.head_dim, values.mean is not None, values.codebook),
             mask_kind,
             # The last query sees everything.
@@ -182,53 +180,51 @@ class AttentionPlan:
         )
         self.row_tiles = row_tiles = -(-rows // kernels.rows)
         # A call has the splits of the codes, then those of the exact tokens.
-        slots = min(states.sink_length + states.ring, states.exact["keys"].shape[2])
-        exact_splits = max(-(-slots // EXACT_TILE), int(static))
-        self.code_splits = count_splits(kernels.wave, pairs * row_tiles, self.blocks, MAX_SPLITS)
-        splits = self.code_splits + exact_splits
+        slots, held = min(states.sink_length + states.ring, key_states.shape[2]), key_states.shape[2]
+        self.exact_tiles = exact_tiles = max(-(-slots // EXACT_TILE), int(static))
+        self.code_splits = count_splits(kernels.wave, pairs * row_tiles, self.blocks, CODED_SPLITS[-1])
+        splits = self.code_splits + exact_tiles
         scratch = NewScratch(query.device) if static else scratch_of(query.device)
         partial = scratch.get("partial", pairs * rows * splits * values.head_dim)
         stats = scratch.get("stats", pairs * rows * splits * 2)
         operands = scratch.get("operands", pairs * rows * kernels.operand_bytes)
-        row_constants = scratch.get("constants", pairs * rows * 8)
-        key_states, value_states = states.exact["keys"], states.exact["values"]
-        operators = key_constants.query_operators(keys, kernels.operator_dtype)
+        constants = scratch.get("constants", pairs * rows * 8)
+        factors = [x if x is not None else key_constants.neutral[i] for i, x in enumerate((keys.scale, keys.mean))]
+        key_planes = _planes(keys, codes[0]) + (codes[0].get("residual_norms", scales),)
+        of_keys = operands, constants, *key_planes, key_constants.tables
         sizes = query_length, groups, kv_heads
-        head_sizes = key_constants.heads, *(1 if x is None else len(x) for x in (keys.scale, keys.mean))
-        tiles = -(-rows // 16)
-        # Rows that share an operator fill tiles of 16 together.
-        query_tiles = -(-pairs * rows // 16) if key_constants.heads == 1 else pairs * tiles
-        programs = kernels.terms * query_tiles + pairs * tiles * exact_splits
-        self.prepare, sides = kernels.prepare, (None, None)
+        (_, *units), (_, *sketch_units) = key_constants.hosted[0], key_constants.hosted[-1]
+        units = key_constants.scale, key_constants.offset, *map(float, chain(*zip(units, sketch_units, strict=True)))
+        self.prepare, sides, self.rotations = kernels.prepare, (None, None), pairs * row_tiles
+        programs = self.rotations * (1 + exact_tiles)
         if states.newest is not None:
             sides, specifications, key, _ = token_sides(states, dict(zip(states.exact, states.newest, strict=True)))
             self.prepare = kernels.append((*key, _aligned(states)), specifications, states.ring > 0)
             programs += 2 * pairs
         self.prepare_grid, self.attend_grid = (programs, 1, 1), (self.code_splits * row_tiles, pairs, 1)
         self.combine_grid = pairs * rows, -(-values.head_dim // COMBINE_COLUMNS), 1
-        self.combine = kernels.combine(self.code_splits, sinks)
+        self.attend, self.combine = kernels.attend, kernels.combine(self.code_splits, sinks)
         dual = value_constants.dual_operator(values, kernels.dual_dtype)
-        key_planes = _planes(keys, codes[0]) + (codes[0].get("residual_norms", scales),)
-        codes_of_keys = operands, row_constants, *key_planes, key_constants.tables
         # For each launch, the arguments that stay the same from call to call, as tensors and as addresses.
         self.fixed_prepare = self.prepare.fix(
-            (*sides, operators, *(operators if x is None else x for x in (keys.scale, keys.mean)))
-            + (operands, row_constants, key_states, value_states, partial, stats)
-            + (*query.stride()[:3], *sizes, *head_sizes, states.sink_length, states.ring, slots)
-            + (states.codes["keys"].capacity // BLOCK, key_states.stride(1), value_states.stride(1))
-            + (pairs, splits, self.code_splits, key_constants.scale, key_constants.offset)
+            (*sides, states.counters, matrices, *factors, operands, constants, key_states, value_states, partial, stats)
+            + (*query.stride()[:3], *sizes, *map(len, factors), states.sink_length, states.ring, slots, held)
+            + (states.codes["keys"].capacity // BLOCK, row_tiles, pairs, splits, self.code_splits, *units)
         )
-        self.attend = kernels.attend
         self.fixed_attend = self.attend.fix(
-            (*codes_of_keys, *_planes(values, codes[1]), value_constants.tables, partial, stats, *sizes)
+            (states.counters, *of_keys, *_planes(values, codes[1]), value_constants.tables, partial, stats, *sizes)
             + (states.sink_length, scales.shape[2], codes[1]["scales"].shape[2], row_tiles, splits, self.code_splits)
         )
         self.fixed_combine = self.combine.fix(
-            (partial, stats, dual, dual if values.mean is None else values.mean)
-            + (rows, *sizes, value_constants.heads, 1 if values.mean is None else len(values.mean))
-            + (splits, self.code_splits, *self.out_strides[:3], value_constants.scale)
+            (partial, stats, dual, dual if values.mean is None else values.mean, rows, *sizes)
+            + (1 if values.mean is None else len(values.mean), splits, self.code_splits)
+            + (*self.out_strides[:3], value_constants.scale)
         )
-        self.fixed_scores = kernels.scores.fix((*codes_of_keys, *sizes, states.sink_length, scales.shape[2], row_tiles))
+        self.chunks = -(-self.blocks // kernels.score_blocks)
+        self.fixed_scores = kernels.scores.fix(
+            (*of_keys, key_states, *query.stride()[:3], *sizes, states.sink_length, states.ring, slots, held)
+            + (scales.shape[2], row_tiles, exact_tiles)
+        )
         # Whether everything is compiled: launches then take addresses.
         self.compiled = False
 
@@ -258,40 +254,32 @@ class AttentionPlan:
         at = torch.Tensor.data_ptr if compiled else _itself
         softcap = 1.0 if softcap is None else softcap * LOG2E
         mask = at(mask[0]), *mask[1:]
-        kv_len, quantized = states.kv_len, states.quantized
-        recent_start = states.sink_length + quantized
-        if states.counters is not None:
-            # Pointers to both lengths.
-            kv_len, recent_start = states.counters, states.counters[:, :, 1:]
-            quantized = recent_start
+        lengths = states.kv_len, states.quantized
         if "prepare" in launches:
             x, newest = at(query), states.newest
             key, value = (x, x) if newest is None else (at(newest[0]), at(newest[1]))
-            args = x, key, value, *mask, x, kv_len, recent_start, states.phase, states.leaving, scaling, softcap
+            args = x, key, value, *mask, *lengths, states.phase, states.leaving, scaling, softcap
             self.prepare(self.prepare_grid, stream, args, self.fixed_prepare[compiled])
             states.newest = None
         if self.code_splits and "attend" in launches:
-            args = *mask, kv_len, quantized, softcap
+            args = *mask, *lengths, softcap
             self.attend(self.attend_grid, stream, args, self.fixed_attend[compiled])
         out = query.new_empty_strided(self.out_shape, self.out_strides)
         if "combine" in launches:
             args = at(query if sinks is None else sinks), at(out)
             self.combine(self.combine_grid, stream, args, self.fixed_combine[compiled])
-        self.compiled = not INTERPRETED and launches is LAUNCHES
+        self.compiled = not INTERPRETED and launches is LAUNCHES and not is_only_compiling()
         return out
 
     def run_scores(self, query, states, scaling, mask, softcap, out) -> None:
         """Writes the logits of exact tokens and of codes to `out`; arguments as for [`run`]."""
-        stream = self.stream
         softcap = 1.0 if softcap is None else softcap * LOG2E
-        lengths = states.kv_len, states.recent_start, states.phase, states.leaving
-        args = query, query, query, *mask, out, *lengths, scaling, softcap
-        self.kernels.prepare_scores(self.prepare_grid, stream, args, self.fixed_prepare[0])
-        chunks = -(-self.blocks // self.kernels.score_blocks)
-        if chunks:
-            grid = chunks * self.row_tiles, self.pairs, 1
-            args = *mask, states.kv_len, states.quantized, softcap, out
-            self.kernels.scores(grid, stream, args, self.fixed_scores[0])
+        lengths = states.kv_len, states.quantized, states.phase
+        args = query, query, query, *mask, *lengths, states.leaving, scaling, softcap
+        self.prepare((self.rotations, 1, 1), self.stream, args, self.fixed_prepare[0])
+        args = query, *mask, *lengths, scaling, softcap, out
+        grid = (self.exact_tiles + self.chunks) * self.row_tiles, self.pairs, 1
+        self.kernels.scores(grid, self.stream, args, self.fixed_scores[0])
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .codes import exp2, key_dots, load_operands, load_scales, log2, part_tokens, value_levels
+from .launch import prefetch, wait_for_previous
 from .logits import INTEGERS, LOWEST, UNALIGNED, finish_logits, key_logits, load_constants
 
 
@@ -25,14 +26,14 @@ def load_mask(mask_row, block, length, PARTS: tl.constexpr, ASM: tl.constexpr):
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
 def attend_kernel(
     mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, length, softcap,
-    operands, constants, key_wide, key_one, key_scales, key_residual_norms, key_tables,
+    counters, operands, constants, key_wide, key_one, key_scales, key_residual_norms, key_tables,
     value_wide, value_one, value_scales, value_table, partial, stats,
     query_length, groups, kv_heads, sink_length, key_blocks, value_blocks, row_tiles, splits, code_splits,
     DIM: tl.constexpr, WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, QJL: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_ROWS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, FOLD: tl.constexpr, MEAN: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, STATIC: tl.constexpr, ALIKE: tl.constexpr,
-    DOT: tl.constexpr, ASM: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, FOLD: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIKE: tl.constexpr,
+    DOT: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr,
     KEY_SNIPPET: tl.constexpr, KEY_CONSTRAINTS: tl.constexpr,
     VALUE_SNIPPET: tl.constexpr, VALUE_CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
@@ -45,6 +46,8 @@ def attend_kernel(
     columns, one for the high and one for the low terms.
 
     With `ALIKE` all heads and queries of a sequence share one mask, which is contiguous along tokens.
+
+    With `counters`, the lengths are read from there, and splits beyond them have no block.
 
     Writes the sum of weighted values, still rotated and without the codebook's scale, fp32 `[R, splits, VALUE_DIM]`,
     and `stats` `[R, splits, 2]`: running maximum and sum of exponentials.
@@ -61,10 +64,6 @@ def attend_kernel(
     rows = groups * query_length
     exists = row < rows
     flat_row = bh64 * rows + row
-    SETS: tl.constexpr = (2 + 2 * QJL) * COUNT
-    q = load_operands(operands, flat_row, exists, SETS * WIDTH, SETS, WIDTH)
-    c = load_constants(constants, flat_row, exists, QJL, MEAN)
-
     # For every row, the largest logit plus log2 of its value's scale, so that weights times scales are in [0, 1].
     largest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([TOKENS, ROWS], tl.float32)
@@ -76,15 +75,25 @@ def attend_kernel(
     for _ in tl.static_range(HALVES):
         sums = sums + (tl.zeros([VALUE_ROWS, ROWS], tl.float32),)
 
-    if STATIC:
-        # Pointers to both lengths of every sequence; splits beyond the length have no block.
-        kv_len = tl.load(kv_len + bh * 3)
-        length = tl.load(length + bh * 3)
+    if counters is not None:
+        kv_len = tl.load(counters + bh * 3)
+        length = tl.load(counters + bh * 3 + 1)
     blocks = (length + 127) // 128
     first = (split * blocks) // code_splits
     last = ((split + 1) * blocks) // code_splits
     key_block = bh64 * key_blocks
     value_block = bh64 * value_blocks
+    if EARLY:
+        # The first codes come from memory while the previous kernel prepares the query.
+        ahead = tl.minimum(last - first, 4)
+        KEY_BYTES: tl.constexpr = 128 * DIM // COUNT
+        VALUE_BYTES: tl.constexpr = 128 * VALUE_DIM // (2 if VALUE_BITS == 4 else 4)
+        prefetch(key_wide + (key_block + first) * KEY_BYTES, ahead * KEY_BYTES)
+        prefetch(value_wide + (value_block + first) * VALUE_BYTES, ahead * VALUE_BYTES)
+        wait_for_previous()
+    SETS: tl.constexpr = (2 + 2 * QJL) * COUNT
+    q = load_operands(operands, flat_row, exists, SETS * WIDTH, SETS, WIDTH)
+    c = load_constants(constants, flat_row, exists, QJL)
     # Scales are too narrow for Triton's asynchronous copies of tiles: prefetch them one block ahead.
     next_key_scales = load_scales(key_scales, key_block + first, PARTS, ASM)
     next_value_scales = load_scales(value_scales, value_block + first, PARTS, ASM)
@@ -111,7 +120,7 @@ def attend_kernel(
             key_wide, key_one, key_tables, key_block + block, q,
             DIM, WIDTH, KEY_BITS, QJL, PARTS, KEY_SNIPPET, KEY_CONSTRAINTS, ASM,
         )  # fmt: skip
-        raw = key_logits(dots, ks, norms, c, PARTS, QJL, MEAN)
+        raw = key_logits(dots, ks, norms, c, PARTS, QJL, SOFTCAP)
         logits = ()
         value_scale = ()
         for p in tl.static_range(PARTS):
@@ -193,6 +202,9 @@ def attend_kernel(
                 new_sums = new_sums + (acc,)
         sums = new_sums
 
+    if not SOFTCAP:
+        # Once for all codes. A row that has seen nothing stays lowest.
+        largest = tl.where(largest > LOWEST, largest + tl.sum(c[4], axis=0), largest)
     at = flat_row * splits + split
     d = tl.arange(0, VALUE_ROWS)
     HEIGHT: tl.constexpr = VALUE_DIM // HALVES
@@ -219,10 +231,10 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
 def combine_kernel(
-    sinks, out, partial, stats, dual, mean, rows, query_length, groups, kv_heads, dual_heads, mean_heads,
+    sinks, out, partial, stats, dual, mean, rows, query_length, groups, kv_heads, mean_heads,
     splits, code_splits, out_b, out_h, out_t, level_scale,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, COLUMNS: tl.constexpr, CODED: tl.constexpr, EXACT: tl.constexpr,
-    MEAN: tl.constexpr, SINKS: tl.constexpr, ASM: tl.constexpr,
+    MEAN: tl.constexpr, SINKS: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """
     Merges the splits by log-sum-exp, those of codes (at most `CODED`) in one step, and rotates the part of the codes
@@ -237,8 +249,9 @@ def combine_kernel(
     outer = (d < DIM)[None, :]
     first = flat_row.to(tl.int64) * splits
     # Issue all loads before using any, so that this kernel takes the time of a single memory access.
-    matrix = dual + (head % dual_heads).to(tl.int64) * DIM * DIM + k[:, None] * DIM + d[None, :]
-    matrix = tl.load(matrix, mask=(k < DIM)[:, None] & outer, other=0)
+    matrix = tl.load(dual + k[:, None] * DIM + d[None, :], mask=(k < DIM)[:, None] & outer, other=0)
+    if EARLY:
+        wait_for_previous()
     s = tl.arange(0, CODED)
     coded = s < code_splits
     x = partial + (first + s)[:, None] * DIM + k[None, :]

@@ -1,7 +1,7 @@
 """What is prepared before a call: compiled kernels, the constants of quantizers, scratch memory."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -11,13 +11,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..quantizer import Quantizer
 from .attention_kernels import attend_kernel, combine_kernel
-from .launch import DTYPES, INTERPRETED, addresses, launch, stream_of
+from .launch import DTYPES, INTERPRETED, addresses, is_only_compiling, launch, overlaps, stream_of
 from .prepare_kernel import prepare_kernel
-from .ptx import level_snippet, value_snippet
+from .ptx import level_snippet, operand_offsets, value_snippet
 from .scores_kernel import scores_kernel
 
-# Most splits of the codes: `combine_kernel` merges them in one step.
-MAX_SPLITS = 64
+# Sizes of `combine_kernel`, which merges the splits of the codes in one step; the last is the most splits there are.
+CODED_SPLITS = 4, 16, 64
 # Output columns of one program of `combine_kernel`: with fewer, partial sums are read more often; more take longer.
 COMBINE_COLUMNS = 64
 # Exact slots of one program.
@@ -33,9 +33,15 @@ class QuantizerConstants:
     """
 
     def __init__(self, quantizer: Quantizer):
-        codebook = quantizer.codebook
-        self.heads = quantizer.dual.shape[0]
-        self._matrices: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        codebook, sketch = quantizer.codebook, quantizer.sketch
+        # A⁻ᵀ and S A⁻ᵀ with the units of their integers, made on the host, where looking at them makes nothing wait.
+        self.hosted = [_integers(quantizer.dual[0].cpu().double())]
+        if sketch is not None:
+            self.hosted.append(_integers(sketch.cpu().double() @ self.hosted[0][0]))
+        # Scale and mean of keys that have none.
+        shape = 1, 1, quantizer.head_dim
+        self.neutral = quantizer.dual.new_ones(shape), quantizer.dual.new_zeros(shape)
+        self._matrices: dict[tuple, torch.Tensor] = {}
         self.scale, self.offset = codebook.scale, codebook.offset
         table = np.zeros((2, 16), dtype=np.float32)
         if quantizer.role == "keys":
@@ -55,18 +61,23 @@ class QuantizerConstants:
             return quantizer.dual
         return self._keep("dual", dtype, lambda: quantizer.dual.to(dtype))
 
-    def query_operators(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
-        """The matrices that multiply a row of queries, `[operators, passes, heads, head_dim, head_dim]`."""
+    def query_matrices(self, quantizer: Quantizer, portable: bool) -> torch.Tensor:
+        """The matrices that `rotate_query` reads."""
 
         def make() -> torch.Tensor:
-            passes = []
-            for factor in _factors(quantizer):
-                high = factor.to(dtype)
-                rest = [] if dtype == torch.float32 else [((factor - high.to(factor.dtype)) * 2048).to(dtype)]
-                passes.append(torch.stack([high, *rest]))
-            return torch.stack(passes)
+            order = operand_dimensions(quantizer.nbits, quantizer.head_dim, portable)
+            inner = order >= 0
+            shape = len(self.hosted), 2, len(order), triton.next_power_of_2(quantizer.head_dim)
+            out = self.hosted[0][0].new_zeros(shape)
+            for (matrix, unit, _), to in zip(self.hosted, out, strict=True):
+                integers = (matrix / unit).round()
+                high = ((integers + 64) / 128).floor()
+                to[0, inner, : quantizer.head_dim] = high[order[inner]]
+                to[1, inner, : quantizer.head_dim] = (integers - 128 * high)[order[inner]]
+            # Integers below 64 need no high terms.
+            return out[:, int(not out[:, 0].any()) :].to(quantizer.dual.device, torch.int8)
 
-        return self._keep("query", dtype, make)
+        return self._keep("query", portable, make)
 
     def search_operator(self, quantizer: Quantizer) -> torch.Tensor:
         """S √d, used to search codes and signs: entries of size one, which 16 bits hold exactly."""
@@ -78,22 +89,51 @@ class QuantizerConstants:
         return self._keep("levels", dtype, lambda: (quantizer.centroids / self.scale).to(dtype))
 
     def decode_operators(self, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
-        """The matrices that multiply rotated vectors and signs, `[operators, heads, head_dim, head_dim]`."""
-        return self._keep("decode", dtype, lambda: torch.stack([factor.mT.to(dtype) for factor in _factors(quantizer)]))
+        """The matrices that multiply rotated vectors and signs, A⁻ᵀ and κS A⁻ᵀ, `[operators, head_dim, head_dim]`."""
 
-    def _keep(self, name: str, dtype: torch.dtype, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        matrices = self._matrices.get((name, dtype))
+        def make() -> torch.Tensor:
+            return torch.stack([matrix for matrix, _, _ in self.hosted]).to(quantizer.dual.device, dtype)
+
+        return self._keep("decode", dtype, make)
+
+    def _keep(self, name: str, kind, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        matrices = self._matrices.get((name, kind))
         if matrices is None:
-            matrices = self._matrices[name, dtype] = make().contiguous()
+            matrices = self._matrices[name, kind] = make().contiguous()
         return matrices
 
 
-def _factors(quantizer: Quantizer) -> list[torch.Tensor]:
-    """The matrices that multiply rows of queries: A⁻¹ and, with a sketch, A⁻¹ (κS)ᵀ."""
-    factors = [quantizer.dual.mT]
-    if quantizer.sketch is not None:
-        factors.append(quantizer.dual.double().mT @ quantizer.sketch.double().mT)
-    return factors
+def _integers(matrix: torch.Tensor) -> tuple[torch.Tensor, float, float]:
+    """
+    A matrix, the unit in which its entries are integers of at most 14 bits, and a bound on the coordinates of its
+    product with a vector of norm one. Rotations and sketches by Hadamard matrices, and their products, are multiples of
+    a unit that leaves integers of 7 bits.
+    """
+    # After a random rotation, six standard deviations are never reached.
+    bound = float(matrix.norm(dim=1).max()) * min(1, 6 / len(matrix) ** 0.5)
+    for unit in (len(matrix) ** -0.5, 2 * len(matrix) ** -1.5):
+        integers = matrix / unit
+        if integers.abs().max() < 64.5 and (integers - integers.round()).abs().max() < 1e-4:
+            return matrix, unit, bound
+    return matrix, float(matrix.abs().max()) / 16256, bound
+
+
+def operand_dimensions(nbits: int, head_dim: int, portable: bool) -> torch.Tensor:
+    """The coordinate of every element of the operands of keys, `COUNT · WIDTH` in all; -1 where there is none."""
+    stride, first, step = operand_offsets(nbits)
+    count = len(first)
+    element = torch.arange(operand_width(nbits, head_dim), device="cpu")
+    if portable:
+        parts = [element * count + i for i in range(count)]
+    else:
+        parts = [element // 4 * stride + start + element % 4 * step for start in first]
+    order = torch.cat(parts)
+    return torch.where(order < head_dim, order, -1)
+
+
+def operand_width(nbits: int, head_dim: int) -> int:
+    """Elements of one operand of keys: matrix products of int8 are at least 32 deep."""
+    return max(32, triton.next_power_of_2(head_dim // (2 if nbits == 4 else 4)))
 
 
 # By a matrix that a quantizer shares only with those that conditioning makes from it.
@@ -136,6 +176,7 @@ class NewScratch(Scratch):
         return torch.empty(size, dtype=self.dtypes.get(name, torch.float32), device=self.device)
 
 
+# torch has a pool of a few dozen streams for each device.
 SCRATCH: dict[tuple, Scratch] = {}
 
 
@@ -147,14 +188,13 @@ def scratch_of(device: torch.device) -> Scratch:
     return scratch
 
 
-@cache
+@lru_cache(maxsize=64)
 def is_portable(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip:
         return True
     return torch.cuda.get_device_capability(device) < (8, 0)
 
 
-@cache
 def count_splits(wave: int, programs: int, blocks: int, limit: int) -> int:
     """Number of splits, at most `limit`, for which `programs * splits` best fills whole waves of `wave` programs."""
     best = 1
@@ -185,6 +225,9 @@ class Launcher:
         """Launches with `args` and then `fixed`, which this launcher's [`fix`] must have made."""
         if INTERPRETED:
             self.kernel[grid](*args, *fixed, **self.constants)
+        elif is_only_compiling():
+            args += fixed[: len(fixed) - len(self.values)]
+            self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
         else:
             # The first call passes tensors, because compilation depends on their types.
             compiled = self.compiled or self.compile(*args, *fixed[: len(fixed) - len(self.values)])
@@ -201,23 +244,19 @@ class Kernels:
     """The kernels of one configuration: everything known at compile time and all that follows from it."""
 
     def __init__(
-        self, device, portable, query_dtype, exact_dtype, keys, values, mask, causal, softcap, few_rows, static
+        self, device, portable, query_dtype, exact_dtypes, keys, values, mask, causal, softcap, few_rows, static
     ):
         mask_dtype, alike = mask
-        key_bits, qjl, key_dim, key_scale, key_mean, key_codebook = keys
+        key_bits, qjl, key_dim, passes, key_codebook = keys
         value_bits, value_dim, value_mean, value_codebook = values
-        exact_dot = tl.float32 if INTERPRETED or torch.float32 in (query_dtype, exact_dtype) else DTYPES[query_dtype]
-        count = 2 if key_bits == 4 else 4
-        # Matrix products of int8 are at least 32 deep.
-        width = max(32, triton.next_power_of_2(key_dim // count))
+        # Different 16 bits have no product without loss.
+        exact_dot = tl.float32 if INTERPRETED or {*exact_dtypes} != {query_dtype} else DTYPES[query_dtype]
+        width = operand_width(key_bits, key_dim)
         parts = 2 if value_bits == 4 else 4
-        halves = 2 if value_bits == 3 else 1
-        value_rows = max(16, triton.next_power_of_2(value_dim // halves))
+        value_rows = max(16, triton.next_power_of_2(value_dim // (2 if value_bits == 3 else 1)))
         self.rows = PORTABLE_ROWS if INTERPRETED or torch.version.hip else ROWS
-        self.terms = 1 + qjl
-        self.operator_dtype = torch.float32 if exact_dot == tl.float32 else query_dtype
-        self.operand_bytes = self.terms * 2 * count * width
         self.score_blocks = 4
+        self.operand_bytes = (1 + qjl) * 2 * (2 if key_bits == 4 else 4) * width
         # A warp's share of a product is at least 16 tokens or 16 dimensions.
         warps = max(1, min(4, 128 // parts // 16, value_rows // 16))
         # int8 values need fewer instructions than fp16 but their weights need more; at 4 bits, too many unless folded.
@@ -227,56 +266,50 @@ class Kernels:
         else:
             key_text = level_snippet(key_bits, qjl, key_codebook)
             value_text = level_snippet(value_bits, False, value_codebook) if int8 else value_snippet(value_codebook)
-        dot = tl.float32 if INTERPRETED else tl.int8 if int8 else tl.float16
-        masking = {
+        early = not portable and overlaps(device)
+        # Passed on only where it exists.
+        self.overlap = {"launch_pdl": True} if early else {}
+        shared = {
+            "DIM": key_dim,
+            "WIDTH": width,
+            "QJL": qjl,
+            "ROWS": self.rows,
             "MASK": 0 if mask_dtype is None else 1 if mask_dtype == torch.bool else 2,
             "CAUSAL": causal,
             "SOFTCAP": softcap,
+            "ASM": not portable,
         }
-        lengths = {"STATIC": static}
-        codes = {"DIM": key_dim, "WIDTH": width, "KEY_BITS": key_bits, "QJL": qjl}
-        prepare = {
-            "DIM": key_dim,
-            "DIM_PAD": count * width,
+        padded = triton.next_power_of_2(key_dim)
+        self._prepare = {
+            **shared,
+            "DIM_PAD": padded,
             "VALUE_DIM": value_dim,
             "VALUE_PAD": triton.next_power_of_2(value_dim),
-            "BITS": key_bits,
-            "WIDTH": width,
-            "TERMS": self.terms,
-            "PASSES": 1 if exact_dot == tl.float32 else 2,
+            "COUNT": 2 if key_bits == 4 else 4,
+            "PASSES": passes,
             "TILE": EXACT_TILE,
-            "SCALE": key_scale,
-            "MEAN": key_mean,
-            **lengths,
-            **masking,
-        }
-        last = {
             "DOT": exact_dot,
-            "PRECISION": "tf32x3" if not portable and exact_dot == tl.float32 else "ieee",
-            "ASM": not portable,
+            "EARLY": early,
             # Nothing to append.
             **dict.fromkeys(("KEYS", "VALUES", "RING")),
         }
-        self._prepare = {**prepare, "SCORES": False, **last}
-        self.prepare = Launcher(prepare_kernel, self._prepare, num_warps=8)
-        self.prepare_scores = Launcher(prepare_kernel, {**self._prepare, "SCORES": True}, num_warps=8)
+        # A program holds the matrices of the query in registers.
+        self._prepare_warps = 4 if passes * self.operand_bytes // 2 * padded <= 2**16 else 8
+        self.prepare = self._launcher(self._prepare)
         self._append: dict[tuple, Launcher] = {}
         self.attend = Launcher(
             attend_kernel,
             {
-                **codes,
+                **shared,
+                "KEY_BITS": key_bits,
                 "VALUE_DIM": value_dim,
                 "VALUE_ROWS": value_rows,
                 "VALUE_BITS": value_bits,
                 "PARTS": parts,
-                "ROWS": self.rows,
-                "FOLD": dot == tl.int8 and few_rows,
-                "MEAN": key_mean,
-                **masking,
-                **lengths,
+                "FOLD": int8 and few_rows,
                 "ALIKE": alike,
-                "DOT": dot,
-                "ASM": not portable,
+                "DOT": tl.float32 if INTERPRETED else tl.int8 if int8 else tl.float16,
+                "EARLY": early,
                 "KEY_SNIPPET": key_text[0],
                 "KEY_CONSTRAINTS": key_text[1],
                 "VALUE_SNIPPET": value_text[0],
@@ -284,25 +317,13 @@ class Kernels:
             },
             num_warps=warps,
             num_stages=3,
+            **self.overlap,
             # Limits registers: prefetching a mask would otherwise cost a third of a multiprocessor's resident warps.
             **({"maxnreg": 168} if alike and not portable and max(key_dim, value_dim) <= 128 else {}),
         )
-        self.scores = Launcher(
-            scores_kernel,
-            {
-                **codes,
-                "PARTS": 2,
-                "ROWS": self.rows,
-                "MEAN": key_mean,
-                **masking,
-                "ASM": not portable,
-                "SNIPPET": key_text[0],
-                "CONSTRAINTS": key_text[1],
-                "BLOCKS": self.score_blocks,
-            },
-            num_warps=4,
-            num_stages=3,
-        )
+        scores = {"PARTS": 2, "SNIPPET": key_text[0], "CONSTRAINTS": key_text[1], "BLOCKS": self.score_blocks}
+        scores |= {"DIM_PAD": padded, "KEY_BITS": key_bits, "TILE": EXACT_TILE, "EXACT_DOT": exact_dot}
+        self.scores = Launcher(scores_kernel, {**shared, **scores}, num_warps=4, num_stages=3)
         self.warps = warps
         self.portable, self.value_dim, self.value_mean = portable, value_dim, value_mean
         # Halves the bytes of a matrix that every row reads; the error is below the output's own rounding.
@@ -312,18 +333,21 @@ class Kernels:
         self._static = static
         self._mask_dtype = mask_dtype or query_dtype
 
+    def _launcher(self, constants: dict) -> Launcher:
+        return Launcher(prepare_kernel, constants, num_warps=self._prepare_warps, num_stages=1, **self.overlap)
+
     def append(self, key: tuple, specifications: list, ring: bool) -> Launcher:
         """`prepare_kernel` that also appends a token; `key` is that of `token_sides` with the token's alignment."""
         key = *key, ring
         launcher = self._append.get(key)
         if launcher is None:
             constants = dict(zip(("KEYS", "VALUES", "RING"), (*specifications, ring), strict=True))
-            launcher = self._append[key] = Launcher(prepare_kernel, {**self._prepare, **constants}, num_warps=8)
+            launcher = self._append[key] = self._launcher({**self._prepare, **constants})
         return launcher
 
     def combine(self, code_splits: int, sinks: bool) -> Launcher:
         """`combine_kernel` for this number of splits of codes."""
-        coded = max(4, triton.next_power_of_2(code_splits))
+        coded = next(size for size in CODED_SPLITS if code_splits <= size)
         launcher = self._combine.get((coded, sinks))
         if launcher is None:
             constants = {
@@ -335,24 +359,29 @@ class Kernels:
                 "MEAN": self.value_mean,
                 "SINKS": sinks,
                 "ASM": not self.portable,
+                "EARLY": bool(self.overlap),
             }
             warps = 4 if coded * constants["DIM_PAD"] <= 2**13 else 8
-            launcher = self._combine[coded, sinks] = Launcher(combine_kernel, constants, num_warps=warps)
+            launcher = self._combine[coded, sinks] = Launcher(
+                combine_kernel, constants, num_warps=warps, **self.overlap
+            )
         return launcher
 
     @property
     def wave(self) -> int:
         """The number of programs of `attend` that the device runs at a time."""
+        if is_only_compiling():
+            # Any number will do.
+            return 264
         if self._wave is None:
             self._wave = 8 if INTERPRETED else self._count_wave()
         return self._wave
 
     def _count_wave(self) -> int:
-        byte, wide = torch.uint8, torch.float32
-        scale = torch.bfloat16
-        pointers = (torch.int8, wide, byte, byte, scale, scale, torch.int8, byte, byte, scale, wide, wide, wide)
-        length = torch.int32 if self._static else 1
-        compiled = self.attend.compile(self._mask_dtype, *[1] * 4, length, length, 1.0, *pointers, *[1] * 9)
+        byte, wide, scale = torch.uint8, torch.float32, torch.bfloat16
+        counters = torch.int32 if self._static else None
+        pointers = counters, torch.int8, wide, byte, byte, scale, scale, torch.int8, byte, byte, scale, wide, wide, wide
+        compiled = self.attend.compile(self._mask_dtype, *[1] * 6, 1.0, *pointers, *[1] * 9)
         properties = torch.cuda.get_device_properties(self._device)
         # Registers are allocated in steps of 8 per thread, and each quarter of a multiprocessor has a quarter of them.
         registers = -(-compiled.n_regs // 8) * 8 * properties.warp_size
@@ -361,4 +390,4 @@ class Kernels:
         return max(1, min(warps // self.warps, shared)) * properties.multi_processor_count
 
 
-kernels_for = cache(Kernels)
+kernels_for = lru_cache(maxsize=1024)(Kernels)

@@ -33,24 +33,6 @@ def log2(x, ASM: tl.constexpr):
 
 
 @triton.jit
-def operand_position(dim, BITS: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr):
-    """Position of the query's coordinate `dim` in its operands of `HALF` elements (4 bits) or `HALF / 2` each."""
-    if BITS == 4:
-        if ASM:
-            # Operands are nibbles 0-3 and 4-7 of every word.
-            position = (dim % 8) // 4 * HALF + dim // 8 * 4 + dim % 4
-        else:
-            position = dim % 2 * HALF + dim // 2
-    else:
-        if ASM:
-            # Operands are codes 0 2 4 6, 8 10 12 14, 1 3 5 7 and 9 11 13 15 of every word.
-            position = (dim % 2 * 2 + dim % 16 // 8) * (HALF // 2) + dim // 16 * 4 + dim % 8 // 2
-        else:
-            position = dim % 4 * (HALF // 2) + dim // 4
-    return position
-
-
-@triton.jit
 def part_tokens(part: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):
     """Tokens of a part, within the block, in the order of a row of values."""
     element = tl.arange(0, 128 // PARTS)

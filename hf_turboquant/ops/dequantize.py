@@ -69,7 +69,6 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
         tokens,
         heads,
         buffer.capacity // BLOCK,
-        constants.heads,
         1 if quantizer.scale is None else len(quantizer.scale),
         1 if quantizer.mean is None else len(quantizer.mean),
         constants.scale,
@@ -80,10 +79,10 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
 
 
 # Strides are multiples of 16, which `supports` ensures.
-@triton.jit(do_not_specialize=["length", "heads", "blocks", "operator_heads", "scale_heads", "mean_heads"])
+@triton.jit(do_not_specialize=["length", "heads", "blocks", "scale_heads", "mean_heads"])
 def dequantize_kernel(
     wide, one, scales, residual_norms, levels, operators, scale, mean, out,
-    out_b, out_h, out_t, length, heads, blocks, operator_heads, scale_heads, mean_heads, level_scale,
+    out_b, out_h, out_t, length, heads, blocks, scale_heads, mean_heads, level_scale,
     KEYS: tl.constexpr, CODE_BITS: tl.constexpr, QJL: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     CHUNK: tl.constexpr, SCALE: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
@@ -145,10 +144,10 @@ def dequantize_kernel(
         if not KEYS:
             x = tl.trans(x)
         m_mask = (k < DIM)[:, None] & (n < DIM)[None, :]
-        at = operators + (head % operator_heads).to(tl.int64) * DIM * DIM + k[:, None] * DIM + n[None, :]
+        at = operators + k[:, None] * DIM + n[None, :]
         product = tl.dot(x, tl.load(at, mask=m_mask, other=0), product, input_precision="ieee")
         if QJL:
-            m = tl.load(at + operator_heads.to(tl.int64) * DIM * DIM, mask=m_mask, other=0)
+            m = tl.load(at + DIM * DIM, mask=m_mask, other=0)
             signs = tl.where(code < 1 << CODE_BITS, -sign, sign)
             product = tl.dot(signs, m, product, input_precision="ieee")
     result = product * unit[:, None]

@@ -1,13 +1,77 @@
 """What all launches share: which compiled kernel runs, on which stream, and fast ways to pass arguments."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 INTERPRETED = triton.knobs.runtime.interpret
-# Compiled kernels by the key that they were launched with.
+# Compiled kernels by the key that they were launched with. Keys must not hold lengths, of which there is no end.
 COMPILED: dict[tuple, object] = {}
+# Whether launches only compile.
+_only_compiling = False
+
+
+@contextmanager
+def compile_only():
+    """Within it, launches do nothing but compile their kernels, at the same time in several threads."""
+    global _only_compiling
+    with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
+        _only_compiling = True
+        try:
+            yield
+        finally:
+            _only_compiling = False
+
+
+def is_only_compiling() -> bool:
+    """Whether this runs within `compile_only`."""
+    return _only_compiling
+
+
+@lru_cache(maxsize=64)
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it runs (programmatic dependent launch, sm_90 and later)."""
+    if device.type != "cuda" or torch.version.hip or INTERPRETED:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def wait_for_previous():
+    """
+    Waits until all memory written by earlier kernels is visible, then lets the next kernel start. Everything before it
+    may overlap with the previous kernel, so it must read constants only and write nothing.
+    """
+    gdc_wait()
+    gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointer, nbytes):
+    """Starts to fetch `nbytes`, a multiple of 16, to the L2 cache (sm_90 and later)."""
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred first;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r",
+        [pointer.to(tl.int64, bitcast=True), nbytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 def stream_of(device: torch.device) -> int:
@@ -22,7 +86,9 @@ def launch(compiled, grid: tuple[int, int, int], stream: int, args: tuple, fixed
 
 def run(kernel, key: tuple, grid: tuple[int, int, int], device: torch.device, args: tuple, options: dict) -> None:
     """Does `kernel[grid](*args, **options)` in a third of the time; `key` has all that Triton specialises on."""
-    if key in COMPILED:
+    if _only_compiling:
+        kernel.warmup(*args, grid=grid, **options)
+    elif key in COMPILED:
         launch(COMPILED[key], grid, stream_of(device), args)
     else:
         compiled = kernel[grid](*args, **options)

@@ -13,19 +13,18 @@ OVERFLOW = tl.constexpr(2**30)
 
 # Compiled kernels must not specialise on the values of these arguments, because launchers reuse them for all values.
 INTEGERS = (
-    "query_b query_h query_t mask_b mask_h mask_t mask_n query_length groups kv_heads operator_heads mean_heads "
-    "scale_heads "
-    "dual_heads kv_len recent_start sink_length ring phase leaving slots length key_stride value_stride splits "
-    "code_splits blocks key_blocks value_blocks row_tiles pairs rows out_b out_h out_t"
+    "query_b query_h query_t length leaving pairs blocks mask_b mask_h mask_t mask_n query_length groups kv_heads "
+    "scale_heads mean_heads kv_len quantized phase sink_length ring slots held key_blocks value_blocks row_tiles "
+    "splits code_splits exact_tiles rows out_b out_h out_t"
 ).split()
 UNALIGNED = ["query", "mask_ptr", "sinks"]
 
 
 @triton.jit
-def load_constants(constants, row, exists, QJL: tl.constexpr, MEAN: tl.constexpr):
+def load_constants(constants, row, exists, QJL: tl.constexpr):
     out = ()
     for i in tl.static_range(5):
-        if i < 2 or (QJL and i < 4) or (MEAN and i == 4):
+        if QJL or i < 2 or i == 4:
             out = out + (tl.load(constants + row * 8 + i, mask=exists, other=0)[None, :],)
         else:
             out = out + (0.0,)
@@ -34,7 +33,10 @@ def load_constants(constants, row, exists, QJL: tl.constexpr, MEAN: tl.constexpr
 
 @triton.jit
 def key_logits(dots, scales, residual_norms, constants, PARTS: tl.constexpr, QJL: tl.constexpr, MEAN: tl.constexpr):
-    """Logits (exponents of 2) from `dots` and the rows' affine `constants`: see `prepare_kernel`."""
+    """
+    Logits (exponents of 2) from `dots` and the rows' affine `constants`: see `rotate_query`. Without `MEAN`, the last
+    constant, which is the same for all codes, is left out.
+    """
     out = ()
     for p in tl.static_range(PARTS):
         logits = (dots[p] * constants[0] + constants[1]) * scales[p].to(tl.float32)[:, None]

@@ -3,212 +3,247 @@
 import triton
 import triton.language as tl
 
-from .codes import exp2, operand_position
+from .codes import exp2
+from .launch import wait_for_previous
 from .logits import INTEGERS, LOWEST, OVERFLOW, UNALIGNED, finish_logits
 from .step_kernel import append_token
 
 
 @triton.jit
-def _round_query(x, step):
-    """Rounds `x / step` to 128 · high + low; returns the integer and its two int8 terms."""
-    integer = tl.floor(x / step[:, None] + 0.5).to(tl.int32)
+def _to_terms(x):
+    """The integer nearest to x, and its two int8 terms 128 · high + low."""
+    integer = tl.floor(tl.clamp(x, -16256.0, 16256.0) + 0.5).to(tl.int32)
     high = (integer + 64) >> 7
     return integer, high.to(tl.int8), (integer - high * 128).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
-def prepare_kernel(
-    query, new_key, new_value, mask_ptr, mask_b, mask_h, mask_t, mask_n, logits_out,
-    kv_len, recent_start, phase, leaving, scaling, softcap,
-    key_side, value_side, operators, key_scale, mean, operands, constants, key_states, value_states, partial, stats,
-    query_b, query_h, query_t, query_length, groups, kv_heads, operator_heads, scale_heads, mean_heads,
-    sink_length, ring, slots, blocks, key_stride, value_stride, pairs, splits, code_splits, level_scale, level_offset,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr, PASSES: tl.constexpr, TILE: tl.constexpr,
-    SCALE: tl.constexpr, MEAN: tl.constexpr, STATIC: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SCORES: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, RING: tl.constexpr,
+@triton.jit
+def _sums_and_most(sum_a, sum_b, most_a, sum_c, sum_d, most_b):
+    return sum_a + sum_c, sum_b + sum_d, tl.maximum(most_a, most_b)
+
+
+@triton.jit
+def _add(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def rotate_query(
+    query, flat_row, exists, scaling, matrices, key_factors, mean, operands, constants, level_scale, level_offset, unit,
+    sketch_unit, bound, sketch_bound, DIM: tl.constexpr, DIM_PAD: tl.constexpr, COUNT: tl.constexpr,
+    WIDTH: tl.constexpr, QJL: tl.constexpr, PASSES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """
-    Does everything that does not need the codes. The first programs of the grid each rotate (A⁻ᵀ q) or sketch
-    (κS A⁻ᵀ q) 16 rows of queries, `TERMS` programs for the same rows, and write the result as integers. Each of the
-    others attends to `TILE` exact slots with 16 rows of one pair of batch and KV head (with `SCORES`: writes its
-    logits).
+    Rotates rows of queries of one KV head, z = A⁻ᵀ (q / t), and sketches them, S z.
 
-    With specifications `KEYS` and `VALUES` the last token is not in its slot yet: before all others, two programs per
-    pair append its key and its value with [`append_token`]. Programs that attend to exact slots read it from the input.
+    Queries and results are rounded to 14 bits, 128 · high + low: those relative to their largest coordinate, these
+    relative to a bound, beyond which they are cut off.
 
-    With `PASSES` 2 an operator is a sum of two matrices in the query's own 16 bits, the second times 2048: two 16-bit
-    matrix products are as precise as one in fp32, and faster.
+    Args:
+        query (tensor of pointers): the first coordinate of each row.
+        matrices: A⁻ᵀ / `unit` and with `QJL` S A⁻ᵀ / `sketch_unit`, int8 `[terms, PASSES, COUNT · WIDTH, DIM_PAD]`,
+            rows in the order of the operands. With two passes they are 128 · first + second.
+        key_factors, mean: t and μ of the head.
+        bound, sketch_bound: for a vector of norm one, that of z and of S z.
 
-    A query row becomes int8 `operands` `[TERMS, 2, COUNT · WIDTH]` (high and low term of every coordinate, in the
-    order of `operand_position`) and fp32 `constants`. With integer products i of levels and j of signs
+    A row becomes int8 `operands` `[terms, 2, COUNT · WIDTH]` (high and low terms) and fp32 `constants`. With integer
+    products i of levels and j of signs
 
         logit = (i · c₀ + c₁) · scale + (j · c₂ + c₃) · residual norm + c₄
     """
-    rows = groups * query_length
-    # Rows that share an operator fill tiles together: all of them, or those of one pair.
-    segment_rows = pairs * rows if operator_heads == 1 else rows
-    segment_tiles = (segment_rows + 15) // 16
-    query_tiles = pairs * rows // segment_rows * segment_tiles
+    k = tl.arange(0, DIM_PAD)
+    inner = k < DIM
+    e = tl.arange(0, WIDTH)
+    # Constants do not wait for the previous kernel.
+    loaded = ()
+    for i in tl.static_range((1 + QJL) * PASSES * COUNT):
+        loaded = loaded + (tl.load(matrices + (i * WIDTH + e)[:, None] * DIM_PAD + k[None, :]),)
+    if EARLY:
+        wait_for_previous()
+    x = tl.load(query[None, :] + k[:, None], mask=inner[:, None] & exists[None, :], other=0).to(tl.float32)
+    scaling *= 1.4426950408889634
+    offset = x * tl.load(mean + k, mask=inner, other=0)[:, None]
+    x *= 1.0 / tl.load(key_factors + k, mask=inner, other=1)[:, None]
+    # One reduction for all three.
+    offset, norm, largest = tl.reduce((offset, x * x, tl.abs(x)), 0, _sums_and_most)
+    norm = tl.sqrt(norm)
+    # The largest integer that two int8 terms hold with a margin for rounding.
+    step = largest / 16256.0
+    step = tl.where(step > 0, step, 1.0)
+    _, x_high, x_low = _to_terms(x * (1.0 / step)[None, :])
+    sums = ()
+    steps_out = (norm * (bound / 16256.0), norm * (sketch_bound / 16256.0))
+    units = (unit, sketch_unit)
+    for term in tl.static_range(1 + QJL):
+        to_steps = (step * units[term] / tl.maximum(steps_out[term], 1e-30))[None, :]
+        for i in tl.static_range(COUNT):
+            matrix = loaded[term * PASSES * COUNT + i]
+            z = tl.dot(matrix, x_high, out_dtype=tl.int32).to(tl.float32) * 128.0
+            z += tl.dot(matrix, x_low, out_dtype=tl.int32).to(tl.float32)
+            if PASSES == 2:
+                matrix = loaded[(term * PASSES + 1) * COUNT + i]
+                z *= 128.0
+                z += tl.dot(matrix, x_high, out_dtype=tl.int32).to(tl.float32) * 128.0
+                z += tl.dot(matrix, x_low, out_dtype=tl.int32).to(tl.float32)
+            integer, high, low = _to_terms(z * to_steps)
+            to = operands + flat_row[None, :] * ((1 + QJL) * 2 * COUNT * WIDTH)
+            to += ((term * 2 * COUNT + i) * WIDTH + e)[:, None]
+            tl.store(to, high, mask=exists[None, :])
+            tl.store(to + COUNT * WIDTH, low, mask=exists[None, :])
+            if i == 0:
+                total = integer
+            else:
+                total += integer
+        sums = sums + (total.to(tl.float32),)
+    level_sum, sign_sum = tl.reduce((sums[0], sums[QJL]), 0, _add)
+    c = constants + flat_row * 8
+    level_step = steps_out[0] * scaling
+    tl.store(c, level_step * level_scale, mask=exists)
+    tl.store(c + 1, level_step * level_sum * (level_scale * level_offset), mask=exists)
+    tl.store(c + 4, offset * scaling, mask=exists)
+    if QJL:
+        # The operand is 1 where the sign is minus: Σ q sign = Σ q - 2 Σ q operand.
+        sign_step = steps_out[1] * scaling
+        tl.store(c + 2, -2.0 * sign_step, mask=exists)
+        tl.store(c + 3, sign_step * sign_sum, mask=exists)
+
+
+@triton.jit
+def load_exact(states, newest, slot, position, valid, kv_len, d, DIM: tl.constexpr):
+    """
+    Exact keys or values at `slot` × `d`, two index tensors. The last token may still be in `newest`: a pointer to its
+    first coordinate, and a stride.
+    """
+    stored = valid
+    if newest is not None:
+        stored = valid & (position != kv_len - 1)
+    x = tl.load(states + slot * DIM + d, mask=stored & (d < DIM), other=0)
+    if newest is not None:
+        new = tl.load(newest[0] + d * newest[1], mask=d < DIM, other=0)
+        x = tl.where(valid & (position == kv_len - 1), new, x)
+    return x
+
+
+@triton.jit
+def exact_logits(
+    query, chunk, bh, row, mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, quantized, phase, scaling, softcap,
+    states, newest, query_length, groups, kv_heads, sink_length, ring, slots, held,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr, DOT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """
+    Logits `[TILE, ROWS]` of a tile of exact slots, the first `slots` of the `held` ones; their slots, positions, and
+    whether they hold a token, `[TILE, 1]`. The last token may be in `newest` instead.
+    """
+    first = sink_length + quantized
+    slot = chunk * TILE + tl.arange(0, TILE)[:, None]
+    recent = first + slot - sink_length - phase
+    recent = tl.where(recent < first, recent + ring, recent)
+    position = tl.where(slot < sink_length, slot, recent)
+    valid = (slot < slots) & (position < kv_len)
+    d = tl.arange(0, DIM_PAD)
+    exists = row < groups * query_length
+    q = tl.load(query[None, :] + d[:, None], mask=(d < DIM)[:, None] & exists[None, :], other=0).to(DOT)
+    states += bh.to(tl.int64) * held * DIM
+    k = load_exact(states, newest, slot, position, valid, kv_len, d[None, :], DIM).to(DOT)
+    logits = tl.dot(k, q, input_precision="ieee") * (scaling * 1.4426950408889634)
+    logits = finish_logits(
+        logits, position, row[None, :], bh, valid, mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, query_length,
+        groups, kv_heads, softcap, MASK, CAUSAL, SOFTCAP, ASM,
+    )  # fmt: skip
+    return logits, slot, position, valid
+
+
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
+def prepare_kernel(
+    query, new_key, new_value, mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, quantized, phase, leaving, scaling,
+    softcap,
+    key_side, value_side, counters, matrices, key_factors, mean, operands, constants, key_states, value_states, partial,
+    stats, query_b, query_h, query_t, query_length, groups, kv_heads, scale_heads, mean_heads, sink_length, ring, slots,
+    held, key_blocks, row_tiles, pairs, splits, code_splits,
+    level_scale, level_offset, unit, sketch_unit, bound, sketch_bound,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, COUNT: tl.constexpr,
+    WIDTH: tl.constexpr, QJL: tl.constexpr, PASSES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr, ASM: tl.constexpr,
+    EARLY: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """
+    Does everything that does not need the codes. The first programs each rotate `ROWS` rows of queries of one KV head
+    (batch · KV heads · row tiles), the others each attend to `TILE` exact slots with such rows.
+
+    With specifications `KEYS` and `VALUES` the last token is not in its slot yet: before all others, two programs for
+    each pair of batch and KV head append its key and its value with [`append_token`]. `kv_len` and `quantized` count it
+    already.
+    """
     task = tl.program_id(0)
     if KEYS is not None:
         sequence = (task // 2).to(tl.int64)
-        before = recent_start - sink_length - leaving
-        capacity = kv_len
-        if task >= 2 * pairs:
-            pass
-        elif task % 2 == 0:
-            append_token(
-                new_key, key_side, key_states, None, sequence, capacity, kv_len - 1, before, sink_length, ring, slots,
-                blocks, kv_heads, KEYS, RING,
-            )  # fmt: skip
-        else:
-            append_token(
-                new_value, value_side, value_states, None, sequence, capacity, kv_len - 1, before, sink_length, ring,
-                slots, blocks, kv_heads, VALUES, RING,
-            )  # fmt: skip
+        before = quantized - leaving
+        if task < 2 * pairs:
+            if EARLY:
+                wait_for_previous()
+            if task % 2 == 0:
+                append_token(
+                    new_key, key_side, key_states, None, sequence, kv_len, kv_len - 1, before, sink_length, ring, held,
+                    key_blocks, kv_heads, KEYS, RING,
+                )  # fmt: skip
+            else:
+                append_token(
+                    new_value, value_side, value_states, None, sequence, kv_len, kv_len - 1, before, sink_length, ring,
+                    held, key_blocks, kv_heads, VALUES, RING,
+                )  # fmt: skip
         task -= 2 * pairs
+    rotations = pairs * row_tiles
+    pair = task % rotations // row_tiles
+    head = pair % kv_heads
+    row = task % row_tiles * ROWS + tl.arange(0, ROWS)
+    rows = groups * query_length
+    exists = row < rows
+    flat_row = pair.to(tl.int64) * rows + row
+    query += (pair // kv_heads).to(tl.int64) * query_b
+    query = query + (head * groups + row // query_length).to(tl.int64) * query_h
+    query += (row % query_length).to(tl.int64) * query_t
     if task < 0:
         pass
-    elif task < TERMS * query_tiles:
-        term = task // query_tiles
-        segment = task % query_tiles // segment_tiles
-        local = task % segment_tiles * 16 + tl.arange(0, 16)
-        exists = local < segment_rows
-        flat = segment * segment_rows + local
-        pair = flat // rows
-        member = flat % rows
-        head = pair % kv_heads
-        x_rows = query + (pair // kv_heads).to(tl.int64) * query_b
-        x_rows += (head * groups + member // query_length).to(tl.int64) * query_h
-        x_rows += (member % query_length).to(tl.int64) * query_t
-        CHUNK: tl.constexpr = 64 if DIM_PAD <= 128 else 32
-        d = tl.arange(0, DIM_PAD)
-        operator = operators + (term * PASSES * operator_heads + segment % operator_heads).to(tl.int64) * DIM * DIM
-        turned = tl.zeros([16, DIM_PAD], tl.float32)
-        rest = tl.zeros([16, DIM_PAD], tl.float32)
-        offsets = tl.zeros([16, CHUNK], tl.float32)
-        for start in range(0, DIM, CHUNK):
-            k = start + tl.arange(0, CHUNK)
-            x_mask = exists[:, None] & (k < DIM)[None, :]
-            x = tl.load(x_rows[:, None] + k[None, :], mask=x_mask, other=0)
-            if MEAN:
-                mu = tl.load(mean + (head % mean_heads * DIM)[:, None] + k[None, :], mask=x_mask, other=0)
-                offsets += x.to(tl.float32) * mu
-            if SCALE:
-                # Rounded like the query itself.
-                factor = tl.load(key_scale + (head % scale_heads * DIM)[:, None] + k[None, :], mask=x_mask, other=1)
-                x = x.to(tl.float32) * (1.0 / factor)
-            x = x.to(operators.dtype.element_ty)
-            m_mask = (k < DIM)[:, None] & (d < DIM)[None, :]
-            m = tl.load(operator + k[:, None] * DIM + d[None, :], mask=m_mask, other=0)
-            turned = tl.dot(x, m, turned, input_precision=PRECISION)
-            if PASSES == 2:
-                low = operator + operator_heads.to(tl.int64) * DIM * DIM + k[:, None] * DIM + d[None, :]
-                rest = tl.dot(x, tl.load(low, mask=m_mask, other=0), rest)
-        turned += rest / 2048.0
-        # The largest integer that two int8 terms, 128 · high + low, hold with a margin for rounding.
-        step = tl.max(tl.abs(turned), axis=1) / 16256.0
-        step = tl.where(step > 0, step, 1.0)
-        integer, high, low = _round_query(turned, step)
-        total = tl.sum(integer, axis=1).to(tl.float32)
-        COUNT: tl.constexpr = 2 if BITS == 4 else 4
-        at = flat.to(tl.int64) * (TERMS * 2 * COUNT * WIDTH) + term * (2 * COUNT * WIDTH)
-        # Coordinates beyond the last are zero, and so are positions of the operands without a coordinate.
-        p = operand_position(d, BITS, COUNT * WIDTH // 2, ASM)
-        inside = exists[:, None] & (d < COUNT * WIDTH)[None, :]
-        tl.store(operands + at[:, None] + p[None, :], high, mask=inside)
-        tl.store(operands + at[:, None] + (COUNT * WIDTH + p)[None, :], low, mask=inside)
-        c = constants + flat.to(tl.int64) * 8
-        factor = step * (scaling * 1.4426950408889634)
-        if term == 0:
-            tl.store(c, factor * level_scale, mask=exists)
-            tl.store(c + 1, factor * level_scale * level_offset * total, mask=exists)
-            if MEAN:
-                tl.store(c + 4, tl.sum(offsets, axis=1) * (scaling * 1.4426950408889634), mask=exists)
-        else:
-            # The operand is 1 where the sign is minus: Σ q sign = Σ q - 2 Σ q operand.
-            tl.store(c + 2, -2.0 * factor, mask=exists)
-            tl.store(c + 3, factor * total, mask=exists)
-    else:
-        task -= TERMS * query_tiles
-        chunks = splits - code_splits
-        chunk = task % chunks
-        tiles = (rows + 15) // 16
-        bh = task // chunks // tiles
-        row = task // chunks % tiles * 16 + tl.arange(0, 16)
-        exists = row < rows
-        query_offset = (bh // kv_heads).to(tl.int64) * query_b
-        query_offset += (bh % kv_heads * groups + row // query_length).to(tl.int64) * query_h
-        query_offset += (row % query_length).to(tl.int64) * query_t
-        if STATIC:
-            # Pointers to both lengths of every sequence.
-            quantized = tl.load(recent_start + bh * 3)
-            held = tl.load(kv_len + bh * 3)
-            overflown = held == OVERFLOW
-            tokens = tl.where(overflown, 0, held)
-            first = sink_length + quantized
-            turn = quantized % tl.maximum(ring, 1)
-        else:
-            tokens = kv_len
-            first = recent_start
-            turn = phase
-        slot = chunk * TILE + tl.arange(0, TILE)
-        recent = first + slot - sink_length - turn
-        recent = tl.where(recent < first, recent + ring, recent)
-        position = tl.where(slot < sink_length, slot, recent)
-        valid = (slot < slots) & (position < tokens)
-        d = tl.arange(0, DIM_PAD)
-        q_mask = exists[:, None] & (d < DIM)[None, :]
-        q = tl.load(query + query_offset[:, None] + d[None, :], mask=q_mask, other=0).to(DOT)
-        slot64 = slot.to(tl.int64)
-        stored = valid
-        if KEYS is not None:
-            newest = valid & (position == tokens - 1)
-            stored = valid & (position != tokens - 1)
-        k_mask = (d < DIM)[:, None] & stored[None, :]
-        k = tl.load(
-            key_states + bh.to(tl.int64) * key_stride + slot64[None, :] * DIM + d[:, None], mask=k_mask, other=0
-        )
-        if KEYS is not None:
-            strides = key_side[0]
-            at = new_key + (bh // kv_heads).to(tl.int64) * strides[0] + bh % kv_heads * strides[1] + d * strides[3]
-            k_new = tl.load(at, mask=d < DIM, other=0)
-            k = tl.where(newest[None, :], k_new[:, None], k)
-        if not SCORES:
-            # Loaded before it is needed, so that both loads overlap.
-            v = tl.arange(0, VALUE_PAD)
-            v_mask = stored[:, None] & (v < VALUE_DIM)[None, :]
-            values = value_states + bh.to(tl.int64) * value_stride + slot64[:, None] * VALUE_DIM + v[None, :]
-            values = tl.load(values, mask=v_mask, other=0).to(DOT)
-            if KEYS is not None:
-                strides = value_side[0]
-                at = new_value + (bh // kv_heads).to(tl.int64) * strides[0] + bh % kv_heads * strides[1]
-                v_new = tl.load(at + v * strides[3], mask=v < VALUE_DIM, other=0).to(DOT)
-                values = tl.where(newest[:, None], v_new[None, :], values)
-        logits = tl.dot(q, k.to(DOT), input_precision="ieee") * (scaling * 1.4426950408889634)
-        logits = finish_logits(
-            logits, position[None, :], row[:, None], bh, valid[None, :], mask_ptr, mask_b, mask_h, mask_t, mask_n,
-            tokens, query_length, groups, kv_heads, softcap, MASK, CAUSAL, SOFTCAP, ASM,
+    elif task < rotations:
+        rotate_query(
+            query, flat_row, exists, scaling, matrices, key_factors + head % scale_heads * DIM,
+            mean + head % mean_heads * DIM, operands, constants, level_scale, level_offset, unit, sketch_unit, bound,
+            sketch_bound, DIM, DIM_PAD, COUNT, WIDTH, QJL, PASSES, EARLY,
         )  # fmt: skip
-        flat_row = bh.to(tl.int64) * rows + row
-        if SCORES:
-            out = logits_out + flat_row[:, None] * tokens + position[None, :]
-            tl.store(out, logits * 0.6931471805599453, mask=exists[:, None] & valid[None, :])
-        else:
-            largest = tl.maximum(tl.max(logits, axis=1), LOWEST)
-            weights = exp2(logits - largest[:, None], ASM)
-            out = tl.dot(weights.to(DOT), values, input_precision="ieee")
-            total = tl.sum(weights, axis=1)
-            if STATIC:
-                # A kernel cannot raise an error beyond the capacity, so its results are NaN.
-                out = tl.where(overflown, float("nan"), out)
-                total = tl.where(overflown, 1.0, total)
-            at = flat_row * splits + code_splits + chunk
-            tl.store(
-                partial + at[:, None] * VALUE_DIM + v[None, :], out, mask=exists[:, None] & (v < VALUE_DIM)[None, :]
-            )
-            tl.store(stats + at * 2, largest, mask=exists)
-            tl.store(stats + at * 2 + 1, total, mask=exists)
+    else:
+        if EARLY:
+            wait_for_previous()
+        chunk = task // rotations - 1
+        overflown = False
+        if counters is not None:
+            kv_len = tl.load(counters + pair * 3)
+            quantized = tl.load(counters + pair * 3 + 1)
+            phase = quantized % tl.maximum(ring, 1)
+            # A kernel cannot raise an error beyond the capacity, so its results are NaN.
+            overflown = kv_len == OVERFLOW
+            kv_len = tl.where(overflown, 0, kv_len)
+        newest_key = None
+        newest_value = None
+        if KEYS is not None:
+            at = pair // kv_heads
+            newest_key = (new_key + at.to(tl.int64) * key_side[0][0] + head * key_side[0][1], key_side[0][3])
+            newest_value = (new_value + at.to(tl.int64) * value_side[0][0] + head * value_side[0][1], value_side[0][3])
+        logits, slot, position, valid = exact_logits(
+            query, chunk, pair, row, mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, quantized, phase, scaling,
+            softcap, key_states, newest_key, query_length, groups, kv_heads, sink_length, ring, slots, held,
+            DIM, DIM_PAD, TILE, MASK, CAUSAL, SOFTCAP, DOT, ASM,
+        )  # fmt: skip
+        v = tl.arange(0, VALUE_PAD)[:, None]
+        value_states += pair.to(tl.int64) * held * VALUE_DIM
+        values = load_exact(
+            value_states, newest_value, tl.trans(slot), tl.trans(position), tl.trans(valid), kv_len, v, VALUE_DIM
+        ).to(DOT)
+        largest = tl.maximum(tl.max(logits, axis=0), LOWEST)
+        weights = exp2(logits - largest[None, :], ASM)
+        out = tl.dot(values, weights.to(DOT), input_precision="ieee")
+        out = tl.where(overflown, float("nan"), out)
+        to = flat_row * splits + code_splits + chunk
+        tl.store(partial + to[None, :] * VALUE_DIM + v, out, mask=exists[None, :] & (v < VALUE_DIM))
+        tl.store(stats + to * 2, largest, mask=exists)
+        tl.store(stats + to * 2 + 1, tl.where(overflown, 1.0, tl.sum(weights, axis=0)), mask=exists)

@@ -8,14 +8,11 @@ for its layout. Every snippet returns its operands in the order of `operand_offs
 two per fp16 register.
 """
 
-from functools import cache
-
 import numpy as np
 
 from ..codebook import Codebook
 
 
-@cache
 def level_snippet(nbits: int, qjl: bool, codebook: Codebook) -> tuple[str, str]:
     """
     Turns words of keys, or of values below 4 bits, into int8 operands: the levels and, with `qjl`, 1 where the sign of
@@ -45,7 +42,6 @@ def level_snippet(nbits: int, qjl: bool, codebook: Codebook) -> tuple[str, str]:
     return _assemble(body, 4 * len(tables) * len(selectors.registers), selectors.inputs)
 
 
-@cache
 def value_snippet(codebook: Codebook) -> tuple[str, str]:
     """Turns words of 4-bit values into two fp16 operands of two registers each: `levels + offset`, exactly."""
     halves = (codebook.levels.astype(np.float16) + np.float16(codebook.offset)).view(np.uint16)

@@ -12,7 +12,7 @@ from ..quantizer import Quantizer
 from ..search import Annealing
 from ..storage import TokenBuffer
 from .attention_plan import constants_of
-from .launch import DTYPES, INTERPRETED, on_other_device, run
+from .launch import DTYPES, INTERPRETED, on_other_device, overlaps, run
 from .quantize_kernels import quantize_kernel
 from .step_kernel import step_kernel
 
@@ -69,9 +69,12 @@ def append(states, new: dict[str, torch.Tensor]) -> None:
     sizes = states.sink_length, states.ring, states.exact["keys"].shape[2], states.codes["keys"].capacity // BLOCK
     exact = states.exact["keys"], states.exact["values"]
     key = step_kernel, device.index, states.ring > 0, states.counters is not None, *key
+    early = overlaps(device)
+    if early:
+        options = {**options, "launch_pdl": True}
     for index in range(tokens):
         token = tuple(x[:, :, index : index + 1] for x in new.values())
-        args = *token, *sides, *exact, states.counters, *lengths, *sizes, heads, *specs, states.ring > 0
+        args = *token, *sides, *exact, states.counters, *lengths, *sizes, heads, *specs, states.ring > 0, early
         # A compiled kernel may rely on aligned addresses.
         aligned = tuple(x.data_ptr() % 16 for x in token)
         run(step_kernel, (*key, aligned), (1, batch * heads, len(token)), device, args, options)
@@ -119,7 +122,9 @@ def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int)
     """For keys or values: buffers and constants for the kernels, specification, options, and a part of the key."""
     planes, constants, spec, options = _prepare(quantizer, x.dtype, tile)
     buffers = tuple(buffer[name] for name in planes), buffer["scales"], buffer.tensors.get("residual_norms")
-    key = (id(spec), x.dtype, quantizer.mean is None, quantizer.scale is None, x.stride())
+    # Triton specialises on these properties of an integer. The strides themselves hold the length of the prompt.
+    strides = tuple((n == 1, n % 16 == 0, n >= 2**31) for n in x.stride())
+    key = (id(spec), x.dtype, quantizer.mean is None, quantizer.scale is None, strides)
     return buffers, constants, spec, options, key
 
 

@@ -4,6 +4,8 @@ The reference implementation of all operations in plain torch: runs everywhere, 
 It works tile by tile, so that scratch memory does not grow with the sequence.
 """
 
+from functools import wraps
+
 import torch
 
 from ..packing import BLOCK, pack, unpack
@@ -17,6 +19,20 @@ TILE = 32 * BLOCK
 
 # Size of the table that finds centroids: a power of two, so that x * CELLS is exact.
 CELLS = 2**13
+
+
+def full_precision(function):
+    """`function`, one of whose arguments is a tensor, outside of autocast, which would round products to 16 bits."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def encode(states: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -152,6 +168,7 @@ def decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer: Quan
     return nearest + (signs @ quantizer.sketch) * scales["residual_norms"].float().unsqueeze(-1)
 
 
+@full_precision
 def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) -> None:
     """Appends `states` to `buffer`, which must have the capacity, in place. Its length changes last."""
     for tile in states.split(TILE, dim=2):
@@ -221,6 +238,7 @@ def codes_of(buffer: TokenBuffer, quantizer: Quantizer, start: int, stop: int):
     return codes[:, :, start - offset : stop - offset], scales
 
 
+@full_precision
 def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> None:
     """Dequantises the tokens of `buffer` into `out`, of shape `[batch, heads, buffer.length, head_dim]`, any dtype."""
     for start in range(0, buffer.length, TILE):
@@ -231,6 +249,7 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
         out[:, :, start:stop] = x if quantizer.mean is None else x + quantizer.mean
 
 
+@full_precision
 def scores(query, states, *, scaling, attention_mask=None, is_causal=False, softcap=None) -> torch.Tensor:
     """The logits of [`ops.scores`], fp32."""
     if states.counters is not None:
@@ -246,6 +265,7 @@ def scores(query, states, *, scaling, attention_mask=None, is_causal=False, soft
     return out
 
 
+@full_precision
 def attention(
     query, states, *, scaling, attention_mask=None, is_causal=False, softcap=None, sinks=None
 ) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .launch import prefetch, wait_for_previous
 from .logits import OVERFLOW
 from .quantize_kernels import append_tile
 
@@ -64,15 +65,33 @@ def append_token(
         tl.store(counter + 1, quantized + leaves.to(tl.int32))
 
 
+@triton.jit
+def _prefetch_constants(side, SPEC: tl.constexpr):
+    D: tl.constexpr = SPEC[3]
+    transform = side[2][0]
+    prefetch(transform, D * D * (transform.dtype.element_ty.primitive_bitwidth // 8))
+    sketch = side[2][6]
+    if sketch is not None:
+        prefetch(sketch, D * D * (sketch.dtype.element_ty.primitive_bitwidth // 8))
+
+
 @triton.jit(do_not_specialize=["capacity", "length", "quantized", "sink_length", "ring", "slots", "blocks", "heads"])
 def step_kernel(
     new_keys, new_values, keys, values, exact_keys, exact_values, counters, capacity, length, quantized, sink_length,
     ring, slots, blocks, heads, KEYS: tl.constexpr, VALUES: tl.constexpr, RING: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """
     [`ops.append`]. Grid (1, batch · heads, 2): a program handles the keys or the values of one head of one sequence and
     has its own counter, so that none waits for another. For the arguments see [`append_token`].
     """
+    if EARLY:
+        # Every layer has matrices of its own, which the weights have pushed out of the cache.
+        if tl.program_id(2) == 0:
+            _prefetch_constants(keys, KEYS)
+        else:
+            _prefetch_constants(values, VALUES)
+        wait_for_previous()
     sequence = tl.program_id(1).to(tl.int64)
     counter = counters
     if counters is not None:

@@ -16,7 +16,9 @@ if importlib.util.find_spec("triton") is None:
 
 from benchmark_attention import check, random_states, relative_error
 
+from hf_turboquant.config import TurboQuantConfig
 from hf_turboquant.ops import reference
+from hf_turboquant.quantizer import Quantizer
 
 # the module: the package exports a function of the same name
 kernels = import_module("hf_turboquant.ops.attention")
@@ -140,12 +142,13 @@ def test_zero_values_and_keys():
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_means_and_operators_per_head(softcap):
+def test_means_and_scales_per_head(softcap):
     states = make(300, seed=3)
     generator = torch.Generator(device=DEVICE).manual_seed(0)
     for role in ("keys", "values"):
         quantizer = states.quantizers[role]
-        noise = torch.randn((2, 64, 64), generator=generator, device=DEVICE)
+        # a matrix that is neither orthogonal nor of signs
+        noise = torch.randn((1, 64, 64), generator=generator, device=DEVICE)
         mean = torch.randn((2, 1, 64), generator=generator, device=DEVICE)
         states.quantizers[role] = dataclasses.replace(quantizer, mean=mean, dual=quantizer.dual + 0.05 * noise)
     scale = torch.rand((2, 1, 64), generator=generator, device=DEVICE) + 0.5
@@ -168,6 +171,25 @@ def test_scores(nbits, estimator, portable):
     assert got.dtype == torch.float32 and got.shape == (1, 4, 3, 300)
     assert torch.equal(got.isinf(), truth.isinf())
     assert relative_error(got[got.isfinite()], truth[truth.isfinite()]) < 2e-4
+
+
+@pytest.mark.parametrize("default", [{"dtype": torch.bfloat16}, {"device": "meta"}], ids=str)
+def test_torch_defaults_do_not_matter(default):
+    # a seed of its own: constants are kept
+    states = make(200, seed=5, **{"nbits": 4})
+    config = TurboQuantConfig(nbits=4, seed=len(str(default)))
+    states.quantizers["keys"] = Quantizer.create(config, "keys", 0, 64, DEVICE)
+    query = make_query(states)
+    expected = reference.attention(query.float(), states, scaling=0.1)
+    before = torch.get_default_dtype(), torch.get_default_device()
+    try:
+        torch.set_default_dtype(default.get("dtype", before[0]))
+        torch.set_default_device(default.get("device", before[1]))
+        out = kernels.attention(query, states, scaling=0.1)
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_default_device(None)
+    assert relative_error(out, expected) < 1e-3
 
 
 def test_supports_says_why_not():

@@ -72,6 +72,38 @@ for conditioned in (TurboQuantConfig(backend="triton"), TurboQuantConfig(backend
 print(json.dumps(sorted(seen)))
 """
 
+AHEAD = (
+    PROGRAM.split("launch.COMPILED, plan")[0]
+    + """
+from triton.runtime.jit import JITFunction
+
+from hf_turboquant import ahead
+from hf_turboquant.static import TurboQuantStaticLayer
+
+
+def warmup(self, *args, grid, **options):
+    given = dict(zip(self.arg_names, args)) | options
+    assert given.keys() >= set(self.arg_names), self.__name__
+    seen.add((self.__name__, given.get("KEYS") is not None, given.get("MASK"), given.get("CODED")))
+
+
+def fail(*args):
+    raise AssertionError("launched")
+
+
+JITFunction.warmup, launch.launch, plan.launch = warmup, fail, fail
+attention.supports = quantize.supports = statistics.supports = lambda *args: None
+kind, capacity = (TurboQuantStaticLayer, 4096) if sys.argv[1] == "static" else (TurboQuantLayer, None)
+config = TurboQuantConfig(backend="triton", max_cache_len=capacity)
+half = (torch.float16,) * 3
+for _ in range(2):
+    ahead._compile(kind, config, None, (2, 64, 64), half, 4, True, False, torch.device("cpu"))
+    assert not launch.is_only_compiling()
+    print(json.dumps(sorted(seen, key=str)))
+    seen.clear()
+"""
+)
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU tells by itself")
 @pytest.mark.parametrize("estimator", ["qjl", "rescaled"])
@@ -100,3 +132,22 @@ def test_launches_have_all_arguments(estimator):
             True,
             False,
         }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU tells by itself")
+@pytest.mark.parametrize("kind", ["growing", "static"])
+def test_what_a_layer_launches_is_compiled_ahead(kind):
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", AHEAD, kind], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, again = (
+        [(name, appends, mask) for name, appends, mask, _ in json.loads(line)] for line in done.stdout.splitlines()
+    )
+    expected = ["attend_kernel", "combine_kernel", "finish_kernel", "prepare_kernel", "quantize_kernel", "sum_kernel"]
+    # a step over a static capacity appends by itself and has a mask
+    assert {name for name, _, _ in first} == {*expected, *(["step_kernel"] if kind == "static" else [])}
+    prepare = {(appends, mask) for name, appends, mask in first if name == "prepare_kernel"}
+    assert prepare == ({(False, 1)} if kind == "static" else {(True, 0)})
+    # once for every kind of layer
+    assert again == []

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from benchmark_quantize import Case, disagreement
+from disagreement import Case, disagreement, matrix
 
 from hf_turboquant import ops
 
@@ -56,6 +56,16 @@ def codes_of(quantizer, buffer, stop=None):
 )
 def test_every_width_role_and_estimator(role, estimator, head_dim, nbits):
     assert_right(Case(role, nbits, estimator, head_dim, torch.float32, heads=2))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter is too slow for more than those above and below")
+@pytest.mark.parametrize("case", matrix(), ids=str)
+def test_every_configuration(case):
+    states = random_states(case, sum(case.pieces), batch=2)
+    quantizer, buffer = appended(case, states, case.pieces)
+    result = disagreement(states, quantizer, buffer)
+    limits = {"coordinate": 1e-4, "direction": 0.1, "sign": 1e-4, "scale": SCALE_ERROR, "error": 0.01}
+    assert all(getattr(result, name) <= limit for name, limit in limits.items()), result
 
 
 def test_conditioning_shares_the_matrix_of_the_search():
@@ -181,6 +191,22 @@ def test_strided_states():
     for x in (view, states.mT.contiguous().mT):
         quantizer, buffer = appended(case, x, (20, 130))
         assert torch.equal(codes_of(quantizer, buffer)[0], codes_of(*appended(case, states, (20, 130)))[0])
+
+
+def test_prompts_of_all_lengths_share_compiled_kernels(monkeypatch):
+    """The table of compiled kernels would otherwise have one more for every length, since strides hold it."""
+    used = set()
+    monkeypatch.setattr(kernels, "run", lambda kernel, key, *_: used.add(key))
+    case = Case("keys", 4, "qjl", 64)
+    quantizer, buffer = appended(case, random_states(case, 1))
+    buffer.reserve(600)
+    for tokens in range(130, 170):
+        states = random_states(case, tokens, batch=2)
+        # as models give them: of heads or of tokens next to each other
+        for x in (states.transpose(1, 2).contiguous().transpose(1, 2), states):
+            kernels.quantize(x, quantizer, buffer)
+            buffer.length = 0
+    assert len(used) == 1
 
 
 def test_pair():

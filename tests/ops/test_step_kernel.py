@@ -17,8 +17,12 @@ from hf_turboquant import TurboQuantConfig, ops
 from hf_turboquant.arena import describe, new_arena, open_arena
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
+from hf_turboquant.quantizer import Quantizer
+from hf_turboquant.static import TurboQuantStaticLayer
 
-attention_kernels, quantize_kernels = (import_module(f"hf_turboquant.ops.{name}") for name in ("attention", "quantize"))
+attention_kernels, attention_plan, quantize_kernels = (
+    import_module(f"hf_turboquant.ops.{name}") for name in ("attention", "attention_plan", "quantize")
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 HEADS = 2
@@ -334,6 +338,66 @@ def test_attention_reads_lengths_from_the_device(count, nbits, dtype):
         got = attention_kernels.attention(query, states, **options)
         truth = reference.attention(query.float(), states, **options)
         assert relative_error(got, truth) < (1e-3 if dtype == torch.float16 else 8e-3)
+
+
+@pytest.mark.parametrize("capacity", [None, 60])
+@pytest.mark.parametrize(
+    "dtypes, query_dtype",
+    [(("float32", "bfloat16"), "float32"), (("float32", "float16"), "float16"), (("float16", "bfloat16"), "bfloat16")],
+    ids=str,
+)
+@pytest.mark.usefixtures("same_search")
+def test_each_role_has_its_own_dtype(dtypes, query_dtype, capacity):
+    """As under autocast, and as it begins and ends: a step in other dtypes than the tokens held."""
+    dtypes, query_dtype = [getattr(torch, dtype) for dtype in dtypes], getattr(torch, query_dtype)
+    tokens = random_tokens(44, (64, 32), torch.float32)
+    layer = dynamic_layer(nbits=4, max_cache_len=capacity)
+    if capacity is not None:
+        layer = TurboQuantStaticLayer(layer.config, 0)
+    given, query = [[], []], torch.randn(1, 4, 1, 64, device=DEVICE).to(query_dtype)
+    for at in (0, *range(40, 44)):
+        piece = slice(at, at + 1) if at else slice(40)
+        # in turns in the dtypes of the prompt, in fp32, and in fp16
+        wanted = dtypes if at % 3 == 0 else [torch.float32, torch.float16][at % 3 - 1 : at % 3] * 2
+        new = [x[:, :, piece].to(dtype) for x, dtype in zip(tokens, wanted, strict=True)]
+        for all_given, x in zip(given, new, strict=True):
+            all_given.append(x)
+        states = layer.update(*new)[0].states if at else layer.update(*new)
+        if at:
+            out = ops.attention(query, states, scaling=0.125)
+            assert out.dtype == query_dtype
+            truth = reference.attention(query.float(), states, scaling=0.125)
+            assert relative_error(out, truth) < (1.6e-2 if query_dtype == torch.bfloat16 else 2e-3)
+    expected = dynamic_layer(nbits=4)
+    expected.update(*(torch.cat(x, dim=2).float() for x in given))
+    for role, all_given in zip(ROLES, given, strict=True):
+        held = (layer.keys if role == "keys" else layer.values).dequantize()[:, :, :44]
+        assert held.dtype == torch.cat(all_given, dim=2).dtype
+        assert torch.equal(held[:, :, -8:], torch.cat(all_given, dim=2)[:, :, -8:])
+        codes, _ = reference.codes_of(layer.codes[role], layer.quantizers[role], 0, 32)
+        same = codes == reference.codes_of(expected.codes[role], expected.quantizers[role], 0, 32)[0]
+        assert same.float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "query, keys, values, expected",
+    [
+        ("float16", "float16", "float16", "float16"),
+        ("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
+        ("float32", "float32", "bfloat16", "float32"),
+        ("float16", "float16", "bfloat16", "float32"),
+        ("bfloat16", "float16", "float16", "float32"),
+    ],
+)
+def test_products_lose_nothing_of_any_dtype(query, keys, values, expected, monkeypatch):
+    monkeypatch.setattr(attention_plan, "INTERPRETED", False)
+    codebook = Quantizer.create(TurboQuantConfig(), "keys", 0, 64).codebook
+    query, keys, values, expected = (getattr(torch, name) for name in (query, keys, values, expected))
+    of_keys, of_values = (4, False, 64, False, False, codebook), (4, 64, False, codebook)
+    kernels = attention_plan.Kernels(
+        torch.device(DEVICE), True, query, (keys, values), of_keys, of_values, (None, False), False, False, True, False
+    )
+    assert kernels.operator_dtype == expected
 
 
 def test_several_queries_see_up_to_themselves():

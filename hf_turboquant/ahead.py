@@ -1,0 +1,61 @@
+"""Compiles all kernels of a layer at once when its first prompt comes, in place of one by one as they are needed."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from . import ops
+from .conditioning import HORIZON
+
+
+def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, query: torch.Tensor, masked: bool):
+    """
+    Compiles what the prompt and decode steps of `layer` will launch on a GPU, in several threads. Triton keeps the
+    kernels on disk for later processes.
+
+    Args:
+        layer (`TurboQuantLayer`): before its first token is quantised.
+        key_states, value_states, query (`torch.Tensor`): of the prompt.
+        masked (`bool`): whether the prompt has a mask.
+    """
+    if key_states.device.type == "cuda" and layer.config.backend != "torch" and not ops.is_only_compiling():
+        shapes = key_states.shape[1:2] + key_states.shape[3:] + value_states.shape[3:]
+        dtypes = key_states.dtype, value_states.dtype, query.dtype
+        groups = query.shape[1] // key_states.shape[1]
+        frequencies = None if layer.frequencies is None else tuple(layer.frequencies)
+        short = key_states.shape[2] < HORIZON
+        # Kernels are the same for every capacity, and requests have many.
+        config = replace(layer.config, max_cache_len=layer.config.max_cache_len and 1)
+        _compile(type(layer), config, frequencies, shapes, dtypes, groups, short, masked, key_states.device)
+
+
+@lru_cache(maxsize=64)
+def _compile(kind, config, frequencies, shapes, dtypes, groups, short, masked, device) -> None:
+    heads, key_dim, value_dim = shapes
+    # So many that nothing waits for more different tokens, which would look at what was not computed.
+    tokens = HORIZON // 2 if short else HORIZON + 256
+    static = config.max_cache_len is not None
+    layer = kind(
+        replace(
+            config,
+            sink_length=min(config.sink_length, 4),
+            residual_length=min(config.residual_length, 8),
+            max_cache_len=2 * tokens if static else None,
+        ),
+        0,
+    )
+    layer.frequencies = frequencies
+    # The layout that models have: heads next to each other.
+    sizes = (heads, key_dim), (heads, value_dim), (heads * groups, key_dim)
+    keys, values, query = (
+        torch.empty((1, tokens, *size), dtype=dtype, device=device).transpose(1, 2)
+        for size, dtype in zip(sizes, dtypes, strict=True)
+    )
+    with ops.compile_only(), torch.cuda.device_of(keys):
+        layer.update(keys, values)
+        layer.settle(query, torch.ones((1, 1, 1, tokens), dtype=torch.bool, device=device) if masked else None)
+        states = layer.update(keys[:, :, :1], values[:, :, :1])[0].states
+        # A step over a static capacity has a mask for all of it.
+        mask = torch.ones((1, 1, 1, 2 * tokens), dtype=torch.bool, device=device) if static else None
+        ops.attention(query[:, :, :1], states, scaling=1.0, attention_mask=mask)
