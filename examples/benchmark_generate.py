@@ -36,7 +36,7 @@ from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import Formatter, run
 from hf_turboquant.evaluation.benchmark import CUDNN, EFFICIENT, FLASH, call_ms, copy_bandwidth
 from hf_turboquant.evaluation.caches import held_bytes, label, new_cache, parse
-from hf_turboquant.evaluation.load import parse_tokens, positive
+from hf_turboquant.evaluation.load import parse_count
 from hf_turboquant.generation import release
 from hf_turboquant.layer import TurboQuantLayer
 
@@ -287,19 +287,23 @@ def arguments() -> argparse.Namespace:
     """The parsed arguments; `mode` is a key of `CACHES`, `caches` a list of options."""
     parser = argparse.ArgumentParser(description="Steps of an 8B-shaped model.", formatter_class=Formatter)
     add = parser.add_argument
-    add("--contexts", type=parse_tokens, nargs="*", default=[8192, 32768, 131072], help="tokens, such as 128k")
-    add("--batches", type=positive, nargs="*", default=[1, 8], help="numbers of sequences")
+    add("--contexts", type=parse_count, nargs="*", default=[8192, 32768, 131072], help="tokens, such as 128k")
+    add("--batches", type=parse_count, nargs="*", default=[1, 8], help="numbers of sequences")
     add("--caches", nargs="+", metavar="SPEC", help="such as dynamic turboquant:nbits=4/3 (default: all)")
-    add("--steps", type=positive, default=12, help="steps of a cache")
-    add("--query-length", type=positive, default=1, help="tokens of a step, as in a later turn of a chat")
+    add("--steps", type=parse_count, default=12, help="steps of a cache")
+    add("--query-length", type=parse_count, default=1, help="tokens of a step, as in a later turn of a chat")
     add("--in-turns", action="store_true", help="keep all caches in memory and let them step and prefill in turns")
-    add("--max-tokens", type=parse_tokens, default=2**18, help="skip larger batch × context")
-    add("--prefill", type=parse_tokens, nargs="*", default=[8192], help="contexts whose prefill is timed")
+    add("--max-tokens", type=parse_count, default=2**18, help="skip larger batch × context")
+    add("--prefill", type=parse_count, nargs="*", default=[8192], help="contexts whose prefill is timed")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--static", type=positive, nargs="?", const=64, help="time this many compiled steps (bare: 64)")
-    mode.add_argument("--loop", type=positive, nargs="?", const=200, help="time requests of so many tokens (bare: 200)")
-    add("--chunk", type=parse_tokens, help="with --loop, tokens of a piece of the prefill")
-    add("--largest-batch", type=parse_tokens, help="find the largest batch at this context")
+    mode.add_argument(
+        "--static", type=parse_count, nargs="?", const=64, help="time this many compiled steps (bare: 64)"
+    )
+    mode.add_argument(
+        "--loop", type=parse_count, nargs="?", const=200, help="time requests of so many tokens (bare: 200)"
+    )
+    add("--chunk", type=parse_count, help="with --loop, tokens of a piece of the prefill")
+    add("--largest-batch", type=parse_count, help="find the largest batch at this context")
     args = parse_for_gpu(parser)
     args.mode = "loop" if args.loop else "static" if args.static else "eager"
     args.caches = [options for spec in args.caches or CACHES[args.mode] for options in parse(spec)]

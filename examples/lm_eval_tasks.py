@@ -23,13 +23,14 @@ from load_model import TEXT, load, parser
 from report import command, conditions, named, table
 
 from hf_turboquant._supported import cache_name
+from hf_turboquant.cli import run
 from hf_turboquant.evaluation.caches import bits_per_coordinate, label, new_cache, parse
 
 FULL = {"cache": "dynamic"}
 SENTENCES = [
     {"sentence": "The lighthouse was built in 1847 by", "end": "Helena Marsh", "other": "Tobias Finch"},
     {"sentence": "The first keeper was", "end": "Tobias Finch", "other": "Helena Marsh"},
-    {"sentence": "Electricity reached the point in", "end": "1931", "other": "1978"},
+    {"sentence": "The lens came from", "end": "Paris", "other": "Tarn"},
 ]
 
 
@@ -67,12 +68,14 @@ def lighthouse() -> list[dict]:
     """Two tasks that need no Hub, on sentences from a text: a choice between ends, which are scored, and writing."""
     from datasets import Dataset
 
-    text = f"{TEXT.read_text(encoding='utf-8')}\n\n{{{{sentence}}}}"
+    paragraphs = TEXT.read_text(encoding="utf-8").split("\n\n")
+    # About 420 tokens, for CPUs.
+    text = "\n\n".join([*paragraphs[:3], "{{sentence}}"])
     shared = {"custom_dataset": lambda **_: {"test": Dataset.from_list(SENTENCES)}, "test_split": "test"}
     shared |= {"dataset_path": "", "doc_to_text": text}
     mean = {"aggregation": "mean", "higher_is_better": True}
     choose = {"task": "lighthouse_choose", "output_type": "multiple_choice", "doc_to_target": 0}
-    choose |= {"doc_to_choice": ["{{end}}", "{{other}}"], "metric_list": [{"metric": "acc", **mean}]}
+    choose |= {"doc_to_choice": lambda doc: [doc["end"], doc["other"]], "metric_list": [{"metric": "acc", **mean}]}
     write = {"task": "lighthouse_write", "output_type": "generate_until", "doc_to_target": "{{end}}"}
     write["generation_kwargs"] = {"until": ["."], "max_gen_toks": 8, "do_sample": False}
     # Whether the end is in what the model writes.
@@ -93,12 +96,10 @@ def main():
     add("--apply-chat-template", action="store_true", help="put prompts into the model's chat format")
     args = arguments.parse_args()
     caches = [options for spec in args.caches for options in parse(spec)]
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise SystemExit(f"This needs the package lm-eval ({error}). Install it with `pip install lm_eval`.") from None
+    # Heavy, and installed by few.
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     model, tokenizer = load(args.model)
     metadata = {"tokenizer": tokenizer.name_or_path} | (
@@ -128,4 +129,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run(main))

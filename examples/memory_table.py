@@ -11,7 +11,7 @@ import torch
 from report import head, line
 
 from hf_turboquant import TurboQuantCache
-from hf_turboquant.cli import Formatter, parse_tokens, run
+from hf_turboquant.cli import Formatter, parse_count, run
 
 
 def ratio(context: int, kv_heads: int, head_dim: int, **options) -> float:
@@ -28,7 +28,7 @@ def main():
     about = "How many times smaller a cache gets, everything counted."
     parser = argparse.ArgumentParser(description=about, formatter_class=Formatter)
     contexts = [2048, 8192, 32768, 131072]
-    parser.add_argument("--contexts", type=parse_tokens, nargs="+", default=contexts, help="tokens, such as 128k")
+    parser.add_argument("--contexts", type=parse_count, nargs="+", default=contexts, help="tokens, such as 128k")
     parser.add_argument("--kv-heads", type=int, default=8, help="heads of keys and values")
     parser.add_argument("--head-dim", type=int, default=128, help="numbers of a key")
     args = parser.parse_args()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from . import __version__
 from .config import KEY_ESTIMATORS, TurboQuantConfig
-from .evaluation.load import Settings, parse_bytes, parse_tokens, positive
+from .evaluation.load import Settings, parse_bytes, parse_count
 from .memory import readable
 
 # What to install for a module: those of `evaluate` together, and those whose package has another name.
@@ -74,14 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     # Arguments that several commands share.
     shape, place = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     shape.add_argument("model", metavar="MODEL", help="a Hub name, a local folder or a config.json")
-    shape.add_argument("--batch", type=positive, default=1, help="number of sequences, each that long")
+    shape.add_argument("--batch", type=parse_count, default=1, help="number of sequences, each that long")
     shape.add_argument("--nbits", type=number, nargs="+", default=[4, 3, 2], help="bits of keys and values")
     estimator = TurboQuantConfig.key_estimator
     shape.add_argument("--key-estimator", choices=KEY_ESTIMATORS, default=estimator, help="how keys are stored")
     shape.add_argument("--json", action="store_true", help="print everything as json")
     place.add_argument("--dtype", help="such as bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")
     place.add_argument("--device", help="such as cuda:1 (default: cuda if there is one, else cpu)")
-    contexts = {"type": parse_tokens, "nargs": "+", "metavar": "TOKENS", "help": "tokens, such as 8192 or 128k"}
+    contexts = {"type": parse_count, "nargs": "+", "metavar": "TOKENS", "help": "tokens, such as 8192 or 128k"}
 
     def command(run: Callable, about: str, *parents, **defaults) -> argparse.ArgumentParser:
         name = run.__name__.removeprefix("_")
@@ -94,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--contexts", **contexts, default=[8192, 32768, 131072])
 
     benchmark = command(_benchmark, "speed of a layer's cache in the shape of a model, on this machine", shape, place)
-    benchmark.add_argument("--generate", type=positive, metavar="TOKENS", help="also time generate, with the weights")
+    benchmark.add_argument(
+        "--generate", type=parse_count, metavar="TOKENS", help="also time generate, with the weights"
+    )
     benchmark.add_argument("--contexts", **contexts, default=[8192, 32768])
 
     stopped = "Give the same command to go on: what --out holds is not measured again."

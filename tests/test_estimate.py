@@ -152,7 +152,7 @@ KINDS_OF_MODELS = {
     "embedding_gemma2": "must take a cache",
     "whisper": "its decoder caches the states of an encoder too",
     "t5": "its decoder caches the states of an encoder too",
-    "encoder-decoder": "its decoder caches the states of an encoder too",
+    "bart": "its decoder caches the states of an encoder too",
     "colpali": "its attention sees later tokens",
     "clap_text_model": "transformers has no model of its own for ClapTextConfig",
     "deepseek_v4": "its cache has layers of its own kind, DeepseekV4",

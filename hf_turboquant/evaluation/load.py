@@ -1,9 +1,11 @@
 """Turns what a user types into settings, a text and a model."""
 
 import argparse
+import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -29,34 +31,21 @@ PRESETS = {
 PARTS = ("quality", "needle", "fidelity", "claims")
 
 
-def parse_bytes(text: str, base: int = 1000, what: str = "bytes such as 24G or 800M") -> int:
+def parse_bytes(text: str, base: int = 1000, least: int = 1, most: int = 10**18) -> int:
     """`"24G"` -> 24 · 10⁹."""
     digits, units = text.upper().removesuffix("B"), ["", "K", "M", "G", "T"]
     unit = digits[-1:] if digits[-1:] in units else ""
     try:
         count = float(digits.removesuffix(unit)) * base ** units.index(unit)
     except ValueError:
-        count = 0
-    if not 1 <= count < (2**31 if base == 1024 else float("inf")):
-        raise argparse.ArgumentTypeError(f"must be a number of {what}, got {text!r}")
+        count = math.nan
+    if not least <= count < most or (not unit and count % 1):
+        raise argparse.ArgumentTypeError(f"must be a number from {least} on, such as 8192, 128k or 24G, got {text!r}")
     return int(count)
 
 
-def parse_tokens(text: str) -> int:
-    """`"128k"` -> 131,072, as model cards count."""
-    return parse_bytes(text, 1024, "tokens such as 8192 or 128k")
-
-
-def positive(text: str) -> int:
-    """A positive integer below 2³¹."""
-    if not text.replace("_", "").isdecimal() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be a positive integer below 2³¹, got {text!r}")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """A positive number of tokens, or 0."""
-    return 0 if text == "0" else parse_tokens(text)
+# `"128k"` -> 131,072, as model cards count.
+parse_count = partial(parse_bytes, base=1024, most=2**31)
 
 
 def _option(default, about: str, **how):
@@ -66,11 +55,10 @@ def _option(default, about: str, **how):
 
 _TEXT = "a text file, hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub, or `reference`: Python's own reference"
 _SPECS = (
-    "KIND:OPTION=VALUE/VALUE, such as quanto:nbits=4, or `estimators`, those of the papers; the default adds those "
+    "KIND:OPTION=VALUE/VALUE, or `estimators`, those of the papers; the default adds what transformers has installed"
 )
-_SPECS += "of transformers that are installed"
 CACHES = ("turboquant:nbits=4/3/2,key_estimator=qjl/rescaled",)
-_SEVERAL, _TOKENS = {"nargs": "+"}, {"type": parse_tokens, "metavar": "TOKENS"}
+_SEVERAL, _TOKENS = {"nargs": "+"}, {"type": parse_count, "metavar": "TOKENS"}
 
 
 @dataclass(frozen=True)
@@ -90,12 +78,15 @@ class Settings:
     caches: Sequence = _option(CACHES, _SPECS, metavar="SPEC", **_SEVERAL)
     parts: Sequence[str] = _option(PARTS, "what to measure", metavar="PART", **_SEVERAL)
     window: int = _option(1024, "quality: tokens in a window", **_TOKENS)
-    windows: int = _option(1, "quality: number of windows", type=positive)
-    batch: int = _option(1, "quality: windows that share a cache", type=positive)
+    windows: int = _option(1, "quality: number of windows", type=parse_count)
+    batch: int = _option(1, "quality: windows that share a cache", type=parse_count)
     block: int = _option(64, "quality: tokens fed at a time", **_TOKENS)
     prefill: int | None = _option(None, "quality: tokens of the first block (default: half a window)", **_TOKENS)
     score_from: int | None = _option(
-        None, "quality: count blocks from this position on (default: half a window)", type=natural, metavar="TOKENS"
+        None,
+        "quality: count blocks from here on (default: half a window)",
+        type=partial(parse_count, least=0),
+        metavar="TOKENS",
     )
     needle_lengths: Sequence[int] = _option((256, 512, 1024), "tokens of the haystacks", **_SEVERAL, **_TOKENS)
     needle_depths: Sequence[float] = _option(
