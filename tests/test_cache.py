@@ -101,8 +101,10 @@ CALLS = {
     ][0][2],
     "early_initialization": lambda c: (c.reset(), c.early_initialization(2, 2, 32, torch.float32, "cpu"))[1],
     "early_initialization and go on": lambda c: (
-        (c.reset(), c.early_initialization(2, 2, 32, torch.float32, "cpu"), fill(c, 9, 1))[1]
-    ),
+        c.reset(),
+        c.early_initialization(2, 2, 32, torch.float32, "cpu"),
+        fill(c, 9, 1),
+    )[1],
     "is_initialized": lambda c: c.is_initialized,
     "is_compileable": lambda c: c.is_compileable,
     "is_croppable": lambda c: c.is_croppable,
