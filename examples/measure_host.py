@@ -44,7 +44,7 @@ def prepare(layers: int) -> tuple[LlamaForCausalLM, dict]:
     model = LlamaForCausalLM(config).to(torch.float16).eval()
     caches = {"DynamicCache": DynamicCache(config=config), "TurboQuantCache": TurboQuantCache(config, backend="triton")}
     for cache in caches.values():
-        model(torch.randint(0, 99, (1, 300)), **{cache_name(model): cache})
+        model(torch.randint(0, 99, (1, 600)), **{cache_name(model): cache})
         step(model, cache, cache_name(model))
     assert caches["TurboQuantCache"].memory().codes_bytes > 0
     return model, caches

@@ -66,7 +66,7 @@ def open_arena(arena: torch.Tensor, description: str) -> LayerStates:
         config.max_cache_len,
         layout.code_tokens,
         config.sink_length,
-        config.residual_length,
+        config.held_length,
         0,
         config.backend,
         tensors["arena", "counters"],
@@ -82,11 +82,11 @@ class _Layout:
         self.quantizers = {
             role: _quantizer(config, role, layer_idx, head_dim, device) for role, head_dim in dims.items()
         }
-        exact = min(config.sink_length + config.residual_length, config.max_cache_len)
-        self.code_tokens = config.max_cache_len - exact
+        exact = min(config.sink_length + config.held_length, config.max_cache_len)
+        self.code_tokens = max(config.max_cache_len - config.sink_length - config.residual_length, 0)
         self.tensors: dict[tuple[str, str], tuple[int, torch.dtype, tuple[int, ...]]] = {}
         self.nbytes = 0
-        self._add("arena", "counters", torch.int32, (len(dims), batch * heads, 2))
+        self._add("arena", "counters", torch.int32, (len(dims), batch * heads, 3))
         if config.condition != "none":
             for name in ("mean", "scale"):
                 self._add("condition", name, torch.float32, (heads, 1, dims["keys"]))

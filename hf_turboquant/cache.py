@@ -82,6 +82,7 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
         if self.options.max_cache_len is not None:
             self.layers = _static_layers(config, self.options.max_cache_len)
         self.model_fields = None if config is None else model_fields(config)
+        self.verdict: dict[str, int] = {}
         self.skipped = self._resolve_skip_layers()
         # The head_dim of layers that cannot be packed, from the config or from the first states.
         self.unpacked: dict[int, int] = {}
@@ -95,6 +96,7 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
                 self.layers[index] = TurboQuantHybridLayer(self.options, index, layer.number_of_states)
             if isinstance(self.layers[index], TurboQuantLayer):
                 self.layers[index].frequencies = rotary_frequencies(config, index)
+                self.layers[index].verdict = self.verdict
                 self._fit(index, known_head_dims(config, index))
 
     def __init_subclass__(cls, **kwargs):

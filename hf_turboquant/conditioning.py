@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from . import ops
 from .ops.reference_statistics import energy, fill
 from .quantizer import Quantizer
 
-# Statistics of fewer tokens predict too little about later tokens.
+# The scale that fewer different tokens give predicts too little about later tokens.
 MIN_TOKENS = 64
 # A sample of this many evenly spaced tokens is as good as all of them and takes little memory.
 MAX_TOKENS = 4_096
@@ -20,6 +21,45 @@ MAX_TOKENS = 4_096
 HORIZON = 2_048
 # Every channel counts as having at least this fraction of the average energy: keeps scales within a factor of ten.
 MIN_ENERGY = 1e-4
+
+
+class Learned(NamedTuple):
+    """
+    What conditioning found.
+
+    Args:
+        centred, scaled (`bool`): whether keys have a mean and a scale. Without a query, or where statistics are
+            degenerate, there is no scale; there is no mean of keys that are not finite.
+        enough (`bool`): whether there were enough different tokens for a scale.
+        tokens (`int`): number of tokens that statistics are from, in all sequences.
+    """
+
+    centred: bool
+    scaled: bool
+    enough: bool
+    tokens: int
+
+    @property
+    def condition(self) -> str:
+        """`"attention"` (mean and scale), `"center"` (mean only) or `"none"`, as the option of that name."""
+        return "attention" if self.scaled else "center" if self.centred else "none"
+
+    def __str__(self) -> str:
+        if self.condition == "none":
+            return "not conditioned"
+        return f"{'conditioned' if self.scaled else 'centred'} by {self.tokens:,} tokens"
+
+
+# For layers that do not look.
+NOT_CONDITIONED = Learned(False, False, True, 0)
+
+
+def learned(found: torch.Tensor | Learned) -> Learned:
+    """What [`condition`] found, on the host; waits for the device."""
+    if isinstance(found, Learned):
+        return found
+    centred, scaled, enough, tokens = found.tolist()
+    return Learned(bool(centred), bool(scaled), bool(enough), tokens)
 
 
 def energy_of_queries(query: torch.Tensor, valid: torch.Tensor | None, heads: int) -> torch.Tensor:
@@ -38,12 +78,13 @@ def energy_of_queries(query: torch.Tensor, valid: torch.Tensor | None, heads: in
 def condition(
     quantizer: Quantizer,
     keys: torch.Tensor,
+    values: torch.Tensor,
     query_energy: torch.Tensor | None,
     valid: torch.Tensor | None,
     frequencies: list[float] | None = None,
     first: int = 0,
     backend: str = "auto",
-) -> tuple[Quantizer, str | torch.Tensor]:
+) -> tuple[Quantizer, torch.Tensor]:
     """
     Gives the quantizer of keys a mean μ and a scale t per KV head and channel: y = Π t (k - μ), queries Π q / t.
 
@@ -55,9 +96,12 @@ def condition(
     `HORIZON` tokens, μ is the expected mean over that many positions, and the deviation from it counts as energy: see
     `future_mean` in `ops.reference_statistics`.
 
+    A scale needs `MIN_TOKENS` different tokens, see `different_tokens` there: one token, or a few, over and over
+    (newlines, a warm-up) say nothing about the spread of channels. A mean is taken from whatever there is.
+
     Args:
         quantizer (`Quantizer`): without mean and scale.
-        keys (`torch.Tensor`): of shape `[batch, num_key_value_heads, tokens, head_dim]`.
+        keys, values (`torch.Tensor`): of shape `[batch, num_key_value_heads, tokens, head_dim]`, at least one token.
         query_energy (`torch.Tensor`, *optional*): E q² up to a factor, of shape `[num_key_value_heads, head_dim]`.
         valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, tokens]`; false for padding.
         frequencies (`list[float]`, *optional*): ω of each pair of channels: see [`rotary_frequencies`].
@@ -65,30 +109,18 @@ def condition(
         backend (`str`): `"auto"`, `"triton"` or `"torch"`: see [`TurboQuantConfig`].
 
     Returns:
-        The quantizer, and what [`outcome`] needs to name the outcome. Nothing here waits for the device, except when
-        the first layer copies the rotations of its positions there.
+        The quantizer, and what [`learned`] reads. Nothing here waits for the device, except when the first layer copies
+        the rotations of its positions there.
     """
-    if keys.shape[0] * keys.shape[2] < MIN_TOKENS:
-        return quantizer, "none"
     stop, step = first + keys.shape[2], _step(keys)
     # All sequences may share one mask.
     keys, valid = _sample(keys, None if valid is None else valid.expand(keys.shape[0], -1))
     # An embedding of more channels than the keys have does not belong to them.
     turned = frequencies and stop < HORIZON and 2 * len(frequencies) <= keys.shape[3]
     turns = _turns(tuple(frequencies), first, stop, step, keys.device) if turned else None
-    mean, scale, found = ops.channel_statistics(keys, query_energy, valid, turns, MIN_TOKENS, MIN_ENERGY, backend)
+    seen = keys, _sample(values, None)[0], query_energy, valid, turns
+    mean, scale, found = ops.channel_statistics(*seen, MIN_TOKENS, MIN_ENERGY, backend)
     return replace(quantizer, mean=mean, scale=scale), found
-
-
-def outcome(found: str | torch.Tensor) -> str:
-    """
-    The outcome of [`condition`]: `"attention"` (mean and scale), `"center"` (mean only: no query was seen, or the
-    statistics are degenerate) or `"none"` (under 64 tokens, or keys that are not finite). Waits for the device.
-    """
-    if isinstance(found, str):
-        return found
-    centred, scaled = found.tolist()
-    return "attention" if scaled else "center" if centred else "none"
 
 
 # All layers of a model on one device need the same tensors.

@@ -16,6 +16,8 @@ BACKENDS = ("auto", "triton", "torch")
 BITS = (2, 3, 4, 8)
 # Choices for `nbits`: a half means that keys get one bit more than values.
 NBITS = (2, 2.5, 3, 3.5, 4, 8)
+# Keys are conditioned by at least so many tokens.
+LEARNED_TOKENS = 128
 # Widths that the kernels read and write; the torch reference supports all.
 KERNEL_BITS = (2, 3, 4)
 
@@ -88,7 +90,8 @@ class TurboQuantConfig:
         condition (`str`, defaults to `"attention"`):
             What the quantiser of keys learns from the first tokens, frozen when the first token is quantised:
             `"attention"` takes a mean and a scale per channel from keys and queries, `"center"` the mean only,
-            `"none"` nothing. See `conditioning`.
+            `"none"` nothing. Unless it is `"none"`, all tokens stay exact until there are 128 beside the sinks. See
+            `conditioning`.
         residual_length (`int`, defaults to 128):
             Length of the recent window: the number of latest tokens that stay in the model's dtype.
         sink_length (`int`, defaults to 4):
@@ -140,6 +143,11 @@ class TurboQuantConfig:
             got = repr(preset) if isinstance(preset, str) else type(preset).__name__
             raise ValueError(f"`preset` must be one of {tuple(PRESETS)}, got {got}.")
         return cls(**{**PRESETS[preset], **options})
+
+    @property
+    def held_length(self) -> int:
+        """Recent tokens that stay exact as long as keys cannot be conditioned: at least `residual_length`."""
+        return self.residual_length if self.condition == "none" else max(self.residual_length, LEARNED_TOKENS)
 
     def __post_init__(self):
         object.__setattr__(self, "nbits", _check_bits("nbits", self.nbits, NBITS))

@@ -222,6 +222,9 @@ def _filled(layer: TurboQuantLayer, cost: LayerCost, context: int, batch: int, d
     states = [torch.empty(batch, heads, 0, dim, dtype=dtype, device="meta") for heads, dim in cost.shapes]
     layer.lazy_initialization(*states)
     exact = layer.config.sink_length + layer.config.residual_length
+    if context <= layer.config.sink_length + layer.config.held_length:
+        # Too few to condition keys by: none is quantised yet.
+        exact = context
     for buffer in layer.codes.values():
         buffer.reserve(max(context - exact, 0))
         buffer.length = max(context - exact, 0)

@@ -1,7 +1,8 @@
 """TurboQuantLayer: exact sinks and an exact recent window, with codes for all tokens between them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 
@@ -10,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from . import ops
 from .ahead import compile_ahead
-from .conditioning import condition, energy_of_queries, outcome, valid_tokens
+from .conditioning import NOT_CONDITIONED, Learned, condition, energy_of_queries, learned, valid_tokens
 from .config import TurboQuantConfig
 from .packing import BLOCK
 from .plans import Plans
@@ -21,6 +22,8 @@ from .storage import SlotBuffer, TokenBuffer
 logger = logging.getLogger(__name__)
 
 ROLES = ("keys", "values")
+# Keys wait for enough different tokens while there are at most so many beside the sinks.
+MAX_WAITING_TOKENS = 512
 
 
 class TurboQuantLayer(DynamicLayer):
@@ -28,7 +31,8 @@ class TurboQuantLayer(DynamicLayer):
     The keys and values of one full-attention layer.
 
     The first `sink_length` tokens and the last `residual_length` tokens stay exact. A token is quantised once, when it
-    leaves the recent window.
+    leaves the recent window. All of them stay exact until there are `LEARNED_TOKENS` to condition keys by, and longer,
+    up to `MAX_WAITING_TOKENS`, while most of them are alike.
 
     Args:
         config (`TurboQuantConfig`): options of the cache.
@@ -42,14 +46,19 @@ class TurboQuantLayer(DynamicLayer):
         self.layer_idx = layer_idx
         # Of the rotary embedding of the keys, if the model's config defines one: see `conditioning.condition`.
         self.frequencies: list[float] | None = None
+        # Shared by the layers of a cache: see `_differ`.
+        self.verdict: dict[str, int] = {}
         super().__init__()
         self.reset()
 
     def __repr__(self) -> str:
         c = self.config
         keys, values = f"keys {c.key_bits} bits {c.key_estimator}", f"values {c.value_bits} bits {c.value_estimator}"
-        conditioned = {None: "", "none": "", "center": ", centred", "attention": ", conditioned"}[self.condition]
-        return f"{type(self).__name__}({keys}{conditioned}, {values})"
+        tokens, known = int(self.get_seq_length()), ""
+        if c.condition != "none" and tokens:
+            waiting = f"not conditioned yet, {tokens} tokens wait"
+            known = f", {waiting if self.condition is None else self.found}"
+        return f"{type(self).__name__}({keys}{known}, {values})"
 
     def reset(self) -> None:
         """Forgets all tokens and frees their memory."""
@@ -60,9 +69,11 @@ class TurboQuantLayer(DynamicLayer):
         self.exact: SlotBuffer | None = None
         # The tokens of the last update, while they wait for their query.
         self.pending: dict[str, torch.Tensor] | None = None
-        # The outcome of conditioning, possibly on the device only; None until the first token is quantised.
-        self.found: str | torch.Tensor | None = None
+        # What conditioning found, possibly on the device only; None while there is too little to learn from.
+        self.found: Learned | torch.Tensor | None = None
+        # What it will need: queries so far, and which of the tokens so far are no padding.
         self.query_energy: torch.Tensor | None = None
+        self.valid: torch.Tensor | None = None
         # Whether tokens are kept on the CPU between updates.
         self.is_offloaded = False
         # Whether a gradient could have flowed to a token that is held now.
@@ -79,10 +90,11 @@ class TurboQuantLayer(DynamicLayer):
 
     @property
     def condition(self) -> str | None:
-        """The outcome of conditioning: see [`conditioning.outcome`]. `None` until the first token is quantised."""
-        if self.found is not None:
-            self.found = outcome(self.found)
-        return self.found
+        """What conditioning found: see [`conditioning.Learned.condition`]. `None` as long as keys wait for it."""
+        if self.found is None:
+            return None
+        self.found = learned(self.found)
+        return self.found.condition
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -122,7 +134,11 @@ class TurboQuantLayer(DynamicLayer):
         }
         self.codes = {role: quantizers[role].new_buffer(batch, heads) for role in ROLES}
         shapes = {role: (states[role].dtype, (states[role].shape[-1],)) for role in ROLES}
-        self.exact = SlotBuffer(shapes, batch, heads, device, self.config.sink_length, self.config.residual_length)
+        conditioned = self.config.condition != "none"
+        # Until keys are conditioned, the slots hold all tokens.
+        ring = max(self.config.held_length, MAX_WAITING_TOKENS) if conditioned else self.config.residual_length
+        self.exact = SlotBuffer(shapes, batch, heads, device, self.config.sink_length, ring)
+        self.found = None if conditioned else NOT_CONDITIONED
         self.quantizers = quantizers
         self.dtype, self.device = key_states.dtype, device
         self.is_initialized = True
@@ -191,7 +207,7 @@ class TurboQuantLayer(DynamicLayer):
 
     def _take(self, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends states that fit; returns what attention reads."""
-        if self.found is None and self.config.condition == "attention":
+        if self.found is None:
             return self._wait(states)
         sinks, window = self.config.sink_length, self.config.residual_length
         before, tokens = self.length, states["keys"].shape[2]
@@ -233,19 +249,15 @@ class TurboQuantLayer(DynamicLayer):
             return
         kv_len = self.length + self.pending["keys"].shape[2]
         valid = valid_tokens(attention_mask, kv_len)
-        before = self.query_energy
-        if query is not None:
-            # In the first prefill queries are padded like keys; later queries are all tokens.
-            known = valid if query.shape[2] == kv_len else None
-            energy = energy_of_queries(query, known, self.pending["keys"].shape[1])
-            self.query_energy = energy if before is None else energy + before
-            compile_ahead(self, self.pending["keys"], self.pending["values"], query, valid is not None)
-        try:
+        # After an error the query will be seen again, and must not count twice.
+        with self._all_or_nothing():
+            if query is not None and self.config.condition == "attention":
+                # In the first prefill queries are padded like keys; later queries are all tokens.
+                known = valid if query.shape[2] == kv_len else None
+                energy = energy_of_queries(query, known, self.pending["keys"].shape[1])
+                self.query_energy = energy if self.query_energy is None else energy + self.query_energy
+                compile_ahead(self, self.pending["keys"], self.pending["values"], query, valid is not None)
             self._store(self.pending, valid)
-        except BaseException:
-            # The query will be seen again, and must not count twice.
-            self.query_energy = before
-            raise
         self.pending = None
         if self.is_offloaded:
             self.offload()
@@ -259,19 +271,33 @@ class TurboQuantLayer(DynamicLayer):
         self.prefetch()
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
-        """Quantises what leaves the recent window and writes the rest to the exact slots."""
+        """Writes new tokens to the exact slots, and quantises what leaves them."""
         # Without detach, buffers would keep every autograd graph alive.
         states = {role: states[role].detach() for role in ROLES}
-        sinks, window = self.config.sink_length, self.config.residual_length
+        if self.found is not None:
+            self._write(states)
+            return
+        held = {role: self._exact(role) for role in ROLES}
+        everything = {role: torch.cat([held[role], states[role]], dim=2) for role in ROLES} if self.length else states
+        valid = self._valid(valid, everything["keys"])
+        step = self.length > 0 and states["keys"].shape[2] == 1
+        if step:
+            # As with a static capacity, where keys are conditioned before the token of a step comes.
+            self._learn(held, valid, coming=1)
+        if step or not self._learn(everything, valid):
+            self._write(states)
+        self.valid = valid if self.found is None else None
+
+    def _write(self, states: dict[str, torch.Tensor]) -> None:
+        # As long as there is room for them, tokens that wait to be learned from don't leave.
+        sinks, window = self.config.sink_length, self.exact.ring if self.found is None else self.config.residual_length
         before, after = self.length, self.length + states["keys"].shape[2]
         quantized = sinks + self.codes["keys"].length
         # Everything that can run out of memory comes first; codes beyond a buffer's length are ignored.
-        self.exact.reserve(min(after, sinks + window), limit=sinks + window)
+        self.exact.reserve(min(after, sinks + window), limit=sinks + self.exact.ring)
         if after - window > quantized:
-            quantizers, found = self._conditioned(states, valid)
             tokens = {role: self._leaving(states[role], role, quantized, after - window) for role in ROLES}
-            ops.quantize_pair(tokens, quantizers, self.codes, self.config.backend)
-            self._freeze(quantizers, found)
+            ops.quantize_pair(tokens, self.quantizers, self.codes, self.config.backend)
         for start, stop in ((before, min(after, sinks)), (max(before, sinks, after - window), after)):
             if start < stop:
                 for role in ROLES:
@@ -286,23 +312,17 @@ class TurboQuantLayer(DynamicLayer):
             key_states, value_states = key_states.clone(), value_states.clone()
         sinks, window, quantized = self.config.sink_length, self.config.residual_length, self.codes["keys"].length
         leaving = int(self.length + 1 - sinks - window > quantized)
-        quantizers, found = self.quantizers, self.found
         if not leaving:
             self.exact.reserve(min(self.length + 1, sinks + window), limit=sinks + window)
-        else:
+        elif quantized % BLOCK == 0:
             # Buffers grow by whole blocks.
-            if quantized % BLOCK == 0:
-                for buffer in self.codes.values():
-                    buffer.reserve(quantized + 1)
-            if found is None:
-                quantizers, found = self._conditioned({"keys": key_states, "values": value_states}, None)
+            for buffer in self.codes.values():
+                buffer.reserve(quantized + 1)
         states = self._read(leaving)
-        states.quantizers, states.newest = quantizers, (key_states, value_states)
+        states.newest = key_states, value_states
         # Offloaded tensors move before attention reads them, so the token must be stored now.
         if self.is_offloaded:
             states.settle()
-        if found is not self.found:
-            self._freeze(quantizers, found)
         for buffer in self.codes.values():
             buffer.length += leaving
         self.length += 1
@@ -325,27 +345,70 @@ class TurboQuantLayer(DynamicLayer):
             pieces.append(states[:, :, max(start - self.length, 0) : stop - self.length])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
-    def _conditioned(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None):
+    def _learn(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None, coming: int = 0) -> bool:
         """
-        Returns the quantizers, conditioned once on all tokens so far except the sinks (all are still exact), and the
-        outcome of conditioning.
+        Conditions keys by `states`, all tokens so far, and stores these anew, unless there are too few or, as long as
+        there is room for them and `coming` ones, too few different ones. Returns whether it did.
         """
-        if self.found is not None:
-            return self.quantizers, self.found
-        if self.config.condition == "none":
-            return self.quantizers, "none"
-        sinks, keys = self.config.sink_length, new["keys"]
+        length = states["keys"].shape[2]
+        beside = length + coming - self.config.sink_length
+        if beside <= self.config.held_length:
+            return False
+        quantizers, found = self._conditioned(states, None if valid is None else valid[:, :length])
+        if beside <= self.exact.ring and not self._differ(found, length):
+            return False
+        self.exact, self.length, self.quantizers, self.found = self._slots(), 0, quantizers, found
+        self._write(states)
+        self.query_energy = None
+        return True
+
+    def _differ(self, found: torch.Tensor, length: int) -> bool:
+        """
+        Whether enough of the first `length` tokens differ. The host has to wait for the device to know: it does so in
+        the first layer of a model, and the others follow.
+        """
+        if self.layer_idx <= self.verdict.get("layer_idx", self.layer_idx) or self.verdict["length"] != length:
+            self.verdict.update(layer_idx=self.layer_idx, length=length, enough=learned(found).enough)
+        return self.verdict["enough"]
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Within this context, an error leaves the tokens and what is known of them as they were."""
+        known = {name: vars(self)[name] for name in ("exact", "length", "quantizers", "found", "query_energy", "valid")}
+        codes = [(buffer, buffer.length) for buffer in self.codes.values()]
+        try:
+            yield
+        except BaseException:
+            vars(self).update(known)
+            for buffer, length in codes:
+                buffer.length = length
+            raise
+
+    def _conditioned(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None):
+        """The quantizers, conditioned by `states`, all tokens so far, except the sinks; and what was found."""
+        sinks = self.config.sink_length
         valid = None if valid is None else valid[:, sinks:]
         # Constants must be ordinary tensors even if the first prefill runs in inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            tokens = (torch.cat([self._exact("keys"), keys], dim=2) if self.length else keys)[:, :, sinks:]
             plain = replace(self.quantizers["keys"], mean=None, scale=None)
-            seen = tokens, self.query_energy, valid
+            seen = *(states[role][:, :, sinks:] for role in ROLES), self.query_energy, valid
             conditioned, found = condition(plain, *seen, self.frequencies, sinks, self.config.backend)
         return {**self.quantizers, "keys": conditioned}, found
 
-    def _freeze(self, quantizers: dict, found: str | torch.Tensor) -> None:
-        self.quantizers, self.found, self.query_energy = quantizers, found, None
+    def _valid(self, valid: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor | None:
+        """Which of all tokens are no padding, boolean `[batch, tokens]`; without a mask, those after the last mask."""
+        if valid is not None:
+            return valid.expand(keys.shape[0], -1).clone()
+        if self.valid is None:
+            return None
+        return torch.nn.functional.pad(self.valid, (0, keys.shape[2] - self.valid.shape[1]), value=True)
+
+    def _slots(self) -> SlotBuffer:
+        """Empty slots for sinks and recent tokens, once keys are conditioned."""
+        slots = self.exact.snapshot()
+        slots.ring = self.config.residual_length
+        slots.map(lambda tensor: tensor.new_empty((*tensor.shape[:2], 0, tensor.shape[3])))
+        return slots
 
     def _exact(self, role: str) -> torch.Tensor:
         """All tokens, as long as none is quantised."""
@@ -427,8 +490,8 @@ class TurboQuantLayer(DynamicLayer):
 
     def _read(self, leaving: int | None = None) -> LayerStates:
         """What attention reads now or, with `leaving`, after one more token, with `leaving` more tokens quantised."""
-        window, quantized = self.config.residual_length, self.codes["keys"].length + (leaving or 0)
-        states = self._read_from(self.exact.tensors, quantized, window, quantized % window if window else 0)
+        ring, quantized = self.exact.ring, self.codes["keys"].length + (leaving or 0)
+        states = self._read_from(self.exact.tensors, quantized, ring, quantized % ring if ring else 0)
         if leaving is not None:
             states.kv_len += 1
             states.leaving = leaving
@@ -470,6 +533,13 @@ class TurboQuantLayer(DynamicLayer):
         positions.keys = positions.values = torch.empty(1, 1, self.length, 1, device="meta")
         positions.crop(tokens_to_remove)
         self.length = positions.get_seq_length()
+        if not self.length:
+            # What comes next has nothing to do with what was learned.
+            empty = [self.exact[role][:, :, :0] for role in ROLES]
+            TurboQuantLayer.reset(self)
+            self.lazy_initialization(*empty)
+            return
+        self.valid = None if self.valid is None else self.valid[:, : self.length]
         for role in ROLES:
             self.codes[role].length = min(self.codes[role].length, max(self.length - self.config.sink_length, 0))
 
@@ -478,7 +548,9 @@ class TurboQuantLayer(DynamicLayer):
         if not self.is_initialized:
             return
         self.come_to_rest()
+        valid = None if self.valid is None else function(self.valid)
         self._replace(function)
+        self.valid = valid
         if self.is_offloaded:
             self.offload()
 

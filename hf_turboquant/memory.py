@@ -65,8 +65,9 @@ _PARTS = tuple(part.name for part in fields(MemoryReport))[:-2]
 def layer_memory(layer) -> MemoryReport:
     """The report of one layer of a cache, of any kind."""
     # A compressed layer has its tokens in buffers. Its own tensors are recurrent states and tokens not yet stored; the
-    # arena and the outcome of conditioning are left out.
-    own = {name: value for name, value in vars(layer).items() if name not in ("arena", "found", "provisional")}
+    # arena and what conditioning knows are left out.
+    known = "arena", "found", "provisional", "query_energy", "valid"
+    own = {name: value for name, value in vars(layer).items() if name not in known}
     held = _tensor_bytes(own)
     if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:
         return MemoryReport(other_bytes=held, full_bytes=held)

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedConfig, cache_utils
 
-from .conditioning import outcome
+from .conditioning import NOT_CONDITIONED, Learned, learned
 from .config import TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer
 from .layer import ROLES, TurboQuantLayer
 from .sliding import StaticSlidingLayer
 from .static import TurboQuantStaticLayer
 
-FORMAT, FORMAT_VERSION = "hf_turboquant cache", 3
+FORMAT, FORMAT_VERSION = "hf_turboquant cache", 4
 HEADER, TENSORS = "cache.json", "cache.safetensors"
 # What a saved cache records of its model, to recognise it.
 MODEL_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
@@ -38,7 +38,7 @@ _THEIRS = {kind for kind in _THEIRS if kind.__module__ == cache_utils.__name__}
 _OURS = {TurboQuantLayer, TurboQuantStaticLayer, TurboQuantHybridLayer, StaticSlidingLayer}
 SAVED_LAYERS = {kind.__name__: kind for kind in _THEIRS | _OURS}
 # What each outcome of conditioning adds to the keys' quantiser.
-CONDITIONED = {"center": {"mean"}, "attention": {"mean", "scale"}}
+CONDITIONED = {"none": set(), "center": {"mean"}, "attention": {"mean", "scale"}}
 
 
 def save_cache(cache, folder: str | Path) -> None:
@@ -162,11 +162,11 @@ def _state(layer, index: int) -> dict:
 def _tokens(layer: TurboQuantLayer) -> dict:
     """The arguments of `_restore`."""
     length, quantized = layer.length, layer.codes["keys"].length
-    condition, provisional = layer.condition, getattr(layer, "provisional", None)
     # A static layer knows before the first code how it would be conditioned.
-    provisional = outcome(provisional) if condition is None and provisional is not None else None
+    provisional = learned(getattr(layer, "provisional", NOT_CONDITIONED))
+    found = None if layer.found is None else learned(layer.found)
     # If the statistics were degenerate, the mean and scale held change nothing.
-    kept = CONDITIONED.get(condition or provisional, ())
+    kept = CONDITIONED[(found or provisional).condition]
 
     def stored(role: str) -> dict[str, torch.Tensor]:
         # In sequence order, without the slots that hold no token.
@@ -179,10 +179,11 @@ def _tokens(layer: TurboQuantLayer) -> dict:
         "length": length,
         "quantized": quantized,
         "stored": {role: stored(role) for role in ROLES},
-        "condition": condition,
-        "provisional": provisional,
+        "found": None if found is None else list(found),
+        "provisional": list(provisional),
         "learned": {name: getattr(layer.quantizers["keys"], name) for name in kept},
         "query_energy": layer.query_energy,
+        "valid": layer.valid,
         "constants": {role: _probe(quantizer) for role, quantizer in layer.quantizers.items()},
     }
 
@@ -207,16 +208,20 @@ def _new_layer(options: TurboQuantConfig, index: int, kind: str, fields: dict, t
     return layer
 
 
-def _restore(layer, length, quantized, stored, condition, provisional, learned, query_energy, constants) -> None:
-    sinks, window, room = layer.config.sink_length, layer.config.residual_length, layer.config.max_cache_len
+def _restore(layer, length, quantized, stored, found, provisional, learned, query_energy, valid, constants) -> None:
+    sinks, room = layer.config.sink_length, layer.config.max_cache_len
     for role in ROLES:
         _must(stored[role]["exact"].is_floating_point(), f"tokens of {role}", stored[role]["exact"].dtype)
     layer.lazy_initialization(*(stored[role]["exact"][:, :, :0] for role in ROLES))
     batch, heads, _, head_dim = stored["keys"]["exact"].shape
+    layer.found, provisional = None if found is None else Learned(*found), Learned(*provisional)
+    if layer.found is not None:
+        layer.exact = layer._slots()
     recent = length - min(sinks, length) - quantized
     fits = room is None or (length <= room and quantized <= layer.codes["keys"].capacity)
-    _must(fits and 0 <= quantized and 0 <= recent <= window, "length", f"{length}, {quantized} of them quantised")
-    layer.exact.reserve(min(length, sinks + window), limit=sinks + window)
+    fits = fits and 0 <= quantized and 0 <= recent <= layer.exact.ring
+    _must(fits, "length", f"{length}, {quantized} of them quantised")
+    layer.exact.reserve(length - quantized, limit=length - quantized)
     for role in ROLES:
         buffer, blocks = layer.codes[role], -(-quantized // layer.codes[role].block)
         expected = {name: (t.dtype, (batch, heads, blocks, *t.shape[3:])) for name, t in buffer.tensors.items()}
@@ -233,11 +238,12 @@ def _restore(layer, length, quantized, stored, condition, provisional, learned, 
             buffer[name][:, :, :blocks] = tensor
         layer.exact.write(role, 0, exact[:, :, :sinks])
         layer.exact.write(role, sinks + quantized, exact[:, :, sinks:])
-    known, found = condition or provisional, {name: tuple(tensor.shape) for name, tensor in learned.items()}
-    _must(found == dict.fromkeys(CONDITIONED.get(known, ()), (heads, 1, head_dim)), f"what {known!r} learned", found)
-    if query_energy is not None:
-        _must(query_energy.shape == (heads, head_dim), "query_energy", list(query_energy.shape))
-    layer.length, layer.found, layer.query_energy = length, condition, query_energy
+    known, shapes = layer.found or provisional, {name: tuple(tensor.shape) for name, tensor in learned.items()}
+    expected = dict.fromkeys(CONDITIONED[known.condition], (heads, 1, head_dim))
+    _must(shapes == expected, f"what {known.condition!r} learned", shapes)
+    for name, tensor, shape in (("query_energy", query_energy, (heads, head_dim)), ("valid", valid, (batch, length))):
+        _must(tensor is None or tensor.shape == shape, name, None if tensor is None else list(tensor.shape))
+    layer.length, layer.query_energy, layer.valid = length, query_energy, valid
     if isinstance(layer, TurboQuantStaticLayer):
         layer.provisional = provisional
         layer._condition(learned.get("mean"), learned.get("scale"))

@@ -39,9 +39,9 @@ class LayerStates:
         kv_len (`int`), quantized (`int`): the number of all tokens, and of those in codes.
         backend (`str`): `"auto"`, `"triton"` or `"torch"`: see [`TurboQuantConfig`].
         counters (`torch.Tensor`, *optional*):
-            With a static capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 2]`: for keys
-            and for values, the number of all tokens and of quantised ones. `kv_len` and `quantized` are upper bounds
-            in that case.
+            With a static capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 3]`: for keys
+            and for values, the number of all tokens, of quantised ones, and of the recent ones that stay exact, at most
+            `ring`. `kv_len` and `quantized` are upper bounds in that case.
         plans (`Plans`, *optional*): the layer's plans for launches.
         newest (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
             Key and value of the last token, of shape `[batch, num_key_value_heads, 1, head_dim]`, while they are not
@@ -51,6 +51,7 @@ class LayerStates:
             By role, the last tokens as they came, if gradients flow to them: then attention reads these, and of all
             others dequantised ones.
         outdated (`bool`): whether the layer went on, and may have overwritten what these states read.
+        window (`int`, *optional*): recent tokens that stay exact if they are fewer than `ring`.
     """
 
     quantizers: dict[str, Quantizer]
@@ -68,6 +69,7 @@ class LayerStates:
     leaving: int = 0
     training: dict[str, torch.Tensor] | None = None
     outdated: bool = False
+    window: int | None = None
 
     def measured(self) -> "LayerStates":
         """The same states with their lengths on the host; waits for the device if they are only there."""
@@ -81,14 +83,14 @@ class LayerStates:
                 "A CUDA graph must not hold what asks the device for lengths, as the torch reference, more than 16 "
                 f"queries and any operation but attention do. Got {got}. Pass `disable_compile=True` to `generate`."
             )
-        kv_len, quantized = self.counters[0, 0].tolist()
+        kv_len, quantized, window = self.counters[0, 0].tolist()
         if kv_len > self.kv_len:
             raise ValueError(
                 f"A cache with `max_cache_len={self.kv_len}` must get no more tokens than that, got more by compiled "
                 "steps. Make a larger one, or `reset()` it."
             )
         phase = quantized % self.ring if self.ring else 0
-        return replace(self, kv_len=kv_len, quantized=quantized, phase=phase, counters=None)
+        return replace(self, kv_len=kv_len, quantized=quantized, phase=phase, window=window, counters=None)
 
     def settle(self) -> None:
         """Appends the newest token if attention has not done so; raises a `ValueError` if these states are outdated."""

@@ -7,6 +7,7 @@ import torch
 
 from . import ops
 from .arena import describe, new_arena, open_arena
+from .conditioning import NOT_CONDITIONED, Learned
 from .config import KERNEL_BITS, TurboQuantConfig
 from .layer import ROLES, TurboQuantLayer, _handles
 from .states import LayerStates
@@ -34,6 +35,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     the base class, which needs the lengths on the host. Between them `most_tokens` is an upper bound on the host:
     callers that replay a graph must call `count`, and `measure` fetches the exact lengths.
 
+    Tokens wait to be learned from in the exact slots, of which there are `config.held_length` beside the sinks. Before
+    a step would fill them, the host conditions keys; the step itself is the same before and afterwards.
+
     Args:
         config (`TurboQuantConfig`): must have a `max_cache_len`.
         layer_idx (`int`): index of the layer in the model; seeds its rotations.
@@ -46,8 +50,12 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     arena: torch.Tensor | None = None
     description: str | None = None
     states: LayerStates | None = None
-    # The outcome that conditioning would have if the next token were quantised.
-    provisional: str | torch.Tensor | None = None
+    # What conditioning would find if the next token were quantised.
+    provisional: Learned | torch.Tensor = NOT_CONDITIONED
+    # Whether tokens were stored. Early initialisation makes the memory before there are any.
+    has_tokens: bool = False
+    # Most tokens that steps may fill without asking: the capacity or, as long as keys wait, the exact slots.
+    step_room: int = 0
     # Upper bound of the tokens, including those of steps that the length on the host does not include yet.
     most_tokens: int = 0
     # Whether `get_mask_sizes` has already counted the tokens of the next step.
@@ -64,6 +72,11 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, room for {self.max_cache_len:,} tokens)"
 
+    def reset(self) -> None:
+        """Forgets all tokens and keeps their memory."""
+        super().reset()
+        self.has_tokens = False
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the memory, or reuses the previous sequence's; states have shape `[batch, heads, T, D]`."""
         device, description = key_states.device, describe(self.config, self.layer_idx, key_states, value_states)
@@ -72,8 +85,10 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self.arena = self.states = self.description = None
             self.arena, self.description = new_arena(description, device), description
         self._open()
-        self.states.counters.zero_()
-        self.most_tokens, self.announced = 0, False
+        self.found = NOT_CONDITIONED if self.config.condition == "none" else None
+        self.provisional = NOT_CONDITIONED
+        self.length = 0
+        self._write_lengths()
         self._condition(None, None)
         self.dtype, self.device = key_states.dtype, device
         self.is_initialized = True
@@ -86,7 +101,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.codes = {role: buffer.snapshot() for role, buffer in self.states.codes.items()}
         for buffer in self.codes.values():
             buffer.length = 0
-        sinks, ring = self.config.sink_length, self.config.residual_length
+        sinks, ring = self.config.sink_length, self.config.held_length
         self.exact = SlotBuffer.over(self.states.exact, block=1, length=0, sinks=sinks, ring=ring)
 
     def __getstate__(self) -> dict:
@@ -111,7 +126,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         Raises:
             `ValueError`: as there, or the capacity is used up. The layer is left unchanged.
         """
-        step = self.is_initialized and self.pending is None and key_states.shape[2] <= self.step_tokens
+        step = self.has_tokens and self.pending is None and key_states.shape[2] <= self.step_tokens
         if torch.compiler.is_compiling() and step and not ops.trains(key_states, value_states):
             return self._traced_update(key_states, value_states)
         return self._plain_update(key_states, value_states)
@@ -121,7 +136,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         as_held = self._check(key_states, value_states)
         self.settle()
         tokens = key_states.shape[2]
-        if tokens > self.step_tokens or not self.is_initialized:
+        if tokens > self.step_tokens or not self.has_tokens:
             self.measure()
             self._check_room(tokens)
             return super().update(key_states, value_states)
@@ -152,13 +167,19 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def find_room(self, tokens: int) -> None:
         """
         Checks the capacity before a step that has not been announced: raises a `ValueError` if its tokens do not fit,
-        and waits for the exact length only if the bound says that they may not.
+        and waits for the exact length only if the bound says that they may not. Keys that wait to be conditioned are,
+        if the exact slots cannot take the tokens.
         """
         if self.announced or self._is_capturing():
             return
-        if self.most_tokens + tokens > self.max_cache_len:
+        if self.most_tokens + tokens > self.step_room:
             self.measure()
             self._check_room(tokens)
+            if self.found is None:
+                states = {role: self._exact(role).clone() for role in ROLES}
+                with self._all_or_nothing():
+                    self._learn(states, self._valid(None, states["keys"]), tokens)
+                self._write_lengths()
 
     def _check_room(self, tokens: int) -> None:
         if self.length + tokens > self.max_cache_len:
@@ -184,17 +205,18 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         super()._store(states, valid)
-        if self.found is None:
-            # A compiled step may quantise the next token: condition now on the tokens known so far.
-            none = {role: self.exact[role][:, :, :0] for role in ROLES}
-            _, self.provisional = self._conditioned(none, valid)
+        if self.found is None and self.length > self.config.sink_length:
+            # Whoever replays steps without telling may fill the slots: condition now by the tokens known so far.
+            _, self.provisional = self._conditioned({role: self._exact(role) for role in ROLES}, self.valid)
         self._write_lengths()
 
-    def _conditioned(self, new: dict[str, torch.Tensor], valid: torch.Tensor | None):
-        quantizers, found = super()._conditioned(new, valid)
-        if self.found is None:
-            self._condition(quantizers["keys"].mean, quantizers["keys"].scale)
+    def _conditioned(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None):
+        quantizers, found = super()._conditioned(states, valid)
+        self._condition(quantizers["keys"].mean, quantizers["keys"].scale)
         return self.quantizers, found
+
+    def _slots(self) -> SlotBuffer:
+        return self.exact
 
     def _condition(self, mean: torch.Tensor | None, scale: torch.Tensor | None) -> None:
         """Writes mean and scale to the arena; `None` stands for zero and one, which change nothing."""
@@ -213,14 +235,19 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.announced = False
         for role in ROLES:
             self.codes[role].length = states.quantized
+        self.has_tokens = self.length > 0
         if self.codes["keys"].length and self.found is None:
-            self.found, self.query_energy = self.provisional, None
+            self.found, self.query_energy, self.valid = self.provisional, None, None
+            self._write_lengths()
 
     def _write_lengths(self) -> None:
         """Writes the lengths to the device."""
-        self.most_tokens, self.announced = self.length, False
-        self.states.counters[..., 0] = self.length
-        self.states.counters[..., 1] = self.codes["keys"].length
+        self.most_tokens, self.announced, self.has_tokens = self.length, False, self.length > 0
+        sinks, window, capacity = self.config.sink_length, self.config.residual_length, self.max_cache_len
+        self.step_room = min(sinks + self.exact.ring, capacity) if self.found is None else capacity
+        lengths = self.length, self.codes["keys"].length, self.exact.ring if self.found is None else window
+        for index, length in enumerate(lengths):
+            self.states.counters[..., index] = length
 
     @property
     def condition(self) -> str | None:
@@ -235,7 +262,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens held; once there are any, a tensor on the device, as in transformers' static layers."""
-        if not self.is_initialized or self.pending is not None:
+        if not self.has_tokens or self.pending is not None:
             return super().get_seq_length()
         if torch.compiler.is_compiling():
             return seq_length(self.arena, self.description)
@@ -244,10 +271,10 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the next update's mask (for a step, the whole capacity), and the position of the first column."""
-        if not self.is_initialized or query_length > self.step_tokens:
+        if not self.has_tokens or query_length > self.step_tokens:
             self.measure()
             self._check_room(query_length)
-            return self.length + query_length, 0
+            return super().get_seq_length() + query_length, 0
         if not torch.compiler.is_compiling() and not self._is_capturing():
             # `generate` asks before every compiled step, while the device is idle: waiting for the length would keep it
             # idle for longer.
@@ -281,7 +308,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             return
         self.settle()
         self.measure()
+        valid = None if self.valid is None else function(self.valid)
         self._hold([{name: function(tensor) for name, tensor in part.items()} for part in _parts(self.states)])
+        self.valid = valid
 
     def _widen(self, dtypes: dict[str, torch.dtype]) -> None:
         self.measure()

@@ -61,3 +61,16 @@ def same_search(monkeypatch):
     forget_quantizers()
     yield
     forget_quantizers()
+
+
+@pytest.fixture(scope="module")
+def early_learning():
+    """Keys wait for 16 tokens in place of 128 before they are conditioned: most texts of tests are short."""
+    from hf_turboquant import conditioning, config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "LEARNED_TOKENS", 16)
+        patch.setattr(conditioning, "MIN_TOKENS", 8)
+        forget_quantizers()
+        yield
+    forget_quantizers()

@@ -16,6 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_turboquant import QuantizedStates, TurboQuantCache, layer, ops, states
 from hf_turboquant._supported import cache_name
 
+pytestmark = pytest.mark.usefixtures("early_learning")
+
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 64,

@@ -26,6 +26,8 @@ from hf_turboquant._supported import cache_name
 from hf_turboquant.cache import _log_unpackable
 from hf_turboquant.layer import TurboQuantLayer
 
+pytestmark = pytest.mark.usefixtures("early_learning")
+
 CONFIG = LlamaConfig(
     hidden_size=64,
     intermediate_size=64,
@@ -85,6 +87,7 @@ CALLS = {
     "crop": lambda c: c.crop(-7),
     "crop nothing": lambda c: c.crop(0),
     "crop everything": lambda c: c.crop(-500),
+    "crop everything and go on": lambda c: (c.crop(-500), fill(c, 9, 1)),
     "crop and go on": lambda c: (c.crop(-7), fill(c, 5, 1)),
     "crop to a length": lambda c: c.crop(20),
     "reorder_cache": lambda c: c.reorder_cache(torch.tensor([1, 1])),
@@ -97,6 +100,11 @@ CALLS = {
         (layer.reset(), layer.lazy_initialization(*states(0)), layer.get_seq_length()) for layer in c.layers
     ][0][2],
     "early_initialization": lambda c: (c.reset(), c.early_initialization(2, 2, 32, torch.float32, "cpu"))[1],
+    "early_initialization and go on": lambda c: (
+        c.reset(),
+        c.early_initialization(2, 2, 32, torch.float32, "cpu"),
+        fill(c, 9, 1),
+    )[1],
     "is_initialized": lambda c: c.is_initialized,
     "is_compileable": lambda c: c.is_compileable,
     "is_croppable": lambda c: c.is_croppable,
@@ -120,7 +128,7 @@ CALLS = {
 
 # in transformers 5.17 DynamicLayer.reset keeps the length and crop fails on an empty layer; ours does neither
 if "reset" not in vars(DynamicLayer):
-    COMPARED = [call for call in CALLS if "reset" not in call and call != "early_initialization"]
+    COMPARED = [call for call in CALLS if "reset" not in call and "early_initialization" not in call]
     COMPARED_EMPTY = ["__len__", "__iter__", "get_seq_length", "reorder_cache"]
 else:
     COMPARED = list(CALLS)

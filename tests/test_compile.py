@@ -9,6 +9,7 @@ from hf_turboquant import TurboQuantCache
 from hf_turboquant._supported import cache_name
 
 STEPS = 10
+pytestmark = pytest.mark.usefixtures("early_learning")
 
 
 @pytest.fixture

@@ -15,11 +15,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import hf_turboquant.layer
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
 from hf_turboquant._supported import cache_name
-from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, outcome, rotary_frequencies, valid_tokens
-from hf_turboquant.layer import TurboQuantLayer
+from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, learned, rotary_frequencies, valid_tokens
+from hf_turboquant.config import LEARNED_TOKENS
+from hf_turboquant.layer import MAX_WAITING_TOKENS, TurboQuantLayer
 from hf_turboquant.quantizer import Quantizer
+from hf_turboquant.static import TurboQuantStaticLayer
 
 
 def skewed_states(tokens, batch=1, heads=2, seed=0):
@@ -36,14 +39,21 @@ def plain_quantizer(**options):
     return Quantizer.create(TurboQuantConfig(**options), "keys", 0, 64)
 
 
+def learn(keys, query_energy, valid, *args):
+    """The quantizer conditioned by keys of different tokens, and what was learned."""
+    values = torch.randn(keys.shape, generator=torch.Generator().manual_seed(5))
+    quantizer, found = condition(plain_quantizer(), keys, values, query_energy, valid, *args)
+    return quantizer, learned(found)
+
+
 def energy_of(query, heads=2, valid=None):
     return energy_of_queries(query, valid, heads)
 
 
 def test_the_scale_is_optimal():
     query, keys, _ = skewed_states(2000)
-    quantizer, kind = condition(plain_quantizer(), keys, energy_of(query), None)
-    assert outcome(kind) == "attention" and quantizer.scale.shape == quantizer.mean.shape == (2, 1, 64)
+    quantizer, kind = learn(keys, energy_of(query), None)
+    assert kind.condition == "attention" and quantizer.scale.shape == quantizer.mean.shape == (2, 1, 64)
     torch.testing.assert_close(quantizer.mean, keys.mean((0, 2)).unsqueeze(1))
     # the optimality condition: t⁴ E k² = E q² in every channel, up to one factor
     key_energy = (keys - keys.mean(2, keepdim=True)).square().mean((0, 2))
@@ -125,16 +135,157 @@ def test_an_update_stores_what_nobody_looked_at():
     assert layer.condition == "center" and layer.get_seq_length() == 300
 
 
-def test_streaming_collects_queries_until_the_first_token_leaves():
-    query, keys, values = skewed_states(300)
-    layer = TurboQuantLayer(TurboQuantConfig(residual_length=96, sink_length=4), 0)
-    for start in range(0, 128, 16):
-        piece = slice(start, start + 16)
-        handles = layer.update(keys[:, :, piece], values[:, :, piece])
-        sdpa(query[:, :, piece], *handles, enable_gqa=True)
-        if start < 96 - 16:
-            assert layer.condition is None
-    assert layer.condition == "attention" and layer.get_seq_length() == 128
+def new_layer(capacity=None, **options):
+    kind = TurboQuantLayer if capacity is None else TurboQuantStaticLayer
+    return kind(TurboQuantConfig(max_cache_len=capacity, **options), 0)
+
+
+def feed(layer, pieces, query, keys, values, start=0):
+    """Updates of so many tokens, each of which its query attends to; yields the length after each."""
+    for piece in pieces:
+        part = slice(start, start + piece)
+        handles = layer.update(keys[:, :, part], values[:, :, part])
+        sdpa(query[:, :, part], *handles, enable_gqa=True)
+        start += piece
+        layer.measure()
+        yield start
+
+
+PIECES = ([30, *[1] * 170], [1] * 200, [2, *[7] * 28, 2], [90, 110], [5, 5, 190])
+
+
+@pytest.mark.parametrize("pieces", PIECES, ids=lambda pieces: f"{pieces[0]}-{pieces[1]}")
+@pytest.mark.parametrize("options", ({}, {"residual_length": 32}, {"residual_length": 0, "sink_length": 0}), ids=str)
+@pytest.mark.parametrize("capacity", (None, 260))
+def test_keys_wait_until_there_is_enough_to_learn_from(capacity, options, pieces):
+    states = skewed_states(200)
+    layer = new_layer(capacity, **options)
+    sinks, window = layer.config.sink_length, layer.config.residual_length
+    for length in feed(layer, pieces, *states):
+        exact = layer.keys.dequantize() if isinstance(layer.keys, QuantizedStates) else layer.keys
+        if length <= sinks + LEARNED_TOKENS:
+            assert layer.condition is None and layer.codes["keys"].length == 0
+            assert torch.equal(exact[:, :, :length], states[1][:, :, :length])
+            assert f"not conditioned yet, {length} tokens wait" in repr(layer)
+        else:
+            assert layer.condition == "attention"
+            # a step that comes to a static layer is too late to be learned from
+            assert layer.codes["keys"].length == max(length - sinks - window, 0)
+    assert layer.found.tokens >= LEARNED_TOKENS and f"conditioned by {layer.found.tokens} tokens" in repr(layer)
+    # nothing is kept for a wait that is over
+    assert capacity is not None or layer.exact.capacity == sinks + window
+    assert layer.valid is None and layer.query_energy is None
+    # as good as a layer that had everything at once
+    whole = new_layer(capacity, **options)
+    list(feed(whole, [200], *states))
+    errors = [(x.keys.dequantize()[:, :, :200] - states[1]).norm() for x in (layer, whole)]
+    assert 0 < errors[0] < 1.3 * errors[1]
+
+
+@pytest.mark.parametrize("capacity", (None, 700))
+@pytest.mark.parametrize("kinds, others, expected", [(1, 75, "attention"), (3, 75, "attention"), (1, 20, None)])
+def test_repetitions_teach_nothing(kinds, others, expected, capacity):
+    query, keys, values = skewed_states(200 + others)
+    values[:, :, :200] = values[:, :, torch.arange(200) % kinds]
+    layer = new_layer(capacity, residual_length=32)
+    list(feed(layer, [200], query, keys, values))
+    if capacity is not None:
+        # there is no room to wait in
+        assert layer.condition == "center" and layer.found.tokens == 196 and not layer.found.enough
+        return
+    # a mask that hides nothing, and a batch of other order, change nothing
+    assert layer.condition is None and "200 tokens wait" in repr(layer)
+    layer.reorder_cache(torch.tensor([0]))
+    list(feed(layer, [others], query, keys, values, start=200))
+    assert layer.condition == expected
+    assert layer.codes["keys"].length == (others + 200 - 36 if expected else 0)
+
+
+def test_waiting_ends():
+    """However long one token is repeated, not more than 512 tokens beside the sinks stay exact."""
+    query, keys, values = skewed_states(560)
+    values[:] = values[:, :, :1]
+    layer = new_layer(residual_length=32)
+    for length in feed(layer, [40] * 14, query, keys, values):
+        assert (layer.condition is None) == (length - 4 <= MAX_WAITING_TOKENS)
+    assert layer.condition == "center" and layer.exact.capacity == 36 and "centred by" in repr(layer)
+
+
+def test_the_host_waits_in_the_first_layer_alone(monkeypatch):
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIG)
+    config.num_hidden_layers = 5
+    model = LlamaForCausalLM(config).eval()
+    waits = []
+    known = hf_turboquant.layer.learned
+    monkeypatch.setattr(hf_turboquant.layer, "learned", lambda found: waits.append(found) or known(found))
+    for prompt, expected in ((100, 0), (200, 1), (700, 0)):
+        cache = TurboQuantCache(config, residual_length=8)
+        waits.clear()
+        with torch.no_grad():
+            model(torch.randint(3, 99, (1, prompt)), **{cache_name(model): cache})
+        assert len(waits) == expected and all((layer.found is None) == (prompt == 100) for layer in cache.layers)
+    # and there again for another prompt of the same length
+    cache = TurboQuantCache(config, residual_length=8)
+    for kind in (5, None):
+        cache.reset()
+        ids = torch.randint(3, 99, (1, 200)) if kind is None else torch.full((1, 200), kind)
+        with torch.no_grad():
+            model(ids, **{cache_name(model): cache})
+        assert [layer.condition for layer in cache.layers] == [None if kind else "attention"] * 5
+
+
+@pytest.mark.parametrize("capacity", (None, 300))
+@pytest.mark.parametrize("way", ("same", "reordered", "selected", "repeated", "copied", "cropped", "saved"))
+def test_padding_is_remembered_while_keys_wait(way, capacity, tmp_path):
+    """Only the first prompt comes with a mask; what happens to the rows happens to what is known of them."""
+    query, keys, values = skewed_states(200, batch=2)
+    keys[0, :, :20], rows = 1e4, torch.tensor([0, 1])
+    cache = TurboQuantCache(copy.deepcopy(CONFIG64), max_cache_len=capacity, condition="center")
+    cache.update(keys[:, :, :40], values[:, :, :40], 0)
+    mask = torch.ones(2, 1, 1, 40, dtype=torch.bool)
+    mask[0, ..., :20] = False
+    cache.layers[0].settle(query[:, :, :40], mask)
+    if way == "reordered":
+        rows = torch.tensor([1, 0])
+        cache.reorder_cache(rows)
+    elif way == "selected":
+        rows = torch.tensor([0])
+        cache.batch_select_indices(rows)
+    elif way == "repeated":
+        rows = torch.tensor([0, 0, 1, 1])
+        cache.batch_repeat_interleave(2)
+    elif way == "copied":
+        cache = copy.deepcopy(cache)
+    elif way == "cropped":
+        cache.update(keys[:, :, :5], values[:, :, :5], 0)
+        cache.crop(-5)
+    elif way == "saved":
+        cache.save_pretrained(tmp_path / "saved")
+        cache = TurboQuantCache.from_pretrained(tmp_path / "saved")
+    layer = cache.layers[0]
+    for at in range(40, 200):
+        layer.update(keys[rows, :, at : at + 1], values[rows, :, at : at + 1])
+    assert layer.condition == "center"
+    told = torch.cat([keys[row, :, 20 if row == 0 else 4 : 132] for row in rows], dim=1).mean(1, keepdim=True)
+    torch.testing.assert_close(layer.quantizers["keys"].mean, told, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("capacity", (None, 300))
+@pytest.mark.parametrize("removed", (-1000, -200))
+def test_crop_to_nothing_forgets_what_was_learned(removed, capacity):
+    query, keys, values = skewed_states(200)
+    layer, fresh = new_layer(capacity), new_layer(capacity)
+    list(feed(layer, [200], query, keys, values))
+    assert layer.condition == "attention"
+    layer.crop(removed)
+    assert layer.condition is None and layer.get_seq_length() == 0 and layer.is_initialized
+    # also with other tokens than before, which have another mean
+    for each in (layer, fresh):
+        list(feed(each, [10, 160, *[1] * 20], query, keys - 40, values))
+    assert layer.condition == fresh.condition == "attention"
+    assert torch.equal(layer.keys.dequantize(), fresh.keys.dequantize())
+    assert torch.equal(layer.quantizers["keys"].mean, fresh.quantizers["keys"].mean)
 
 
 def test_padding_does_not_count():
@@ -159,7 +310,7 @@ def test_padding_does_not_count():
 @pytest.mark.parametrize(
     ("spoil", "kind"),
     [
-        (lambda q, k: (q, k[:, :, :30]), "none"),
+        (lambda q, k: (q, k[:, :, :30]), "center"),
         (lambda q, k: (q, torch.full_like(k, torch.nan)), "none"),
         (lambda q, k: (torch.full_like(q, torch.inf), k), "center"),
         (lambda q, k: (torch.zeros_like(q), k), "center"),
@@ -171,8 +322,8 @@ def test_padding_does_not_count():
 def test_degenerate_statistics_fall_back(spoil, kind):
     query, keys, _ = skewed_states(200)
     query, keys = spoil(query, keys)
-    quantizer, got = condition(plain_quantizer(), keys, energy_of(query), None)
-    assert outcome(got) == kind
+    quantizer, got = learn(keys, energy_of(query), None)
+    assert got.condition == kind
     # what is not to be trusted changes nothing
     assert (quantizer.mean is None or not quantizer.mean.any()) == (kind == "none")
     assert (quantizer.scale is None or bool((quantizer.scale == 1).all())) == (kind != "attention")
@@ -189,6 +340,7 @@ CONFIG = LlamaConfig(
     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     head_dim=32, vocab_size=99, eos_token_id=2,
 )  # fmt: skip
+CONFIG64 = LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +351,7 @@ def test_models_show_their_queries(implementation, expected, padded):
     torch.manual_seed(0)
     model = LlamaForCausalLM(copy.deepcopy(CONFIG)).eval()
     model.set_attn_implementation(implementation)
-    ids, mask = torch.randint(3, 99, (2, 100)), torch.ones(2, 100, dtype=torch.long)
+    ids, mask = torch.randint(3, 99, (2, 200)), torch.ones(2, 200, dtype=torch.long)
     mask[0, : 9 if padded else 0] = 0
     cache = TurboQuantCache(CONFIG, residual_length=8)
     with torch.no_grad():
@@ -270,34 +422,34 @@ def test_the_mean_is_that_of_positions_to_come(layout, padded):
         valid[:, :40] = False
         prompt[:, :, :40] = torch.nan
     energy = torch.ones(2, 64)
-    early, _ = condition(plain_quantizer(), prompt, energy, valid)
-    told, kind = condition(plain_quantizer(), prompt, energy, valid, FREQUENCIES, 4)
+    early, _ = learn(prompt, energy, valid)
+    told, kind = learn(prompt, energy, valid, FREQUENCIES, 4)
     expected = whole.mean((0, 2)).unsqueeze(1)
-    assert outcome(kind) == "attention"
+    assert kind.condition == "attention"
     assert (told.mean - expected).norm() < 0.1 * (early.mean - expected).norm()
     # and so is the energy, near enough (both channels of a pair get the same): scales are those of the whole text
-    known, _ = condition(plain_quantizer(), whole, energy, None)
+    known, _ = learn(whole, energy, None)
     assert (told.scale / known.scale).log().std() < 0.5 * (early.scale / known.scale).log().std()
 
 
 def test_an_embedding_of_more_channels_than_there_are_is_passed_over():
     _, keys, _ = skewed_states(100)
-    plain, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None)
-    told, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None, FREQUENCIES + FREQUENCIES, 4)
+    plain, _ = learn(keys, torch.ones(2, 64), None)
+    told, _ = learn(keys, torch.ones(2, 64), None, FREQUENCIES + FREQUENCIES, 4)
     assert torch.equal(told.mean, plain.mean)
 
 
 def test_keys_without_the_embedding_keep_their_mean():
     _, keys, _ = skewed_states(300)
-    plain, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None)
-    told, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None, FREQUENCIES, 4)
+    plain, _ = learn(keys, torch.ones(2, 64), None)
+    told, _ = learn(keys, torch.ones(2, 64), None, FREQUENCIES, 4)
     torch.testing.assert_close((told.mean, told.scale), (plain.mean, plain.scale))
 
 
 def test_long_prompts_are_taken_as_they_are():
     keys = rotated_states(4, HORIZON, "halves")
-    plain, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None)
-    told, _ = condition(plain_quantizer(), keys, torch.ones(2, 64), None, FREQUENCIES, 4)
+    plain, _ = learn(keys, torch.ones(2, 64), None)
+    told, _ = learn(keys, torch.ones(2, 64), None, FREQUENCIES, 4)
     assert torch.equal(told.mean, plain.mean)
 
 

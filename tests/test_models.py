@@ -24,6 +24,7 @@ from hf_turboquant._supported import cache_name
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.states import LayerStates
 
+pytestmark = pytest.mark.usefixtures("early_learning")
 BATCH, PROMPT, PADDING, STEPS, VOCAB = 2, 40, 7, 6, 97
 # tokens that stand for an image, behind those of text
 IMAGE, VIDEO, VISION_START, VISION_END = 93, 94, 95, 96

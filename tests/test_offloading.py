@@ -12,6 +12,7 @@ from hf_turboquant import QuantizedStates, TurboQuantCache
 from hf_turboquant._supported import cache_name
 from hf_turboquant.layer import ROLES
 
+pytestmark = pytest.mark.usefixtures("early_learning")
 by_name = {row.name: row for row in ROWS}
 # full attention alone; beside sliding layers, recurrent layers, shared layers; recurrent states in the same layer
 NAMES = ("llama_gqa", "gemma3", "qwen3_next", "gemma4", "falcon_h1", "mistral_sliding")

@@ -10,6 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from hf_turboquant import QuantizedStates, TurboQuantConfig, ops, states
 from hf_turboquant.layer import TurboQuantLayer
 
+pytestmark = pytest.mark.usefixtures("early_learning")
+
 
 @pytest.fixture
 def handles():

@@ -144,6 +144,7 @@ def _pick_quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuff
 
 def channel_statistics(
     keys: torch.Tensor,
+    values: torch.Tensor,
     query_energy: torch.Tensor | None,
     valid: torch.Tensor | None,
     turns: tuple[torch.Tensor, torch.Tensor] | None,
@@ -155,23 +156,26 @@ def channel_statistics(
     Computes the mean and scale of key channels for [`conditioning.condition`], without waiting for the device.
 
     Args:
-        keys (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`.
+        keys, values (`torch.Tensor`):
+            Of shape `[batch, heads, tokens, head_dim]`; values only tell which tokens are repetitions, and may differ
+            in head_dim. See `reference_statistics.different_tokens`.
         query_energy (`torch.Tensor`, *optional*): E q² up to a factor, fp32 `[heads, head_dim]`.
         valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, tokens]`; false for tokens that do not count.
         turns (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
             For every pair of channels that rotary embeddings rotate, complex64: the factor that undoes the rotation,
             `[tokens, pairs]`, and the factor of its mean over all positions of the horizon, `[pairs]`. See
             `reference_statistics.future_mean`.
-        least_tokens (`int`): with fewer valid tokens than this, there are no statistics.
+        least_tokens (`int`): with fewer different tokens than this there is no scale.
         least_energy (`float`): every channel counts as having at least this fraction of the average energy.
         backend (`str`): see [`TurboQuantConfig`].
 
     Returns:
-        Mean and scale, fp32 `[heads, 1, head_dim]` (the scale is `None` without `query_energy`), and two flags on the
-        device that tell whether mean and scale are valid. If not, the mean is zero and the scale is one.
+        Mean and scale, fp32 `[heads, 1, head_dim]` (the scale is `None` without `query_energy`), and int32 `[4]` on
+        the device: whether the mean is valid, whether the scale is, whether there were enough different tokens, and how
+        many tokens the mean is of. What is not valid is zero, for the mean, or one.
     """
     batch, heads, tokens, head_dim = keys.shape
-    shapes = [(query_energy, (heads, head_dim)), (valid, (batch, tokens))]
+    shapes = [(values[..., 0], (batch, heads, tokens)), (query_energy, (heads, head_dim)), (valid, (batch, tokens))]
     if turns is not None:
         pairs = min(len(turns[1]), head_dim // 2)
         shapes += [(turns[0], (tokens, pairs)), (turns[1], (pairs,))]
@@ -180,7 +184,7 @@ def channel_statistics(
             raise ValueError(
                 f"Statistics of keys of shape {list(keys.shape)} need {list(shape)}, got {list(given.shape)}."
             )
-    args = keys, query_energy, valid, turns, least_tokens, least_energy
+    args = keys, values, query_energy, valid, turns, least_tokens, least_energy
     return _pick(backend, keys.device, statistics_kernels, "channel_statistics", *args)(*args)
 
 

@@ -76,8 +76,8 @@ def attend_kernel(
         sums = sums + (tl.zeros([VALUE_ROWS, ROWS], tl.float32),)
 
     if counters is not None:
-        kv_len = tl.load(counters + bh * 2)
-        length = tl.load(counters + bh * 2 + 1)
+        kv_len = tl.load(counters + bh * 3)
+        length = tl.load(counters + bh * 3 + 1)
     blocks = (length + 127) // 128
     first = (split * blocks) // code_splits
     last = ((split + 1) * blocks) // code_splits

@@ -217,8 +217,8 @@ def prepare_kernel(
         chunk = task // rotations - 1
         overflown = False
         if counters is not None:
-            kv_len = tl.load(counters + pair * 2)
-            quantized = tl.load(counters + pair * 2 + 1)
+            kv_len = tl.load(counters + pair * 3)
+            quantized = tl.load(counters + pair * 3 + 1)
             phase = quantized % tl.maximum(ring, 1)
             # A kernel cannot raise an error beyond the capacity, so its results are NaN.
             overflown = kv_len == OVERFLOW

@@ -206,11 +206,12 @@ def _append_one(states, new: dict[str, torch.Tensor]) -> None:
     sinks, ring = states.sink_length, states.ring
     now = states.measured()
     quantized = now.quantized
-    leaves = now.kv_len + 1 - sinks - ring > quantized
+    leaves = now.kv_len + 1 - sinks - (ring if now.window is None else now.window) > quantized
     if leaves:
-        slot = sinks + quantized % ring if ring else None
+        # With no recent window the new token itself leaves.
+        slot = sinks + quantized % ring if sinks + quantized < now.kv_len else None
         for role, state in new.items():
-            leaving = states.exact[role][:, :, slot : slot + 1] if ring else state
+            leaving = state if slot is None else states.exact[role][:, :, slot : slot + 1]
             # The caller updates its length, or it is in the counters.
             buffer = now.codes[role].snapshot()
             buffer.length = quantized

@@ -2,30 +2,59 @@
 
 import torch
 
+# Of so many tokens, the landmarks, a token must not be like so many: see `different_tokens`.
+LANDMARKS, MOST_ALIKE = 64, 8
+# The cosine from which on two tokens are alike: a bias of the values may well give all of them one direction.
+ALIKE = 0.95
 
-def channel_statistics(keys, query_energy, valid, turns, least_tokens, least_energy):
+
+def channel_statistics(keys, values, query_energy, valid, turns, least_tokens, least_energy):
     """[`ops.channel_statistics`]."""
-    count = keys.shape[0] * keys.shape[2]
-    if valid is not None:
-        keys, count = fill(keys, valid), valid.sum()
+    if valid is None:
+        valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
+    enough = different_tokens(values, valid).sum() >= least_tokens
+    keys, count = fill(keys, valid), valid.sum()
     mean = keys.sum((0, 2), keepdim=True, dtype=torch.float32) / count
     key_energy = energy(fill(keys - mean, valid)) / count
     if turns is not None:
         mean, lost = future_mean(keys, mean, count, *turns)
         key_energy = key_energy + lost[0, :, 0]
+    # Of no tokens the mean is NaN.
     centred = mean.isfinite().all()
-    if valid is not None:
-        centred &= count >= least_tokens
     # A mean of zero and a scale of one change nothing.
     mean = torch.where(centred, mean, 0)[0]
     if query_energy is None:
-        return mean, None, torch.stack([centred, torch.zeros_like(centred)])
+        return mean, None, _integers(centred, torch.zeros_like(centred), enough, count)
     energies = (x.clamp_min(least_energy * x.mean(-1, keepdim=True)) for x in (query_energy, key_energy))
     scale = torch.div(*energies).pow(0.25)
     # The overall factor is free: keep norms about as they were.
     scale = scale / scale.log().mean(-1, keepdim=True).exp()
-    scaled = centred & (scale.isfinite() & (scale > 0)).all()
-    return mean, torch.where(scaled, scale, 1).unsqueeze(1), torch.stack([centred, scaled])
+    scaled = centred & enough & (scale.isfinite() & (scale > 0)).all()
+    return mean, torch.where(scaled, scale, 1).unsqueeze(1), _integers(centred, scaled, enough, count)
+
+
+def _integers(*found: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x.to(torch.int32) for x in found])
+
+
+def different_tokens(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """
+    Boolean of shape `[batch, tokens]`: the valid tokens that are not one of a few repeated over and over.
+
+    Values tell, because keys are rotated by their positions: a token is a repetition if the values of over an eighth of
+    all tokens, estimated from 64 of them, have its direction. The positions of these landmarks are multiples of the
+    golden ratio, since a text may have a period that divides a regular distance.
+
+    Args:
+        values (`torch.Tensor`): of shape `[batch, heads, tokens, head_dim]`.
+        valid (`torch.Tensor`): boolean, of shape `[batch, tokens]`; false for tokens that do not count.
+    """
+    rows = torch.nn.functional.normalize(values.transpose(1, 2).flatten(2).flatten(0, 1).float(), dim=-1)
+    at = torch.arange(LANDMARKS, device=values.device) * 40503 % 2**16 * len(rows) // 2**16
+    known = valid.flatten()[at]
+    # Padding may take most of the landmarks; each of them is like itself.
+    alike = ((rows @ rows[at].mT > ALIKE) & known).sum(1) - 1
+    return valid & (LANDMARKS * alike < MOST_ALIKE * known.sum()).view_as(valid)
 
 
 def fill(states: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

@@ -1,21 +1,25 @@
-"""The statistics of keys for conditioning, with Triton: two launches in place of the torch reference's eighty."""
+"""The statistics of keys for conditioning, with Triton: three launches in place of the torch reference's hundred."""
 
 import torch
 import triton
 import triton.language as tl
 
 from .launch import DTYPES, INTERPRETED, on_other_device, run
+from .reference_statistics import ALIKE, LANDMARKS, MOST_ALIKE
 
 # Programs per head, each of which sums a part of the tokens.
 PARTS = 8
 # Rows that each writes: sums of channels, squares around their mean, two times two sums of rotated pairs, a count.
 ROWS = tl.constexpr(7)
+# Tokens that a program compares with the landmarks.
+COMPARED = 32
 
 
-def supports(keys: torch.Tensor, *_) -> str | None:
-    """`None` if the kernels can read these keys, else the reason why not, in words."""
-    if keys.dtype not in DTYPES:
-        return f"the keys are {keys.dtype}"
+def supports(keys: torch.Tensor, values: torch.Tensor, *_) -> str | None:
+    """`None` if the kernels can read these keys and values, else the reason why not, in words."""
+    for name, states in (("keys", keys), ("values", values)):
+        if states.dtype not in DTYPES:
+            return f"the {name} are {states.dtype}"
     if keys.device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on {keys.device.type}"
     return None
@@ -23,6 +27,7 @@ def supports(keys: torch.Tensor, *_) -> str | None:
 
 def channel_statistics(
     keys: torch.Tensor,
+    values: torch.Tensor,
     query_energy: torch.Tensor | None,
     valid: torch.Tensor | None,
     turns: tuple[torch.Tensor, torch.Tensor] | None,
@@ -32,17 +37,18 @@ def channel_statistics(
     """[`ops.channel_statistics`]."""
     if on_other_device(keys.device):
         with torch.cuda.device(keys.device):
-            return channel_statistics(keys, query_energy, valid, turns, least_tokens, least_energy)
-    keys = keys if keys.stride(3) == 1 else keys.contiguous()
+            return channel_statistics(keys, values, query_energy, valid, turns, least_tokens, least_energy)
+    keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (keys, values))
     batch, heads, tokens, head_dim = keys.shape
     mean, scale = keys.new_empty((2, heads, 1, head_dim), dtype=torch.float32)
-    flags = keys.new_empty(2, dtype=torch.int32)
+    found = keys.new_empty(4, dtype=torch.int32)
     sums = keys.new_empty((PARTS, heads, ROWS.value, head_dim), dtype=torch.float32)
+    seen = sums if valid is None else valid.view(torch.uint8)
+    strides = (0, 0) if valid is None else valid.stride()
+    different = _count_different(values, seen, strides, valid is not None)
     undo, turn = (sums, sums) if turns is None else map(torch.view_as_real, turns)
     pairs = 0 if turns is None else len(turn)
     padded = triton.next_power_of_2(head_dim)
-    seen = sums if valid is None else valid.view(torch.uint8)
-    strides = (0, 0) if valid is None else valid.stride()
     shape = head_dim, padded, pairs
     constants = *shape, max(16, triton.next_power_of_2(pairs)), valid is not None, 32 if padded <= 128 else 16
     args = keys, seen, undo, sums, *keys.stride()[:3], *strides, tokens, batch * tokens, *constants
@@ -53,11 +59,60 @@ def channel_statistics(
     energy = sums if query_energy is None else query_energy.contiguous()
     all_heads = triton.next_power_of_2(heads)
     constants = *shape, all_heads, PARTS, query_energy is not None
-    least_tokens = least_tokens if valid is not None else 0
-    args = sums, energy, turn, mean, scale, flags, heads, least_tokens, least_energy, *constants
+    sizes = heads, len(different), least_tokens, least_energy
+    args = sums, energy, turn, different, mean, scale, found, *sizes, *constants
     key = finish_kernel, keys.device.index, energy.data_ptr() % 16, *constants
     run(finish_kernel, key, (1, 1, 1), keys.device, args, {"num_warps": max(4, min(16, all_heads * padded // 512))})
-    return mean, None if query_energy is None else scale, flags
+    return mean, None if query_energy is None else scale, found
+
+
+def _count_different(values: torch.Tensor, seen: torch.Tensor, strides: tuple, mask: bool) -> torch.Tensor:
+    """Numbers of different tokens, int32, one for every `COMPARED` tokens."""
+    batch, heads, tokens, head_dim = values.shape
+    count = triton.cdiv(batch * tokens, COMPARED)
+    different = values.new_empty(count, dtype=torch.int32)
+    constants = head_dim, min(64, triton.next_power_of_2(head_dim)), mask, COMPARED, LANDMARKS, MOST_ALIKE, ALIKE
+    args = values, seen, different, *values.stride()[:3], *strides, heads, tokens, batch * tokens, *constants
+    key = compare_kernel, values.device.index, values.dtype, values.data_ptr() % 16, seen.data_ptr() % 16
+    run(compare_kernel, (*key, max(values.stride()) >= 2**31, *constants), (count, 1, 1), values.device, args, {})
+    return different
+
+
+@triton.jit(do_not_specialize="value_b value_h value_t valid_b valid_t heads tokens rows".split())
+def compare_kernel(
+    values, valid, different, value_b, value_h, value_t, valid_b, valid_t, heads, tokens, rows,
+    DIM: tl.constexpr, CHUNK: tl.constexpr, MASK: tl.constexpr, TILE: tl.constexpr,
+    LANDMARKS: tl.constexpr, MOST_ALIKE: tl.constexpr, ALIKE: tl.constexpr,
+):  # fmt: skip
+    """Counts `reference_statistics.different_tokens` among `TILE` tokens of all sequences. Grid (tiles)."""
+    row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
+    counts = row < rows
+    at = tl.arange(0, LANDMARKS).to(tl.int64) * 40503 % 65536 * rows // 65536
+    known = at < rows
+    if MASK:
+        counts &= tl.load(valid + row // tokens * valid_b + row % tokens * valid_t, mask=counts, other=0) != 0
+        known &= tl.load(valid + at // tokens * valid_b + at % tokens * valid_t, mask=known, other=0) != 0
+    of_rows = values + row // tokens * value_b + row % tokens * value_t
+    of_landmarks = values + at // tokens * value_b + at % tokens * value_t
+    product = tl.zeros([TILE, LANDMARKS], tl.float32)
+    row_squares = tl.zeros([TILE], tl.float32)
+    squares = tl.zeros([LANDMARKS], tl.float32)
+    for head in range(heads):
+        for start in range(0, DIM, CHUNK):
+            d = start + tl.arange(0, CHUNK)
+            offset = head * value_h + d
+            x = tl.load(of_rows[:, None] + offset[None, :], mask=counts[:, None] & (d < DIM)[None, :], other=0)
+            y = tl.load(of_landmarks[None, :] + offset[:, None], mask=known[None, :] & (d < DIM)[:, None], other=0)
+            x = x.to(tl.float32)
+            y = y.to(tl.float32)
+            product = tl.dot(x, y, product)
+            row_squares += tl.sum(x * x, axis=1)
+            squares += tl.sum(y * y, axis=0)
+    alike = known[None, :] & (product > ALIKE * tl.sqrt(row_squares)[:, None] * tl.sqrt(squares)[None, :])
+    # Each landmark is like itself.
+    others = tl.sum(alike.to(tl.int32), axis=1) - 1
+    counts &= LANDMARKS * others < MOST_ALIKE * tl.sum(known.to(tl.int32), axis=0)
+    tl.store(different + tl.program_id(0), tl.sum(counts.to(tl.int32), axis=0))
 
 
 @triton.jit(do_not_specialize="key_b key_h key_t valid_b valid_t tokens rows".split())
@@ -134,9 +189,9 @@ def _sum_parts(at, stride, mask, PARTS: tl.constexpr):
     return out
 
 
-@triton.jit(do_not_specialize=["heads", "least_tokens"])
+@triton.jit(do_not_specialize=["heads", "counts", "least_tokens"])
 def finish_kernel(
-    sums, query_energy, turn, mean_out, scale_out, flags, heads, least_tokens, least_energy,
+    sums, query_energy, turn, different, mean_out, scale_out, found_out, heads, counts, least_tokens, least_energy,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
     SCALE: tl.constexpr,
 ):  # fmt: skip
@@ -190,9 +245,14 @@ def finish_kernel(
             lost = tl.where(better, tl.where(paired, tl.maximum(less, 0.0) * 0.5, 0.0), lost)
             left = tl.maximum(remains, left)
         energy += lost
-    centred = _all(inside, tl.abs(best) < float("inf")) & (count >= least_tokens)
+    centred = _all(inside, tl.abs(best) < float("inf")) & (count > 0)
     tl.store(mean_out + h * DIM + d, tl.where(centred, best, 0.0), mask=inside)
-    tl.store(flags, centred.to(tl.int32))
+    tl.store(found_out, centred.to(tl.int32))
+    enough = 0
+    for start in range(0, counts, 128):
+        at = start + tl.arange(0, 128)
+        enough += tl.sum(tl.load(different + at, mask=at < counts, other=0), axis=0)
+    enough = enough >= least_tokens
     scaled = centred & False
     if SCALE:
         of_queries = _floor(tl.load(query_energy + h * DIM + d, mask=inside, other=0), least_energy, DIM)
@@ -200,9 +260,11 @@ def finish_kernel(
         # The overall factor is free: keep norms about as they were.
         log = tl.where(inside, tl.log(scale), 0.0)
         scale = scale / tl.exp(tl.sum(log, axis=1) / DIM)[:, None]
-        scaled = centred & _all(inside, (scale > 0) & (scale < float("inf")))
+        scaled = centred & enough & _all(inside, (scale > 0) & (scale < float("inf")))
         tl.store(scale_out + h * DIM + d, tl.where(scaled, scale, 1.0), mask=inside)
-    tl.store(flags + 1, scaled.to(tl.int32))
+    tl.store(found_out + 1, scaled.to(tl.int32))
+    tl.store(found_out + 2, enough.to(tl.int32))
+    tl.store(found_out + 3, count.to(tl.int32))
 
 
 @triton.jit

@@ -21,18 +21,20 @@ def append_token(
         side (tuple): strides of `new`, buffers and constants, as for `quantize_kernel`.
         exact: of shape `[batch, heads, slots, D]`, contiguous.
         counter: that of this sequence and role, see `LayerStates`; `None` if the lengths before the step are given as
-            `length` (all tokens) and `quantized`.
-        capacity, sink_length, ring, blocks: the most tokens, slots of the sinks and of the recent window, and blocks of
+            `length` (all tokens) and `quantized`, and `ring` recent tokens stay exact.
+        capacity, sink_length, ring, blocks: the most tokens, slots of the sinks and of recent tokens, and blocks of
             codes, all of one sequence.
-        RING: whether there is a recent window.
+        RING: whether there are slots for recent tokens.
     """
     strides = side[0]
     D: tl.constexpr = SPEC[3]
     DP: tl.constexpr = SPEC[4]
     batch, head = sequence // heads, sequence % heads
+    window = ring
     if counter is not None:
         length = tl.load(counter)
         quantized = tl.load(counter + 1)
+        window = tl.load(counter + 2)
     fits = length < capacity
     slot = length
     if RING:
@@ -41,7 +43,12 @@ def append_token(
     stays = d < tl.where(fits & (slot < sink_length + ring), D, 0)
     state = tl.load(new + batch * strides[0] + head * strides[1] + d * strides[3], mask=stays, other=0)
     exact += sequence * slots * D
-    leaves = fits & (length + 1 - sink_length - ring > quantized)
+    leaves = fits & (length + 1 - sink_length - window > quantized)
+    if RING and counter is not None:
+        # With more slots than the window needs, the new token itself may leave. It must not overwrite one that does.
+        room = d < tl.where(length - sink_length - quantized < ring, D, 0)
+        tl.store(exact + slot * D + d, state, mask=stays & room)
+        tl.debug_barrier()
     if leaves:
         if RING:
             leaving = exact + (sink_length + quantized % ring) * D
@@ -88,7 +95,7 @@ def step_kernel(
     sequence = tl.program_id(1).to(tl.int64)
     counter = counters
     if counters is not None:
-        counter = counters + (tl.program_id(2) * tl.num_programs(1) + sequence) * 2
+        counter = counters + (tl.program_id(2) * tl.num_programs(1) + sequence) * 3
     if tl.program_id(2) == 0:
         append_token(
             new_keys, keys, exact_keys, counter, sequence, capacity, length, quantized, sink_length, ring, slots,

@@ -57,12 +57,12 @@ def compile(self, *args):
 launch.COMPILED, plan.Launcher.compile, plan.Kernels.wave = Everything(), compile, property(lambda self: 264)
 attention.supports = quantize.supports = statistics.supports = lambda *args: None
 layer = TurboQuantLayer(TurboQuantConfig(backend="triton", condition="none", key_estimator=sys.argv[1]), 0)
-tokens, query = torch.randn(2, 2, 300, 64).half(), torch.randn(2, 8, 1, 64).half()
+tokens, query = torch.randn(2, 2, 600, 64).half(), torch.randn(2, 8, 1, 64).half()
 layer.update(tokens, tokens)
 for _ in range(3):
     states = layer.update(tokens[:, :, :1], tokens[:, :, :1])[0].states
     assert ops.attention(query, states, scaling=1.0).shape == query.shape and states.newest is None
-    ops.attention(query, states, scaling=1.0, attention_mask=torch.ones(1, 1, 1, 400, dtype=torch.bool))
+    ops.attention(query, states, scaling=1.0, attention_mask=torch.ones(1, 1, 1, 700, dtype=torch.bool))
     ops.scores(query, states, scaling=1.0)
 layer.update(tokens[:, :, :1], tokens[:, :, :1])[0].states.settle()
 for conditioned in (TurboQuantConfig(backend="triton"), TurboQuantConfig(backend="triton", condition="center")):
@@ -122,6 +122,7 @@ def test_launches_have_all_arguments(estimator):
         "scores_kernel",
         "quantize_kernel",
         "step_kernel",
+        "compare_kernel",
         "sum_kernel",
         "finish_kernel",
     }
