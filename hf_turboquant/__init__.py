@@ -5,8 +5,8 @@ from . import _supported, attention  # noqa: F401
 from .cache import TurboQuantCache
 from .config import TurboQuantConfig
 from .generation import generate
+from .handle import QuantizedStates
 from .memory import MemoryReport
-from .states import QuantizedStates
 
 attention.register()
 

@@ -7,7 +7,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from . import ops
-from .states import ExactStates, QuantizedStates, are_pair, plain
+from .handle import QuantizedStates, are_pair, plain
+from .states import ExactStates
 from .traced import TracedStates
 
 NAME = "turboquant"

@@ -24,8 +24,7 @@ from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
 from .packing import can_pack
 from .saving import load_cache, model_fields, save_cache
-from .sliding import StaticSlidingLayer
-from .static import TurboQuantStaticLayer
+from .static import StaticSlidingLayer, TurboQuantStaticLayer
 
 logger = logging.getLogger(__name__)
 

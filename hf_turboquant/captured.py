@@ -11,8 +11,7 @@ from transformers.utils import ModelOutput
 
 from .cache import TurboQuantCache
 from .layer import TurboQuantLayer
-from .sliding import StaticSlidingLayer
-from .static import TurboQuantStaticLayer
+from .static import StaticSlidingLayer, TurboQuantStaticLayer
 
 logger = logging.getLogger(__name__)
 

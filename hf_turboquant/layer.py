@@ -13,10 +13,11 @@ from . import ops
 from .ahead import compile_ahead
 from .conditioning import NOT_CONDITIONED, Learned, condition, energy_of_queries, learned, valid_tokens
 from .config import TurboQuantConfig
+from .handle import handles
 from .packing import BLOCK
 from .plans import Plans
 from .quantizer import Quantizer
-from .states import ExactStates, LayerStates, QuantizedStates
+from .states import ExactStates, LayerStates
 from .storage import SlotBuffer, TokenBuffer
 
 logger = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ class TurboQuantLayer(DynamicLayer):
             return tuple(exact.values())
         # Between the sinks and a long chunk, all tokens are in codes.
         self.step = self._read() if exact is None else self._read_from(exact, before - sinks, self.length - before, 0)
-        return _handles(self.step)
+        return handles(self.step)
 
     def observe(self, query: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
         """
@@ -356,7 +357,7 @@ class TurboQuantLayer(DynamicLayer):
             buffer.length += leaving
         self.length += 1
         self.step, self.attended = states, True
-        return _handles(states)
+        return handles(states)
 
     def _train(self, held, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Lets gradients flow from what attention reads to the new tokens, the last of it: codes have none."""
@@ -500,8 +501,8 @@ class TurboQuantLayer(DynamicLayer):
         """Handles of all tokens held, which the next update leaves what they are."""
         self.lent = True
         if self.codes["keys"].length:
-            return _handles(self._read())
-        return _handles(ExactStates({role: self._exact(role) for role in ROLES}, lambda *_: None, writable=True))
+            return handles(self._read())
+        return handles(ExactStates({role: self._exact(role) for role in ROLES}, lambda *_: None, writable=True))
 
     def _wait(self, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps a copy of the states until the query that attends to them is seen; returns what attention reads."""
@@ -510,7 +511,7 @@ class TurboQuantLayer(DynamicLayer):
         with torch.inference_mode(False):
             exact = self._with_exact(states, before)
         self.pending = {role: tensor[:, :, before:].detach() for role, tensor in exact.items()}
-        return _handles(ExactStates(exact, self.observe))
+        return handles(ExactStates(exact, self.observe))
 
     def _outdate(self) -> None:
         """What the last update returned must not be read any more."""
@@ -633,7 +634,3 @@ def _log_cut_off() -> None:
         "holds these as codes. Pass all tokens in one call or use a `DynamicCache` to train with them, and call the "
         "model under `torch.no_grad()` if nothing is trained."
     )
-
-
-def _handles(states: LayerStates | ExactStates) -> tuple[torch.Tensor, torch.Tensor]:
-    return QuantizedStates(states, "keys"), QuantizedStates(states, "values")

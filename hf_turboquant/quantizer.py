@@ -9,9 +9,8 @@ import torch
 from .codebook import Codebook, lloyd_max
 from .config import TurboQuantConfig
 from .packing import BLOCK, plane_shapes
-from .rotation import rotation_matrix
+from .rotation import rotation_matrix, sketch_matrix
 from .search import ANNEALINGS, MAX_SEARCHED_BITS, STRETCHES, Annealing
-from .sketch import sketch_matrix
 from .storage import TokenBuffer
 
 # Rounding scales to two bytes adds under 0.1 % to the distortion up to 4 bits, but 6 % at 8.

@@ -20,8 +20,7 @@ from .conditioning import NOT_CONDITIONED, Learned, learned
 from .config import TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer
 from .layer import ROLES, TurboQuantLayer
-from .sliding import StaticSlidingLayer
-from .static import TurboQuantStaticLayer
+from .static import StaticSlidingLayer, TurboQuantStaticLayer
 
 FORMAT, FORMAT_VERSION = "hf_turboquant cache", 4
 HEADER, TENSORS = "cache.json", "cache.safetensors"

@@ -1,15 +1,17 @@
-"""TurboQuantStaticLayer: a layer of static capacity, whose decode step needs nothing from the host."""
+"""Layers of static capacity, whose decode step needs nothing from the host."""
 
 from collections.abc import Callable
 from copy import copy
 
 import torch
+from transformers.cache_utils import StaticSlidingWindowLayer
 
 from . import ops
 from .arena import describe, new_arena, open_arena
 from .conditioning import NOT_CONDITIONED, Learned
 from .config import KERNEL_BITS, TurboQuantConfig
-from .layer import ROLES, TurboQuantLayer, _handles
+from .handle import handles
+from .layer import ROLES, TurboQuantLayer
 from .states import LayerStates
 from .storage import SlotBuffer
 from .traced import TracedStates, append, seq_length
@@ -149,7 +151,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.count(tokens)
         self._outdate()
         self.step = copy(self.states)
-        held = _handles(self.step)
+        held = handles(self.step)
         return self._train(held, key_states, value_states) if ops.trains(key_states, value_states) else held
 
     def count(self, tokens: int) -> None:
@@ -267,7 +269,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.measure()
         # A copy, because compiled steps write to the arena without any Python.
-        return _handles(open_arena(self.arena.clone(), self.description).measured())
+        return handles(open_arena(self.arena.clone(), self.description).measured())
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens held; once there are any, a tensor on the device, as in transformers' static layers."""
@@ -358,3 +360,22 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 def _parts(states: LayerStates) -> list[dict[str, torch.Tensor]]:
     """The tensors that hold tokens, with the batch in the first dimension; exact states come first."""
     return [states.exact, *(buffer.tensors for buffer in states.codes.values())]
+
+
+class StaticSlidingLayer(StaticSlidingWindowLayer):
+    """
+    Like `StaticSlidingWindowLayer`, whose step over a full window makes an index on the host. torch.compile treats that
+    as a constant, but a plain CUDA graph cannot copy it to the device.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in the base class; states have shape `[batch, num_key_value_heads, tokens, head_dim]`."""
+        full = self.is_initialized and self.cumulative_length_int >= self.max_cache_len
+        if torch.compiler.is_compiling() or not full or key_states.shape[2] != 1:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.cumulative_length_int += 1
+        for held, new in ((self.keys, key_states), (self.values, value_states)):
+            held.copy_(torch.cat([held[:, :, 1:], new], dim=2))
+        return self.keys, self.values

@@ -13,7 +13,7 @@ from transformers.integrations import flash_attention
 from transformers.integrations.flex_attention import WrappedFlexAttention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_turboquant import QuantizedStates, TurboQuantCache, layer, ops, states
+from hf_turboquant import QuantizedStates, TurboQuantCache, handle, layer, ops, states
 from hf_turboquant._supported import cache_name
 
 pytestmark = pytest.mark.usefixtures("early_learning")
@@ -187,8 +187,8 @@ def test_gradients_that_are_cut_off_are_said_once(prompt, caplog):
 
 
 def test_eager_attention_says_once_that_it_dequantises(paths, caplog):
-    states._log_dequantize.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="hf_turboquant.states"):
+    handle._log_dequantize.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="hf_turboquant.handle"):
         run("eager", False, paths)
     assert len(caplog.records) == 1 and "attn_implementation='sdpa'" in caplog.text
 

@@ -4,8 +4,7 @@ import torch
 
 from hf_turboquant import TurboQuantConfig
 from hf_turboquant.quantizer import Quantizer
-from hf_turboquant.rotation import rotation_matrix
-from hf_turboquant.sketch import sketch_matrix
+from hf_turboquant.rotation import rotation_matrix, sketch_matrix
 
 
 @pytest.mark.parametrize("kind", ("haar", "hadamard"))

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from hf_turboquant import QuantizedStates, TurboQuantConfig, ops, states
+from hf_turboquant.handle import ReadOnly, _log_dequantize
 from hf_turboquant.layer import TurboQuantLayer
 
 pytestmark = pytest.mark.usefixtures("early_learning")
@@ -68,7 +69,7 @@ def test_any_other_operation_sees_the_dequantised_tensor(handles, dequantized, o
     expected = operation(key.dequantize())
     dequantized.clear()
     out = operation(key)
-    assert type(out) in (torch.Tensor, states.ReadOnly) and torch.equal(out, expected)
+    assert type(out) in (torch.Tensor, ReadOnly) and torch.equal(out, expected)
     assert dequantized
 
 
@@ -124,8 +125,8 @@ def test_a_write_to_exact_tokens_is_one_to_the_cache(name):
 
 
 def test_falling_back_is_said_once(handles, caplog):
-    states._log_dequantize.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="hf_turboquant.states"):
+    _log_dequantize.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="hf_turboquant.handle"):
         for _ in range(3):
             handles[0].mT  # noqa: B018
             handles[0] * 2

@@ -7,8 +7,8 @@ import torch
 from .._supported import cache_name
 from ..cache import TurboQuantCache
 from ..config import TurboQuantConfig
+from ..handle import QuantizedStates
 from ..layer import TurboQuantLayer
-from ..states import QuantizedStates
 from .caches import named, new_cache
 
 # Number of queries, at the end of the text, for which attention is compared.
