@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from . import ops
+from .config import TurboQuantConfig
 from .ops.reference_statistics import energy, fill
 from .quantizer import Quantizer
 
@@ -52,6 +53,77 @@ class Learned(NamedTuple):
 
 # For layers that do not look.
 NOT_CONDITIONED = Learned(False, False, True, 0)
+
+
+class Conditioning:
+    """
+    What a layer knows of its tokens until it conditions keys by them, and what was found then.
+
+    Args:
+        config (`TurboQuantConfig`): options of the cache.
+        layer_idx (`int`): index of the layer in the model.
+        frequencies (`list[float]`, *optional*): of the rotary embedding of its keys: see [`rotary_frequencies`].
+        verdict (`dict[str, int]`): shared by the layers of a cache: see [`differ`].
+    """
+
+    def __init__(self, config: TurboQuantConfig, layer_idx: int, frequencies: list[float] | None, verdict: dict):
+        self.config, self.layer_idx, self.frequencies, self.verdict = config, layer_idx, frequencies, verdict
+        # What was found, possibly on the device only; None while there is too little to learn from.
+        self.found: Learned | torch.Tensor | None = None
+        # What it will need: queries so far, and which of the tokens so far are no padding.
+        self.query_energy: torch.Tensor | None = None
+        self.valid: torch.Tensor | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is too little to learn from yet."""
+        return self.found is None
+
+    @property
+    def condition(self) -> str | None:
+        """What was found: see [`Learned.condition`]. `None` as long as keys wait for it."""
+        if self.waits:
+            return None
+        self.found = learned(self.found)
+        return self.found.condition
+
+    def add_query(self, query: torch.Tensor, valid: torch.Tensor | None, heads: int, kv_len: int) -> None:
+        """Counts the query of the last of `kv_len` tokens; arguments as for [`energy_of_queries`]."""
+        if self.config.condition == "attention":
+            # In the first prefill queries are padded like keys; later queries are all tokens.
+            energy = energy_of_queries(query, valid if query.shape[2] == kv_len else None, heads)
+            self.query_energy = energy if self.query_energy is None else energy + self.query_energy
+
+    def add_mask(self, valid: torch.Tensor | None, batch: int, tokens: int) -> None:
+        """Notes which of all tokens are no padding, boolean `[batch, tokens]`; without a mask, those after the last."""
+        if valid is not None:
+            self.valid = valid.expand(batch, -1).clone()
+        elif self.valid is not None:
+            self.valid = torch.nn.functional.pad(self.valid, (0, tokens - self.valid.shape[1]), value=True)
+
+    def apply(self, quantizer: Quantizer, states: dict[str, torch.Tensor]) -> tuple[Quantizer, torch.Tensor]:
+        """The quantizer of keys, conditioned by `states`, all tokens so far, except the sinks; and what was found."""
+        sinks, valid = self.config.sink_length, None
+        if self.valid is not None:
+            valid = self.valid[:, sinks : states["keys"].shape[2]]
+        # Constants must be ordinary tensors even if the first prefill runs in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            plain = replace(quantizer, mean=None, scale=None)
+            seen = *(states[role][:, :, sinks:] for role in ("keys", "values")), self.query_energy, valid
+            return condition(plain, *seen, self.frequencies, sinks, self.config.backend)
+
+    def differ(self, found: torch.Tensor, length: int) -> bool:
+        """
+        Whether enough of the first `length` tokens differ. The host has to wait for the device to know: it does so in
+        the first layer of a model, and the others follow.
+        """
+        if self.layer_idx <= self.verdict.get("layer_idx", self.layer_idx) or self.verdict["length"] != length:
+            self.verdict.update(layer_idx=self.layer_idx, length=length, enough=learned(found).enough)
+        return self.verdict["enough"]
+
+    def finish(self, found: torch.Tensor) -> None:
+        """Keeps what was found, and nothing of what it took."""
+        self.found, self.query_energy, self.valid = found, None, None
 
 
 def learned(found: torch.Tensor | Learned) -> Learned:

@@ -221,16 +221,14 @@ def _filled(layer: TurboQuantLayer, cost: LayerCost, context: int, batch: int, d
     """The report of a layer after a prefill of `context` tokens."""
     states = [torch.empty(batch, heads, 0, dim, dtype=dtype, device="meta") for heads, dim in cost.shapes]
     layer.lazy_initialization(*states)
-    exact = layer.config.sink_length + layer.config.residual_length
-    if context <= layer.config.sink_length + layer.config.held_length:
-        # Too few to condition keys by: none is quantised yet.
-        exact = context
-    for buffer in layer.codes.values():
-        buffer.reserve(max(context - exact, 0))
-        buffer.length = max(context - exact, 0)
-    layer.exact.reserve(min(context, exact), limit=exact)
-    layer.length = context
-    learned = {"attention": 2, "center": 1, "none": 0}[layer.config.condition]
+    waits = context <= layer.config.sink_length + layer.config.held_length
+    exact = context if waits else layer.config.sink_length + layer.config.residual_length
+    tokens, quantized = layer.tokens, max(context - exact, 0)
+    for buffer in tokens.codes.values():
+        buffer.reserve(quantized)
+    tokens.exact.reserve(min(context, exact), limit=tokens.sinks + tokens.exact.ring if waits else exact)
+    tokens.length, tokens.quantized = context, quantized
+    learned = 0 if waits else {"attention": 2, "center": 1, "none": 0}[layer.config.condition]
     (heads, dim), _ = cost.shapes
     # Conditioning adds the mean and scale of every channel, in fp32.
     return layer_memory(layer) + MemoryReport(constants_bytes=learned * heads * dim * 4)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from copy import copy
 from functools import lru_cache
 
 import torch
@@ -11,18 +11,15 @@ from transformers.cache_utils import DynamicLayer
 
 from . import ops
 from .ahead import compile_ahead
-from .conditioning import NOT_CONDITIONED, Learned, condition, energy_of_queries, learned, valid_tokens
+from .conditioning import NOT_CONDITIONED, Conditioning, valid_tokens
 from .config import TurboQuantConfig
 from .handle import handles
-from .packing import BLOCK
-from .plans import Plans
 from .quantizer import Quantizer
 from .states import ExactStates, LayerStates
-from .storage import SlotBuffer, TokenBuffer
+from .tokens import ROLES, Tokens
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("keys", "values")
 # Keys wait for enough different tokens while there are at most so many beside the sinks.
 MAX_WAITING_TOKENS = 512
 # A layer that defers quantising does so for prompts of at most so many tokens, in all sequences.
@@ -60,25 +57,19 @@ class TurboQuantLayer(DynamicLayer):
         tokens, known = int(self.get_seq_length()), ""
         if c.condition != "none" and tokens:
             waiting = f"not conditioned yet, {tokens} tokens wait"
-            known = f", {waiting if self.condition is None else self.found}"
+            known = f", {waiting if self.condition is None else self.conditioning.found}"
         return f"{type(self).__name__}({keys}{known}, {values})"
 
     def reset(self) -> None:
         """Forgets all tokens and frees their memory."""
         self.is_initialized = False
-        self.length = 0
-        self.quantizers: dict[str, Quantizer] = {}
-        self.codes: dict[str, TokenBuffer] = {}
-        self.exact: SlotBuffer | None = None
+        self.tokens = Tokens({}, {}, None, 0, self.config.backend)
+        # What keys are conditioned by.
+        self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
         # The tokens of the last update, while they wait to be stored; and once their query was seen, whether the mask
         # told which tokens are no padding, and which these are.
         self.pending: dict[str, torch.Tensor] | None = None
         self.observed: tuple[torch.Tensor | None] | None = None
-        # What conditioning found, possibly on the device only; None while there is too little to learn from.
-        self.found: Learned | torch.Tensor | None = None
-        # What it will need: queries so far, and which of the tokens so far are no padding.
-        self.query_energy: torch.Tensor | None = None
-        self.valid: torch.Tensor | None = None
         # Whether tokens are kept on the CPU between updates.
         self.is_offloaded = False
         # Whether a gradient could have flowed to a token that is held now.
@@ -89,17 +80,11 @@ class TurboQuantLayer(DynamicLayer):
         self.attended = False
         # Whether what `keys` and `values` returned shares memory with the layer.
         self.lent = False
-        # What launches on the same buffers share, and the description of the last states that passed the check.
-        self.plans = Plans()
-        self.checked: tuple | None = None
 
     @property
     def condition(self) -> str | None:
         """What conditioning found: see [`conditioning.Learned.condition`]. `None` as long as keys wait for it."""
-        if self.found is None:
-            return None
-        self.found = learned(self.found)
-        return self.found.condition
+        return self.conditioning.condition
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -131,20 +116,14 @@ class TurboQuantLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Draws the rotations and makes empty buffers that fit the states, of shape `[batch, heads, T, head_dim]`."""
-        states = {"keys": key_states, "values": value_states}
-        batch, heads = key_states.shape[:2]
-        device = key_states.device
-        quantizers = {
-            role: Quantizer.create(self.config, role, self.layer_idx, states[role].shape[-1], device) for role in ROLES
-        }
-        self.codes = {role: quantizers[role].new_buffer(batch, heads) for role in ROLES}
-        shapes = {role: (states[role].dtype, (states[role].shape[-1],)) for role in ROLES}
-        conditioned = self.config.condition != "none"
+        states, device, c = {"keys": key_states, "values": value_states}, key_states.device, self.config
+        quantizers = {role: Quantizer.create(c, role, self.layer_idx, states[role].shape[-1], device) for role in ROLES}
         # Until keys are conditioned, the slots hold all tokens.
-        ring = max(self.config.held_length, MAX_WAITING_TOKENS) if conditioned else self.config.residual_length
-        self.exact = SlotBuffer(shapes, batch, heads, device, self.config.sink_length, ring)
-        self.found = None if conditioned else NOT_CONDITIONED
-        self.quantizers = quantizers
+        waits = c.condition != "none"
+        ring = max(c.held_length, MAX_WAITING_TOKENS) if waits else c.residual_length
+        self.tokens = Tokens.like(states, quantizers, c.sink_length, ring, c.backend)
+        self.conditioning = Conditioning(c, self.layer_idx, self.frequencies, self.verdict)
+        self.conditioning.found = None if waits else NOT_CONDITIONED
         self.dtype, self.device = key_states.dtype, device
         self.is_initialized = True
 
@@ -212,11 +191,11 @@ class TurboQuantLayer(DynamicLayer):
 
     def _take(self, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends states that fit; returns what attention reads."""
-        if self.found is None:
+        if self.conditioning.waits:
             return self._wait(states)
-        sinks, window = self.config.sink_length, self.config.residual_length
-        before, tokens = self.length, states["keys"].shape[2]
-        coded = self.codes["keys"].length > 0 or before + tokens > sinks + window
+        held, tokens = self.tokens, states["keys"].shape[2]
+        before, sinks, window = held.length, held.sinks, held.window
+        coded = held.quantized > 0 or before + tokens > sinks + window
         if before > 0 and coded and tokens == 1:
             return self._step(*states.values())
         self.attended = False
@@ -226,12 +205,12 @@ class TurboQuantLayer(DynamicLayer):
         if before == 0:
             exact = states
         elif not coded or 0 < window < tokens:
-            exact = self._with_exact(states, min(before, sinks) if coded else before)
+            exact = held.followed_by(states, min(before, sinks) if coded else before)
         self._store(states)
         if exact is not None and (not coded or before <= sinks):
             return tuple(exact.values())
         # Between the sinks and a long chunk, all tokens are in codes.
-        self.step = self._read() if exact is None else self._read_from(exact, before - sinks, self.length - before, 0)
+        self.step = held.read() if exact is None else held.read_from(exact, before - sinks, tokens, 0)
         return handles(self.step)
 
     def observe(self, query: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
@@ -273,16 +252,13 @@ class TurboQuantLayer(DynamicLayer):
         """Keeps what conditioning needs of the query of the tokens that wait; does nothing if it is known."""
         if self.observed is not None:
             return
-        kv_len, energy = self.get_seq_length(), self.query_energy
+        kv_len = self.get_seq_length()
         valid = valid_tokens(attention_mask, kv_len)
-        if query is not None and self.config.condition == "attention":
-            # In the first prefill queries are padded like keys; later queries are all tokens.
-            known = valid if query.shape[2] == kv_len else None
-            new = energy_of_queries(query, known, self.pending["keys"].shape[1])
-            energy = new if energy is None else new + energy
+        if query is not None:
             compile_ahead(self, self.pending["keys"], self.pending["values"], query, valid is not None)
+            self.conditioning.add_query(query, valid, self.pending["keys"].shape[1], kv_len)
         # After an error the same query may come again: it counts once.
-        self.query_energy, self.observed = energy, (valid,)
+        self.observed = (valid,)
 
     def _defers(self) -> bool:
         """
@@ -301,38 +277,20 @@ class TurboQuantLayer(DynamicLayer):
         self.prefetch()
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
-        """Writes new tokens to the exact slots, and quantises what leaves them."""
+        """Stores new tokens; `valid` tells which of all tokens are no padding, as far as that is known."""
         # Without detach, buffers would keep every autograd graph alive.
         states = {role: states[role].detach() for role in ROLES}
-        if self.found is not None:
-            self._write(states)
+        if not self.conditioning.waits:
+            self.tokens.append(states)
             return
-        held = {role: self._exact(role) for role in ROLES}
-        everything = {role: torch.cat([held[role], states[role]], dim=2) for role in ROLES} if self.length else states
-        valid = self._valid(valid, everything["keys"])
-        step = self.length > 0 and states["keys"].shape[2] == 1
-        if step:
+        length, (batch, _, tokens, _) = self.tokens.length, states["keys"].shape
+        self.conditioning.add_mask(valid, batch, length + tokens)
+        if length > 0 and tokens == 1:
             # As with a static capacity, where keys are conditioned before the token of a step comes.
-            self._learn(held, valid, coming=1)
-        if step or not self._learn(everything, valid):
-            self._write(states)
-        self.valid = valid if self.found is None else None
-
-    def _write(self, states: dict[str, torch.Tensor]) -> None:
-        # As long as there is room for them, tokens that wait to be learned from don't leave.
-        sinks, window = self.config.sink_length, self.exact.ring if self.found is None else self.config.residual_length
-        before, after = self.length, self.length + states["keys"].shape[2]
-        quantized = sinks + self.codes["keys"].length
-        # Everything that can run out of memory comes first; codes beyond a buffer's length are ignored.
-        self.exact.reserve(min(after, sinks + window), limit=sinks + self.exact.ring)
-        if after - window > quantized:
-            tokens = {role: self._leaving(states[role], role, quantized, after - window) for role in ROLES}
-            ops.quantize_pair(tokens, self.quantizers, self.codes, self.config.backend)
-        for start, stop in ((before, min(after, sinks)), (max(before, sinks, after - window), after)):
-            if start < stop:
-                for role in ROLES:
-                    self.exact.write(role, start, states[role][:, :, start - before : stop - before])
-        self.length = after
+            self._learn({role: self.tokens.whole(role) for role in ROLES}, coming=1)
+            self.tokens.append(states)
+        elif not self._learn(self.tokens.followed_by(states, length) if length else states):
+            self.tokens.append(states)
 
     def _step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends one token, which pushes at most one out of the recent window; returns what attention reads."""
@@ -340,22 +298,11 @@ class TurboQuantLayer(DynamicLayer):
             key_states, value_states = key_states.detach(), value_states.detach()
         if not self.attended:
             key_states, value_states = key_states.clone(), value_states.clone()
-        sinks, window, quantized = self.config.sink_length, self.config.residual_length, self.codes["keys"].length
-        leaving = int(self.length + 1 - sinks - window > quantized)
-        if not leaving:
-            self.exact.reserve(min(self.length + 1, sinks + window), limit=sinks + window)
-        elif quantized % BLOCK == 0:
-            # Buffers grow by whole blocks.
-            for buffer in self.codes.values():
-                buffer.reserve(quantized + 1)
-        states = self._read(leaving)
-        states.newest = key_states, value_states
+        states = self.tokens.read_step((key_states, value_states))
         # Offloaded tensors move before attention reads them, so the token must be stored now.
         if self.is_offloaded:
             states.settle()
-        for buffer in self.codes.values():
-            buffer.length += leaving
-        self.length += 1
+        self.tokens.count(states)
         self.step, self.attended = states, True
         return handles(states)
 
@@ -368,93 +315,54 @@ class TurboQuantLayer(DynamicLayer):
             self.step.training = dict(zip(ROLES, new, strict=True))
         return held
 
-    def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
-        """The tokens at positions `start` to `stop`, taken from the recent window and then from `states`."""
-        pieces = self.exact.pieces(role, start, min(self.length, stop))
-        if stop > self.length:
-            pieces.append(states[:, :, max(start - self.length, 0) : stop - self.length])
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-
-    def _learn(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None, coming: int = 0) -> bool:
+    def _learn(self, states: dict[str, torch.Tensor], coming: int = 0) -> bool:
         """
         Conditions keys by `states`, all tokens so far, and stores these anew, unless there are too few or, as long as
         there is room for them and `coming` ones, too few different ones. Returns whether it did.
         """
         length = states["keys"].shape[2]
-        beside = length + coming - self.config.sink_length
+        beside = length + coming - self.tokens.sinks
         if beside <= self.config.held_length:
             return False
-        quantizers, found = self._conditioned(states, None if valid is None else valid[:, :length])
-        if beside <= self.exact.ring and not self._differ(found, length):
+        quantizers, found = self._conditioned(states)
+        if beside <= self.tokens.exact.ring and not self.conditioning.differ(found, length):
             return False
-        self.exact, self.length, self.quantizers, self.found = self._slots(), 0, quantizers, found
-        self._write(states)
-        self.query_energy = None
+        self.conditioning.finish(found)
+        self._start_coding()
+        self.tokens.quantizers = quantizers
+        self.tokens.append(states)
         return True
 
-    def _differ(self, found: torch.Tensor, length: int) -> bool:
-        """
-        Whether enough of the first `length` tokens differ. The host has to wait for the device to know: it does so in
-        the first layer of a model, and the others follow.
-        """
-        if self.layer_idx <= self.verdict.get("layer_idx", self.layer_idx) or self.verdict["length"] != length:
-            self.verdict.update(layer_idx=self.layer_idx, length=length, enough=learned(found).enough)
-        return self.verdict["enough"]
+    def _conditioned(self, states: dict[str, torch.Tensor]) -> tuple[dict[str, Quantizer], torch.Tensor]:
+        """The quantizers, that of keys conditioned by `states`, all tokens so far; and what was found."""
+        keys, found = self.conditioning.apply(self.tokens.quantizers["keys"], states)
+        return {**self.tokens.quantizers, "keys": keys}, found
+
+    def _start_coding(self) -> None:
+        """Empties the tokens, and makes room for as few exact ones as there are from now on."""
+        self.tokens = self.tokens.emptied(self.config.residual_length, self.config.residual_length)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Within this context, an error leaves the tokens and what is known of them as they were."""
-        known = {name: vars(self)[name] for name in ("exact", "length", "quantizers", "found", "query_energy", "valid")}
-        codes = [(buffer, buffer.length) for buffer in self.codes.values()]
+        tokens, conditioning = self.tokens.snapshot(), copy(self.conditioning)
         try:
             yield
         except BaseException:
-            vars(self).update(known)
-            for buffer, length in codes:
-                buffer.length = length
+            self.tokens, self.conditioning = tokens, conditioning
             raise
-
-    def _conditioned(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None):
-        """The quantizers, conditioned by `states`, all tokens so far, except the sinks; and what was found."""
-        sinks = self.config.sink_length
-        valid = None if valid is None else valid[:, sinks:]
-        # Constants must be ordinary tensors even if the first prefill runs in inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            plain = replace(self.quantizers["keys"], mean=None, scale=None)
-            seen = *(states[role][:, :, sinks:] for role in ROLES), self.query_energy, valid
-            conditioned, found = condition(plain, *seen, self.frequencies, sinks, self.config.backend)
-        return {**self.quantizers, "keys": conditioned}, found
-
-    def _valid(self, valid: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor | None:
-        """Which of all tokens are no padding, boolean `[batch, tokens]`; without a mask, those after the last mask."""
-        if valid is not None:
-            return valid.expand(keys.shape[0], -1).clone()
-        if self.valid is None:
-            return None
-        return torch.nn.functional.pad(self.valid, (0, keys.shape[2] - self.valid.shape[1]), value=True)
-
-    def _slots(self) -> SlotBuffer:
-        """Empty slots for sinks and recent tokens, once keys are conditioned."""
-        slots = self.exact.snapshot()
-        slots.ring = self.config.residual_length
-        slots.map(lambda tensor: tensor.new_empty((*tensor.shape[:2], 0, tensor.shape[3])))
-        return slots
-
-    def _exact(self, role: str) -> torch.Tensor:
-        """All tokens, as long as none is quantised."""
-        return self.exact[role][:, :, : self.length]
 
     def _in_one_dtype(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """As `torch.cat` would: exact tokens and new ones in the wider dtype of both, for keys and for values."""
-        dtypes = {role: torch.promote_types(self.exact[role].dtype, states[role].dtype) for role in ROLES}
-        if any(dtypes[role] != self.exact[role].dtype for role in ROLES):
+        held = {role: self.tokens.exact[role].dtype for role in ROLES}
+        dtypes = {role: torch.promote_types(held[role], states[role].dtype) for role in ROLES}
+        if dtypes != held:
             self._widen(dtypes)
         return {role: states[role].to(dtypes[role]) for role in ROLES}
 
     def _widen(self, dtypes: dict[str, torch.dtype]) -> None:
         # Handles returned earlier keep the tensors they read.
-        self.exact = self.exact.snapshot()
-        self.exact.to(dtypes)
+        self.tokens = self.tokens.to(dtypes)
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Raises a `ValueError` if the states don't fit; returns whether they have the dtypes of the tokens held."""
@@ -462,7 +370,7 @@ class TurboQuantLayer(DynamicLayer):
         if isinstance(key_states, torch.Tensor) and isinstance(value_states, torch.Tensor):
             keys, values = key_states, value_states
             given = keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device
-            if given == self.checked:
+            if given == self.tokens.checked:
                 return True
         for name, states in (("key_states", key_states), ("value_states", value_states)):
             if not isinstance(states, torch.Tensor) or states.dim() != 4 or not states.is_floating_point():
@@ -479,37 +387,25 @@ class TurboQuantLayer(DynamicLayer):
             )
         if not self.is_initialized:
             return True
-        for name, states, held in (
-            ("key_states", keys, self.exact["keys"]),
-            ("value_states", values, self.exact["values"]),
-        ):
-            expected = (*held.shape[:2], held.shape[3], self.device)
-            got = (*states.shape[:2], states.shape[3], states.device)
-            if expected != got:
-                raise ValueError(
-                    f"`{name}` must keep the batch size, heads, head_dim and device of the cached tokens, "
-                    f"{expected}, got {got} at layer {self.layer_idx}. Use a new cache or `reset()` for another "
-                    "batch, and `batch_repeat_interleave` or `batch_select_indices` to change the batch of this one."
-                )
-        if (keys.dtype, values.dtype) != (self.exact["keys"].dtype, self.exact["values"].dtype):
-            return False
-        # Steps have the same shapes: the next one can skip the check.
-        self.checked = given
-        return True
+        as_held = self.tokens.check(keys, values, self.device, f"at layer {self.layer_idx}")
+        if as_held:
+            # Steps have the same shapes: the next one can skip the check.
+            self.tokens.checked = given
+        return as_held
 
     def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Handles of all tokens held, which the next update leaves what they are."""
         self.lent = True
-        if self.codes["keys"].length:
-            return handles(self._read())
-        return handles(ExactStates({role: self._exact(role) for role in ROLES}, lambda *_: None, writable=True))
+        if self.tokens.quantized:
+            return handles(self.tokens.read())
+        return handles(ExactStates({role: self.tokens.whole(role) for role in ROLES}, lambda *_: None, writable=True))
 
     def _wait(self, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps a copy of the states until the query that attends to them is seen; returns what attention reads."""
-        before = self.length
+        before = self.tokens.length
         # Ordinary tensors even in inference mode, whose versions show whether they were written to.
         with torch.inference_mode(False):
-            exact = self._with_exact(states, before)
+            exact = self.tokens.followed_by(states, before)
         self.pending = {role: tensor[:, :, before:].detach() for role, tensor in exact.items()}
         return handles(ExactStates(exact, self.observe))
 
@@ -518,36 +414,17 @@ class TurboQuantLayer(DynamicLayer):
         if self.step is not None:
             self.step.outdated, self.step = True, None
 
-    def _read(self, leaving: int | None = None) -> LayerStates:
-        """What attention reads now or, with `leaving`, after one more token, with `leaving` more tokens quantised."""
-        ring, quantized = self.exact.ring, self.codes["keys"].length + (leaving or 0)
-        states = self._read_from(self.exact.tensors, quantized, ring, quantized % ring if ring else 0)
-        if leaving is not None:
-            states.kv_len += 1
-            states.leaving = leaving
-        return states
-
-    def _with_exact(self, states: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
-        """The first `count` tokens, which are exact, followed by new ones, in memory of their own."""
-        return {role: torch.cat([self.exact[role][:, :, :count], states[role]], dim=2) for role in ROLES}
-
-    def _read_from(self, exact: dict[str, torch.Tensor], quantized: int, ring: int, phase: int) -> LayerStates:
-        sinks, backend = self.config.sink_length, self.config.backend
-        return LayerStates(
-            self.quantizers, self.codes, exact, self.length, quantized, sinks, ring, phase, backend, None, self.plans
-        )
-
     @property
     def nbytes(self) -> int:
         """Bytes allocated for tokens."""
-        return sum(buffer.nbytes for buffer in (*self.codes.values(), self.exact))
+        return self.tokens.nbytes
 
     def measure(self) -> None:
         """Fetches lengths to the host; in this class they are always there."""
 
     def get_seq_length(self) -> int:
         """Number of tokens held."""
-        return self.length + (self.pending["keys"].shape[2] if self.pending else 0)
+        return self.tokens.length + (self.pending["keys"].shape[2] if self.pending else 0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """
@@ -560,40 +437,33 @@ class TurboQuantLayer(DynamicLayer):
         # Ask transformers' own layer what the argument means: this changed between releases.
         positions = DynamicLayer()
         positions.lazy_initialization(torch.empty(0, device="meta"), torch.empty(0, device="meta"))
-        positions.keys = positions.values = torch.empty(1, 1, self.length, 1, device="meta")
+        positions.keys = positions.values = torch.empty(1, 1, self.tokens.length, 1, device="meta")
         positions.crop(tokens_to_remove)
-        self.length = positions.get_seq_length()
-        if not self.length:
+        length = positions.get_seq_length()
+        if not length:
             # What comes next has nothing to do with what was learned.
-            empty = [self.exact[role][:, :, :0] for role in ROLES]
+            empty = [self.tokens.exact[role][:, :, :0] for role in ROLES]
             TurboQuantLayer.reset(self)
             self.lazy_initialization(*empty)
             return
-        self.valid = None if self.valid is None else self.valid[:, : self.length]
-        for role in ROLES:
-            self.codes[role].length = min(self.codes[role].length, max(self.length - self.config.sink_length, 0))
+        self.tokens.crop(length)
+        if self.conditioning.valid is not None:
+            self.conditioning.valid = self.conditioning.valid[:, :length]
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Applies `function` to every tensor of tokens; either all of them change or none."""
         if not self.is_initialized:
             return
         self.come_to_rest()
-        valid = None if self.valid is None else function(self.valid)
+        valid = self.conditioning.valid
+        valid = None if valid is None else function(valid)
         self._replace(function)
-        self.valid = valid
+        self.conditioning.valid = valid
         if self.is_offloaded:
             self.offload()
 
     def _replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        # Handles returned earlier keep the tensors they read.
-        buffers = [buffer.snapshot() for buffer in (*self.codes.values(), self.exact)]
-        for buffer in buffers:
-            buffer.map(function)
-        self.codes = dict(zip(ROLES, buffers, strict=False))
-        self.exact = buffers[-1]
-        # Old plans would keep the old buffers alive.
-        self.plans = Plans()
-        self.checked = None
+        self.tokens = self.tokens.mapped(function)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the batch for beam search."""
@@ -623,7 +493,7 @@ class TurboQuantLayer(DynamicLayer):
 
     def prefetch(self) -> None:
         """Moves codes and exact tokens back to the layer's device on the current stream."""
-        if self.is_offloaded and self.exact["keys"].device != self.device:
+        if self.is_offloaded and self.tokens.exact["keys"].device != self.device:
             self._replace(lambda tensor: tensor.to(self.device, non_blocking=True))
 
 

@@ -66,24 +66,24 @@ def layer_memory(layer) -> MemoryReport:
     """The report of one layer of a cache, of any kind."""
     # A compressed layer has its tokens in buffers. Its own tensors are recurrent states and tokens not yet stored; the
     # arena and what conditioning knows are left out.
-    known = "arena", "found", "provisional", "query_energy", "valid"
-    own = {name: value for name, value in vars(layer).items() if name not in known}
-    held = _tensor_bytes(own)
+    if getattr(layer, "observed", None) is not None:
+        layer.settle()
+    held = _tensor_bytes({name: value for name, value in vars(layer).items() if name not in ("arena", "provisional")})
     if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:
         return MemoryReport(other_bytes=held, full_bytes=held)
     layer.measure()
-    codes = scales = 0
-    for buffer in layer.codes.values():
+    tokens, codes, scales = layer.tokens, 0, 0
+    for buffer in tokens.codes.values():
         used = buffer.used_nbytes
         scale_bytes = sum(t.nbytes for name, t in buffer.tensors.items() if "plane" not in name)
         scale_bytes = scale_bytes * buffer.length // buffer.capacity if buffer.capacity else 0
         codes, scales = codes + used - scale_bytes, scales + scale_bytes
     token_bytes = sum(
         tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size()
-        for tensor in layer.exact.tensors.values()
+        for tensor in tokens.exact.tensors.values()
     )
-    exact = token_bytes * (layer.length - layer.codes["keys"].length)
-    constants = sum(quantizer.nbytes for quantizer in layer.quantizers.values())
+    exact = token_bytes * (tokens.length - tokens.quantized)
+    constants = sum(quantizer.nbytes for quantizer in tokens.quantizers.values())
     return MemoryReport(
         codes_bytes=codes,
         scales_bytes=scales,
@@ -91,7 +91,7 @@ def layer_memory(layer) -> MemoryReport:
         slack_bytes=layer.nbytes - codes - scales - exact,
         constants_bytes=constants,
         other_bytes=held,
-        full_bytes=token_bytes * layer.length + held,
+        full_bytes=token_bytes * tokens.length + held,
         smaller_from=_smaller_from(layer, token_bytes, constants),
     )
 
@@ -102,7 +102,7 @@ def _smaller_from(layer: TurboQuantLayer, token_bytes: int, constants: int) -> i
     if room is not None:
         tokens = math.ceil((layer.nbytes + constants) / token_bytes)
         return tokens if tokens <= room else 0
-    tensors = [(t, buffer.block) for buffer in layer.codes.values() for t in buffer.tensors.values()]
+    tensors = [(t, buffer.block) for buffer in layer.tokens.codes.values() for t in buffer.tensors.values()]
     code_bytes = sum(math.prod((*t.shape[:2], *t.shape[3:])) * t.itemsize / block for t, block in tensors)
     exact = layer.config.sink_length + layer.config.residual_length
     return exact + math.ceil((constants + BLOCK * code_bytes) / (token_bytes - code_bytes))

@@ -19,8 +19,9 @@ from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from .conditioning import NOT_CONDITIONED, Learned, learned
 from .config import TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer
-from .layer import ROLES, TurboQuantLayer
+from .layer import TurboQuantLayer
 from .static import StaticSlidingLayer, TurboQuantStaticLayer
+from .tokens import ROLES
 
 FORMAT, FORMAT_VERSION = "hf_turboquant cache", 4
 HEADER, TENSORS = "cache.json", "cache.safetensors"
@@ -160,19 +161,20 @@ def _state(layer, index: int) -> dict:
 
 def _tokens(layer: TurboQuantLayer) -> dict:
     """The arguments of `_restore`."""
-    length, quantized = layer.length, layer.codes["keys"].length
+    held, conditioning = layer.tokens, layer.conditioning
+    length, quantized, sinks = held.length, held.quantized, min(held.sinks, held.length)
     # A static layer knows before the first code how it would be conditioned.
     provisional = learned(getattr(layer, "provisional", NOT_CONDITIONED))
-    found = None if layer.found is None else learned(layer.found)
+    found = None if conditioning.waits else learned(conditioning.found)
     # If the statistics were degenerate, the mean and scale held change nothing.
     kept = CONDITIONED[(found or provisional).condition]
 
     def stored(role: str) -> dict[str, torch.Tensor]:
         # In sequence order, without the slots that hold no token.
-        sinks, buffer = min(layer.config.sink_length, length), layer.codes[role]
-        exact = [*layer.exact.pieces(role, 0, sinks), *layer.exact.pieces(role, sinks + quantized, length)]
+        exact, buffer = held.exact, held.codes[role]
+        pieces = [*exact.pieces(role, 0, sinks), *exact.pieces(role, sinks + quantized, length)]
         codes = {name: tensor[:, :, : -(-quantized // buffer.block)] for name, tensor in buffer.tensors.items()}
-        return {"exact": torch.cat([layer.exact[role][:, :, :0], *exact], dim=2), **codes}
+        return {"exact": torch.cat([exact[role][:, :, :0], *pieces], dim=2), **codes}
 
     return {
         "length": length,
@@ -180,10 +182,10 @@ def _tokens(layer: TurboQuantLayer) -> dict:
         "stored": {role: stored(role) for role in ROLES},
         "found": None if found is None else list(found),
         "provisional": list(provisional),
-        "learned": {name: getattr(layer.quantizers["keys"], name) for name in kept},
-        "query_energy": layer.query_energy,
-        "valid": layer.valid,
-        "constants": {role: _probe(quantizer) for role, quantizer in layer.quantizers.items()},
+        "learned": {name: getattr(held.quantizers["keys"], name) for name in kept},
+        "query_energy": conditioning.query_energy,
+        "valid": conditioning.valid,
+        "constants": {role: _probe(quantizer) for role, quantizer in held.quantizers.items()},
     }
 
 
@@ -213,42 +215,44 @@ def _restore(layer, length, quantized, stored, found, provisional, learned, quer
         _must(stored[role]["exact"].is_floating_point(), f"tokens of {role}", stored[role]["exact"].dtype)
     layer.lazy_initialization(*(stored[role]["exact"][:, :, :0] for role in ROLES))
     batch, heads, _, head_dim = stored["keys"]["exact"].shape
-    layer.found, provisional = None if found is None else Learned(*found), Learned(*provisional)
-    if layer.found is not None:
-        layer.exact = layer._slots()
+    conditioning, provisional = layer.conditioning, Learned(*provisional)
+    if found is not None:
+        conditioning.finish(Learned(*found))
+        layer._start_coding()
+    held = layer.tokens
     recent = length - min(sinks, length) - quantized
-    fits = room is None or (length <= room and quantized <= layer.codes["keys"].capacity)
-    fits = fits and 0 <= quantized and 0 <= recent <= layer.exact.ring
+    fits = room is None or (length <= room and quantized <= held.codes["keys"].capacity)
+    fits = fits and 0 <= quantized and 0 <= recent <= held.exact.ring
     _must(fits, "length", f"{length}, {quantized} of them quantised")
-    layer.exact.reserve(length - quantized, limit=length - quantized)
+    held.exact.reserve(length - quantized, limit=length - quantized)
     for role in ROLES:
-        buffer, blocks = layer.codes[role], -(-quantized // layer.codes[role].block)
+        buffer, blocks = held.codes[role], -(-quantized // held.codes[role].block)
         expected = {name: (t.dtype, (batch, heads, blocks, *t.shape[3:])) for name, t in buffer.tensors.items()}
-        expected["exact"] = layer.exact[role].dtype, (batch, heads, length - quantized, layer.exact[role].shape[3])
+        expected["exact"] = held.exact[role].dtype, (batch, heads, length - quantized, held.exact[role].shape[3])
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored[role].items()}
         _must(found == expected, f"tokens of {role}", found)
         # Tolerates the rounding of another machine, but not another random stream.
-        probes = zip(constants[role], _probe(layer.quantizers[role]), strict=True)
+        probes = zip(constants[role], _probe(held.quantizers[role]), strict=True)
         same = all(abs(held - made) < 1e-3 for held, made in probes)
         _must(same, f"rotation and codebook of {role}", "others from the same seed")
         buffer.reserve(quantized, limit=quantized)
         buffer.length, exact = quantized, stored[role].pop("exact")
         for name, tensor in stored[role].items():
             buffer[name][:, :, :blocks] = tensor
-        layer.exact.write(role, 0, exact[:, :, :sinks])
-        layer.exact.write(role, sinks + quantized, exact[:, :, sinks:])
-    known, shapes = layer.found or provisional, {name: tuple(tensor.shape) for name, tensor in learned.items()}
+        held.exact.write(role, 0, exact[:, :, :sinks])
+        held.exact.write(role, sinks + quantized, exact[:, :, sinks:])
+    known, shapes = conditioning.found or provisional, {name: tuple(tensor.shape) for name, tensor in learned.items()}
     expected = dict.fromkeys(CONDITIONED[known.condition], (heads, 1, head_dim))
     _must(shapes == expected, f"what {known.condition!r} learned", shapes)
     for name, tensor, shape in (("query_energy", query_energy, (heads, head_dim)), ("valid", valid, (batch, length))):
         _must(tensor is None or tensor.shape == shape, name, None if tensor is None else list(tensor.shape))
-    layer.length, layer.query_energy, layer.valid = length, query_energy, valid
+    held.length, conditioning.query_energy, conditioning.valid = length, query_energy, valid
     if isinstance(layer, TurboQuantStaticLayer):
         layer.provisional = provisional
         layer._condition(learned.get("mean"), learned.get("scale"))
         layer._write_lengths()
     else:
-        layer.quantizers = {**layer.quantizers, "keys": replace(layer.quantizers["keys"], **learned)}
+        held.quantizers = {**held.quantizers, "keys": replace(held.quantizers["keys"], **learned)}
 
 
 def _probe(quantizer) -> list[float]:

@@ -8,16 +8,17 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 
 from . import ops
 from .arena import describe, new_arena, open_arena
-from .conditioning import NOT_CONDITIONED, Learned
+from .conditioning import NOT_CONDITIONED, Conditioning, Learned
 from .config import KERNEL_BITS, TurboQuantConfig
 from .handle import handles
-from .layer import ROLES, TurboQuantLayer
+from .layer import TurboQuantLayer
 from .states import LayerStates
 from .storage import SlotBuffer
+from .tokens import ROLES, Tokens
 from .traced import TracedStates, append, seq_length
 
 # Attributes that are views of the arena and are made again with it.
-_VIEWS = {"states", "quantizers", "codes", "exact", "step"}
+_VIEWS = {"states", "tokens", "step"}
 
 # Most tokens of a step: one token of a compiled model, or those that a draft proposes.
 STEP_TOKENS = 16
@@ -89,9 +90,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             self.arena = self.states = self.description = None
             self.arena, self.description = new_arena(description, device), description
         self._open()
-        self.found = NOT_CONDITIONED if self.config.condition == "none" else None
+        self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
+        self.conditioning.found = NOT_CONDITIONED if self.config.condition == "none" else None
         self.provisional = NOT_CONDITIONED
-        self.length = 0
         self._write_lengths()
         self._condition(None, None)
         self.dtype, self.device = key_states.dtype, device
@@ -101,12 +102,12 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def _open(self) -> None:
         """Makes views of the arena that hold no tokens yet."""
         self.states = open_arena(self.arena, self.description)
-        self.quantizers = self.states.quantizers
-        self.codes = {role: buffer.snapshot() for role, buffer in self.states.codes.items()}
-        for buffer in self.codes.values():
-            buffer.length = 0
+        codes = {role: buffer.snapshot() for role, buffer in self.states.codes.items()}
         sinks, ring = self.config.sink_length, self.config.held_length
-        self.exact = SlotBuffer.over(self.states.exact, block=1, length=0, sinks=sinks, ring=ring)
+        exact = SlotBuffer.over(self.states.exact, block=1, length=0, sinks=sinks, ring=ring)
+        window = ring if self.conditioning.waits else self.config.residual_length
+        self.tokens = Tokens(self.states.quantizers, codes, exact, window, self.config.backend)
+        self.tokens.quantized = 0
 
     def __getstate__(self) -> dict:
         # Copies of views would not be views of the copied arena.
@@ -114,7 +115,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self.quantizers, self.codes, self.exact = {}, {}, None
+        self.tokens = Tokens({}, {}, None, 0, self.config.backend)
         if self.is_initialized:
             torch._dynamo.mark_static_address(self.arena)
             self._open()
@@ -183,17 +184,18 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         """
         self.measure()
         self._check_room(tokens)
-        if self.found is None and self.has_tokens:
-            states = {role: self._exact(role).clone() for role in ROLES}
+        if self.conditioning.waits and self.has_tokens:
+            states = {role: self.tokens.whole(role).clone() for role in ROLES}
             with self._all_or_nothing():
-                self._learn(states, self._valid(None, states["keys"]), tokens)
+                self.conditioning.add_mask(None, *states["keys"].shape[0:3:2])
+                self._learn(states, tokens)
             self._write_lengths()
 
     def _check_room(self, tokens: int) -> None:
-        if self.length + tokens > self.max_cache_len:
+        if self.tokens.length + tokens > self.max_cache_len:
             raise ValueError(
                 f"A cache with `max_cache_len={self.max_cache_len}` must get no more tokens than that, got "
-                f"{tokens} after {self.length} at layer {self.layer_idx}. Make a larger one, or `reset()` it."
+                f"{tokens} after {self.tokens.length} at layer {self.layer_idx}. Make a larger one, or `reset()` it."
             )
 
     def _traced_update(self, key_states, value_states) -> tuple[TracedStates, TracedStates]:
@@ -213,21 +215,21 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         super()._store(states, valid)
-        if self.found is None and self.length > self.config.sink_length:
+        if self.conditioning.waits and self.tokens.length > self.tokens.sinks:
             # Whoever replays steps without telling may fill the slots: condition now by the tokens known so far.
-            _, self.provisional = self._conditioned({role: self._exact(role) for role in ROLES}, self.valid)
+            _, self.provisional = self._conditioned({role: self.tokens.whole(role) for role in ROLES})
         self._write_lengths()
 
-    def _conditioned(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None):
-        quantizers, found = super()._conditioned(states, valid)
+    def _conditioned(self, states: dict[str, torch.Tensor]):
+        quantizers, found = super()._conditioned(states)
         self._condition(quantizers["keys"].mean, quantizers["keys"].scale)
-        return self.quantizers, found
+        return self.tokens.quantizers, found
 
     def _defers(self) -> bool:
         return self.defers and super()._defers()
 
-    def _slots(self) -> SlotBuffer:
-        return self.exact
+    def _start_coding(self) -> None:
+        self.tokens = self.tokens.emptied(self.tokens.exact.ring, self.config.residual_length)
 
     def _condition(self, mean: torch.Tensor | None, scale: torch.Tensor | None) -> None:
         """Writes mean and scale to the arena; `None` stands for zero and one, which change nothing."""
@@ -242,22 +244,20 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         if not self.is_initialized:
             return
         states = self.states.measured()
-        self.length = self.most_tokens = states.kv_len
-        self.announced = False
-        for role in ROLES:
-            self.codes[role].length = states.quantized
-        self.has_tokens = self.length > 0
-        if self.codes["keys"].length and self.found is None:
-            self.found, self.query_energy, self.valid = self.provisional, None, None
+        self.tokens.count(states)
+        self.most_tokens, self.announced, self.has_tokens = states.kv_len, False, states.kv_len > 0
+        if states.quantized and self.conditioning.waits:
+            self.conditioning.finish(self.provisional)
+            self.tokens.window = self.config.residual_length
             self._write_lengths()
 
     def _write_lengths(self) -> None:
         """Writes the lengths to the device."""
-        self.most_tokens, self.announced, self.has_tokens = self.length, False, self.length > 0
-        sinks, window, capacity = self.config.sink_length, self.config.residual_length, self.max_cache_len
-        self.step_room = min(sinks + self.exact.ring, capacity) if self.found is None else capacity
-        lengths = self.length, self.codes["keys"].length, self.exact.ring if self.found is None else window
-        for index, length in enumerate(lengths):
+        tokens, capacity = self.tokens, self.max_cache_len
+        self.most_tokens, self.announced, self.has_tokens = tokens.length, False, tokens.length > 0
+        waits = self.conditioning.waits
+        self.step_room = min(tokens.sinks + tokens.exact.ring, capacity) if waits else capacity
+        for index, length in enumerate((tokens.length, tokens.quantized, tokens.window)):
             self.states.counters[..., index] = length
 
     @property
@@ -304,7 +304,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     @property
     def nbytes(self) -> int:
         """Bytes allocated, without the mean and scale, which count as constants."""
-        keys = self.quantizers["keys"]
+        keys = self.tokens.quantizers["keys"]
         return self.arena.nbytes - sum(t.nbytes for t in (keys.mean, keys.scale) if t is not None)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -321,9 +321,10 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             return
         self.settle()
         self.measure()
-        valid = None if self.valid is None else function(self.valid)
+        valid = self.conditioning.valid
+        valid = None if valid is None else function(valid)
         self._hold([{name: function(tensor) for name, tensor in part.items()} for part in _parts(self.states)])
-        self.valid = valid
+        self.conditioning.valid = valid
 
     def _widen(self, dtypes: dict[str, torch.dtype]) -> None:
         self.measure()
@@ -333,18 +334,17 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def _hold(self, parts: list[dict[str, torch.Tensor]]) -> None:
         """Holds the tokens in `parts`, see [`_parts`], instead of its own."""
         self._outdate()
-        self.checked = None
+        self.tokens.checked = None
         before, exact = self.states, parts[0]
         description = describe(self.config, self.layer_idx, exact["keys"], exact["values"])
         if description != self.description:
             # Another batch size or dtype needs other memory.
             arena = new_arena(description, self.device)
-            self.arena, self.description, quantized = arena, description, self.codes["keys"].length
+            self.arena, self.description, held = arena, description, self.tokens
             self._open()
             keys = before.quantizers["keys"]
             self._condition(keys.mean, keys.scale)
-            for buffer in self.codes.values():
-                buffer.length = quantized
+            self.tokens.length, self.tokens.quantized = held.length, held.quantized
             self._write_lengths()
         for held, new in zip(_parts(self.states), parts, strict=True):
             for name, tensor in held.items():

@@ -131,7 +131,7 @@ def test_autocast(implementation, inside, capacity):
                 out = model(piece, **{cache_name(model): cache}).logits
         logits.append(out.float())
     assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
-    assert cache.layers[0].codes["keys"].length > 0
+    assert cache.layers[0].tokens.quantized > 0
 
 
 def gradients(model, cache, ids, prompt, names, train_prompt=False):
@@ -262,7 +262,7 @@ def test_backends(monkeypatch):
         TurboQuantCache(CONFIG, backend="triton", residual_length=0, condition="none").update(*states, 0)
     cache = TurboQuantCache(CONFIG, backend="torch", residual_length=0, condition="none")
     cache.update(*states, 0)
-    assert cache.layers[0].codes["keys"].length == 6
+    assert cache.layers[0].tokens.quantized == 6
 
 
 def test_import_without_triton():
@@ -274,7 +274,7 @@ def test_import_without_triton():
         "assert ops.attention_kernels is None\n"
         "cache = hf_turboquant.TurboQuantCache(residual_length=0, condition='none')\n"
         "cache.update(*torch.randn(2, 1, 2, 10, 32), 0)\n"
-        "print(cache.layers[0].codes['keys'].length)\n"
+        "print(cache.layers[0].tokens.codes['keys'].length)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "6", result.stderr

@@ -70,7 +70,7 @@ def test_attention_reads_codes(quick, monkeypatch):
     monkeypatch.setattr(TurboQuantLayer, "update", lambda self, *states: layers.append(self) or update(self, *states))
     shape = {"batch": 1, "heads": 4, "kv_heads": 2, "key_dim": 32, "value_dim": 32}
     benchmark.layer_times(shape, 300, {"nbits": 4}, torch.device("cpu"), torch.float32)
-    assert layers[-1].codes["keys"].length >= 300 - 132 and layers[-1].condition == "attention"
+    assert layers[-1].tokens.quantized >= 300 - 132 and layers[-1].condition == "attention"
 
 
 def test_steps_start_anew_and_stay_few():

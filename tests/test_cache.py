@@ -200,7 +200,7 @@ def test_logits_match_full_precision(heads, pieces):
                 out = model(ids[:, start:stop], attention_mask=mask[:, :stop], **{cache_name(model): cache}).logits
             start = stop
         logits.append(out)
-    assert cache.layers[0].codes["keys"].length == 50
+    assert cache.layers[0].tokens.quantized == 50
     assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
 
 
@@ -227,7 +227,7 @@ def test_generate_as_with_a_dynamic_cache(model, options):
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **{cache_name(model): cache}, **options
             )
         )
-    assert cache.layers[0].codes["keys"].length > 20
+    assert cache.layers[0].tokens.quantized > 20
     assert torch.equal(*outputs)
 
 
@@ -244,7 +244,7 @@ def test_modes_may_change_between_calls(model, first, then):
             model(ids[:, 41:42], **{cache_name(model): cache})
             logits.append(model(ids[:, 42:60], **{cache_name(model): cache}).logits.detach())
     assert (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
-    for buffer in (*cache.layers[0].codes.values(), cache.layers[0].exact):
+    for buffer in (*cache.layers[0].tokens.codes.values(), cache.layers[0].tokens.exact):
         assert not any(tensor.requires_grad or tensor.is_inference() for tensor in buffer.tensors.values())
 
 
@@ -329,7 +329,7 @@ def test_head_dims_that_cannot_be_packed_stay_in_full_precision(room, early, cap
                 error = (plain(x)[:, :, : y.shape[2]] - y).norm() / y.norm()
                 assert error < 0.015 if index in (1, 3) else error == 0
     assert [type(layer) for layer in cache.layers[::2]] == [kind, kind]
-    assert cache.layers[1].codes["keys"].length == cache.layers[3].codes["keys"].length > 0
+    assert cache.layers[1].tokens.quantized == cache.layers[3].tokens.quantized > 0
     assert [int(cache.get_seq_length(index)) for index in range(4)] == [32] * 4
     assert "2 of 4 layers compressed: 1, 3" in repr(cache)
     assert "head_dim 8 cannot be packed: 0" in repr(cache) and "head_dim 18 cannot be packed: 2" in repr(cache)
@@ -448,7 +448,7 @@ def test_report_counts_every_tensor():
     assert cache.memory().compression_ratio == 1 and "empty" in str(cache.memory())
     fill(cache, 300)
     report, layer = cache.memory(), cache.layers[0]
-    tensors = [t for buffer in (*layer.codes.values(), layer.exact) for t in buffer.tensors.values()]
+    tensors = [t for buffer in (*layer.tokens.codes.values(), layer.tokens.exact) for t in buffer.tensors.values()]
     assert report.codes_bytes + report.scales_bytes + report.exact_bytes + report.slack_bytes == sum(
         t.nbytes for t in tensors
     )
@@ -541,7 +541,7 @@ def test_the_new_name_of_the_argument(model):
         cache = precise_cache()
         out = model.generate(ids, cache=cache, max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
         found.append(out.sequences if hasattr(out, "sequences") else out)
-        assert cache.get_seq_length() == 65 and cache.layers[0].codes["keys"].length == 65 - 8 - 4
+        assert cache.get_seq_length() == 65 and cache.layers[0].tokens.quantized == 65 - 8 - 4
     assert torch.equal(*found)
     cache = precise_cache()
     with torch.no_grad():

@@ -39,7 +39,7 @@ def test_no_compilation_per_step(dynamo, attention):
                 tokens = model.forward(tokens, **{cache_name(model): cache}).logits[:, -1:].argmax(-1)
                 out.append(int(tokens))
                 graphs.append(counters["stats"]["unique_graphs"])
-        assert all(layer.codes["keys"].length == 80 + STEPS - 1 - 12 for layer in cache.layers)
+        assert all(layer.tokens.quantized == 80 + STEPS - 1 - 12 for layer in cache.layers)
         return out, graphs
 
     expected, _ = generate()

@@ -111,11 +111,11 @@ def test_the_first_prefill_is_quantised_once_its_query_was_seen():
     layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
     handles = layer.update(keys, values)
     assert all(isinstance(handle, QuantizedStates) for handle in handles)
-    assert layer.get_seq_length() == 300 and layer.codes["keys"].length == 0
+    assert layer.get_seq_length() == 300 and layer.tokens.quantized == 0
     out = sdpa(query, *handles, is_causal=True, enable_gqa=True)
     # attention itself was exact
     assert torch.equal(out, sdpa(query, keys, values, is_causal=True, enable_gqa=True))
-    assert layer.codes["keys"].length == 280 and layer.pending is None and layer.condition == "attention"
+    assert layer.tokens.quantized == 280 and layer.pending is None and layer.condition == "attention"
 
 
 @pytest.mark.parametrize("step", (lambda handle: handle.mT, lambda handle: handle.repeat_interleave(2, dim=1)))
@@ -123,7 +123,7 @@ def test_without_a_query_keys_are_centred(step):
     _, keys, values = skewed_states(300)
     layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
     step(layer.update(keys, values)[0])
-    assert layer.condition == "center" and layer.codes["keys"].length == 280
+    assert layer.condition == "center" and layer.tokens.quantized == 280
     assert "centred" in repr(layer)
 
 
@@ -164,19 +164,22 @@ def test_keys_wait_until_there_is_enough_to_learn_from(capacity, options, pieces
     for length in feed(layer, pieces, *states):
         exact = layer.keys.dequantize() if isinstance(layer.keys, QuantizedStates) else layer.keys
         if length <= sinks + LEARNED_TOKENS:
-            assert layer.condition is None and layer.codes["keys"].length == 0
+            assert layer.condition is None and layer.tokens.quantized == 0
             assert torch.equal(exact[:, :, :length], states[1][:, :, :length])
             assert f"not conditioned yet, {length} tokens wait" in repr(layer)
         else:
             assert layer.condition == "attention"
             # a step that comes to a static layer is too late to be learned from
-            assert layer.codes["keys"].length == max(length - sinks - window, 0)
+            assert layer.tokens.quantized == max(length - sinks - window, 0)
     # slots that cannot take the tokens of a step are learned from before it comes
     least = LEARNED_TOKENS - (min(pieces[1], STEP_TOKENS) - 1 if capacity is not None else 0)
-    assert layer.found.tokens >= least and f"conditioned by {layer.found.tokens} tokens" in repr(layer)
+    assert (
+        layer.conditioning.found.tokens >= least
+        and f"conditioned by {layer.conditioning.found.tokens} tokens" in repr(layer)
+    )
     # nothing is kept for a wait that is over
-    assert capacity is not None or layer.exact.capacity == sinks + window
-    assert layer.valid is None and layer.query_energy is None
+    assert capacity is not None or layer.tokens.exact.capacity == sinks + window
+    assert layer.conditioning.valid is None and layer.conditioning.query_energy is None
     # as good as a layer that had everything at once
     whole = new_layer(capacity, **options)
     list(feed(whole, [200], *states))
@@ -193,14 +196,18 @@ def test_repetitions_teach_nothing(kinds, others, expected, capacity):
     list(feed(layer, [200], query, keys, values))
     if capacity is not None:
         # there is no room to wait in
-        assert layer.condition == "center" and layer.found.tokens == 196 and not layer.found.enough
+        assert (
+            layer.condition == "center"
+            and layer.conditioning.found.tokens == 196
+            and not layer.conditioning.found.enough
+        )
         return
     # a mask that hides nothing, and a batch of other order, change nothing
     assert layer.condition is None and "200 tokens wait" in repr(layer)
     layer.reorder_cache(torch.tensor([0]))
     list(feed(layer, [others], query, keys, values, start=200))
     assert layer.condition == expected
-    assert layer.codes["keys"].length == (others + 200 - 36 if expected else 0)
+    assert layer.tokens.quantized == (others + 200 - 36 if expected else 0)
 
 
 def test_waiting_ends():
@@ -210,7 +217,7 @@ def test_waiting_ends():
     layer = new_layer(residual_length=32)
     for length in feed(layer, [40] * 14, query, keys, values):
         assert (layer.condition is None) == (length - 4 <= MAX_WAITING_TOKENS)
-    assert layer.condition == "center" and layer.exact.capacity == 36 and "centred by" in repr(layer)
+    assert layer.condition == "center" and layer.tokens.exact.capacity == 36 and "centred by" in repr(layer)
 
 
 def test_the_host_waits_in_the_first_layer_alone(monkeypatch):
@@ -226,7 +233,9 @@ def test_the_host_waits_in_the_first_layer_alone(monkeypatch):
         waits.clear()
         with torch.no_grad():
             model(torch.randint(3, 99, (1, prompt)), **{cache_name(model): cache})
-        assert len(waits) == expected and all((layer.found is None) == (prompt == 100) for layer in cache.layers)
+        assert len(waits) == expected and all(
+            (layer.conditioning.found is None) == (prompt == 100) for layer in cache.layers
+        )
     # and there again for another prompt of the same length
     cache = TurboQuantCache(config, residual_length=8)
     for kind in (5, None):
@@ -270,7 +279,7 @@ def test_padding_is_remembered_while_keys_wait(way, capacity, tmp_path):
         layer.update(keys[rows, :, at : at + 1], values[rows, :, at : at + 1])
     assert layer.condition == "center"
     told = torch.cat([keys[row, :, 20 if row == 0 else 4 : 132] for row in rows], dim=1).mean(1, keepdim=True)
-    torch.testing.assert_close(layer.quantizers["keys"].mean, told, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(layer.tokens.quantizers["keys"].mean, told, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("capacity", (None, 300))
@@ -287,7 +296,7 @@ def test_crop_to_nothing_forgets_what_was_learned(removed, capacity):
         list(feed(each, [10, 160, *[1] * 20], query, keys - 40, values))
     assert layer.condition == fresh.condition == "attention"
     assert torch.equal(layer.keys.dequantize(), fresh.keys.dequantize())
-    assert torch.equal(layer.quantizers["keys"].mean, fresh.quantizers["keys"].mean)
+    assert torch.equal(layer.tokens.quantizers["keys"].mean, fresh.quantizers["keys"].mean)
 
 
 def test_padding_does_not_count():
@@ -301,7 +310,7 @@ def test_padding_does_not_count():
     for mask in (causal, torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)):
         layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
         sdpa(padded_query, *layer.update(padded_keys, values), attn_mask=mask, enable_gqa=True)
-        quantizers.append(layer.quantizers["keys"])
+        quantizers.append(layer.tokens.quantizers["keys"])
     rows = torch.cat([keys[0, :, 150:], keys[1, :, 4:]], dim=1)
     for quantizer in quantizers:
         torch.testing.assert_close(quantizer.mean, rows.mean(1, keepdim=True), rtol=1e-3, atol=1e-2)
@@ -393,10 +402,10 @@ def test_it_travels_with_the_cache_and_reset_forgets_it():
     layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
     sdpa(query, *layer.update(keys, values), enable_gqa=True)
     twin = copy.deepcopy(layer)
-    assert torch.equal(twin.quantizers["keys"].scale, layer.quantizers["keys"].scale)
+    assert torch.equal(twin.tokens.quantizers["keys"].scale, layer.tokens.quantizers["keys"].scale)
     assert torch.equal(twin.keys.dequantize(), layer.keys.dequantize())
     layer.reset()
-    assert layer.condition is None and layer.query_energy is None and layer.pending is None
+    assert layer.condition is None and layer.conditioning.query_energy is None and layer.pending is None
 
 
 FREQUENCIES = tuple(10_000 ** (-i / 32) for i in range(32))

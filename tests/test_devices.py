@@ -37,9 +37,13 @@ def test_layers_on_two_devices(name, static):
     for index, layer in enumerate(cache.layers):
         if layer in compressed_layers(cache):
             layer.measure()
-            held = [layer.exact["keys"], *layer.codes["keys"].tensors.values(), layer.quantizers["keys"].transform]
+            held = [
+                layer.tokens.exact["keys"],
+                *layer.tokens.codes["keys"].tensors.values(),
+                layer.tokens.quantizers["keys"].transform,
+            ]
             assert {tensor.device for tensor in held} == {torch.device(where[index])}
-            assert layer.codes["keys"].length == PROMPT + STEPS - 1
+            assert layer.tokens.quantized == PROMPT + STEPS - 1
     assert torch.equal(*results)
 
 
@@ -62,5 +66,5 @@ def test_kernels_run_where_the_layer_is(capacity):
         cache = TurboQuantCache(config, backend="triton", **capacity)
         twin = dispatch_model(copy.deepcopy(model), device_map, skip_keys=model._skip_keys_device_placement)
         results.append(twin.generate(ids, attention_mask=torch.ones_like(ids), **{cache_name(twin): cache}, **options))
-    assert [layer.codes["keys"]["scales"].device.index for layer in cache.layers] == [0, 1, 0, 1]
+    assert [layer.tokens.codes["keys"]["scales"].device.index for layer in cache.layers] == [0, 1, 0, 1]
     assert cache.memory().codes_bytes > 0 and torch.equal(*results)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from hf_turboquant import QuantizedStates, TurboQuantCache
 from hf_turboquant._supported import cache_name
 
-PROCESSES, ROWS, PROMPT, STEPS = 2, 4, 80, 10
+PROCESSES, ROWS, PROMPT, STEPS = 2, 4, 150, 10
 MODELS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 DEVICES = ["cpu"] + ["cuda"] * (torch.cuda.device_count() >= PROCESSES)
 

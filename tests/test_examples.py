@@ -346,7 +346,7 @@ def test_recall_reads_what_was_loaded(run, monkeypatch):
     # no loss where all tokens stay exact; codes alone lose something, and every turn adds to what was loaded
     assert full == exact and full[2] == "0.0000" and float(coarse[2]) > 0.01 and full[0].endswith(" of 2")
     assert len(loaded) == 2 and all(c.get_seq_length() > n > 400 for c, n in zip(loaded, told, strict=True))
-    assert loaded[1].layers[0].codes["keys"].length == loaded[1].get_seq_length()
+    assert loaded[1].layers[0].tokens.quantized == loaded[1].get_seq_length()
     with pytest.raises(SystemExit):
         run("task_agreement", "--recall", "25")
 
@@ -455,8 +455,8 @@ def test_statistics_of_another_text_stay_when_its_tokens_go(tiny):
     for mine, other, first in zip(later.layers, whole.layers, early.layers, strict=True):
         assert mine.condition == first.condition == "attention" and mine.get_seq_length() == 300
         # 300 tokens but sinks and window, no more
-        assert mine.codes["keys"].length == 300 - 4 - 128
-        learned = [layer.quantizers["keys"].scale for layer in (mine, other, first)]
+        assert mine.tokens.quantized == 300 - 4 - 128
+        learned = [layer.tokens.quantizers["keys"].scale for layer in (mine, other, first)]
         assert torch.equal(learned[0], learned[1]) and not torch.allclose(learned[0], learned[2], rtol=0.01)
 
 

@@ -21,10 +21,11 @@ import hf_turboquant.quantizer
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
 from hf_turboquant._supported import cache_name
 from hf_turboquant.conditioning import condition, energy_of_queries, learned
-from hf_turboquant.layer import ROLES, TurboQuantLayer
+from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
 from hf_turboquant.search import ANNEALINGS
+from hf_turboquant.tokens import ROLES
 
 HEADS, HEAD_DIM, LAYER_IDX = 2, 16, 3
 # keys wait for so many tokens, and for so many different ones while there are at most so many
@@ -318,7 +319,7 @@ class Both:
         assert (layer.pending is not None) == slow.is_waiting
         if not slow.is_waiting:
             assert layer.condition == slow.kind
-            assert not layer.is_initialized or layer.codes["keys"].length == len(slow.coded["keys"])
+            assert not layer.is_initialized or layer.tokens.quantized == len(slow.coded["keys"])
             # with nothing waiting, a look changes nothing
             self.look()
         held = layer.config.sink_length + layer.config.held_length
@@ -433,19 +434,21 @@ def fingerprint(layer):
         # attention would do it
         layer.step.settle()
     for role in ROLES if layer.is_initialized else ():
-        if layer.codes[role].length:
-            codes, scales = reference.codes_of(layer.codes[role], layer.quantizers[role], 0, layer.codes[role].length)
+        if layer.tokens.codes[role].length:
+            codes, scales = reference.codes_of(
+                layer.tokens.codes[role], layer.tokens.quantizers[role], 0, layer.tokens.codes[role].length
+            )
             tensors |= {f"{role} codes": codes, **{f"{role} {name}": scale for name, scale in scales.items()}}
-        start = max(layer.config.sink_length, layer.length - layer.config.residual_length)
-        pieces = [*layer.exact.pieces(role, start, layer.length)]
-        pieces += [layer.exact[role][:, :, : min(layer.length, layer.config.sink_length)]]
+        start = max(layer.config.sink_length, layer.tokens.length - layer.config.residual_length)
+        pieces = [*layer.tokens.exact.pieces(role, start, layer.tokens.length)]
+        pieces += [layer.tokens.exact[role][:, :, : min(layer.tokens.length, layer.config.sink_length)]]
         tensors[f"{role} exact"] = torch.cat(pieces, dim=2)
         if layer.pending is not None:
             tensors[f"{role} pending"] = layer.pending[role]
-    if layer.query_energy is not None:
-        tensors["energy"] = layer.query_energy
-    scalars = (layer.is_initialized, layer.length, layer.condition, layer.get_seq_length())
-    quantizers = [id(layer.quantizers.get(role)) for role in ROLES]
+    if layer.conditioning.query_energy is not None:
+        tensors["energy"] = layer.conditioning.query_energy
+    scalars = (layer.is_initialized, layer.tokens.length, layer.condition, layer.get_seq_length())
+    quantizers = [id(layer.tokens.quantizers.get(role)) for role in ROLES]
     return scalars, quantizers, {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -547,7 +550,7 @@ def test_two_threads_with_two_caches(model):
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, min_new_tokens=20, **{cache_name(model): cache}
         )
-        assert cache.layers[0].codes["keys"].length == 79 - 8 - 4
+        assert cache.layers[0].tokens.quantized == 79 - 8 - 4
         return out
 
     alone, together, barrier = [generate(ids) for ids in prompts], [[], []], threading.Barrier(2)
@@ -609,7 +612,7 @@ def test_query_length_0_as_with_a_dynamic_cache(model, condition):
     assert nothing[0] is held[0] is RuntimeError
     # where tokens are held, the error says what to do, as for a prompt that is no longer than they are
     assert results[2:] == [nothing, (ValueError, *held[1:])]
-    assert cache.layers[0].codes["keys"].length == 65 - 8 - 4
+    assert cache.layers[0].tokens.quantized == 65 - 8 - 4
 
 
 @pytest.mark.parametrize("condition", ("attention", "center", "none"))

@@ -274,7 +274,7 @@ def check(results, model, beams_of=None):
     assert caches
     for cache in caches:
         # codes hold most of the tokens of every layer
-        assert all(layer.codes["keys"].length >= LEAST_CODES for layer in cache.layers)
+        assert all(layer.tokens.quantized >= LEAST_CODES for layer in cache.layers)
         assert all(layer.get_seq_length() == cache.get_seq_length() for layer in cache.layers)
     assert expected.shape == ours.shape
     if torch.equal(expected, ours):
@@ -332,7 +332,7 @@ def test_kernels_give_the_tokens_of_the_reference(tiny, way, capacity):
         results.append(WAYS[way](run))
         for layer in (layer for cache in run.caches for layer in cache.layers):
             layer.measure()
-            assert layer.codes["keys"].length >= LEAST_CODES
+            assert layer.tokens.quantized >= LEAST_CODES
     assert torch.equal(*results)
 
 

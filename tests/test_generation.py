@@ -265,7 +265,9 @@ def test_the_first_token_does_not_wait_for_quantising(llama, graphs, capacity):
     # nothing is left to others who may not be able to do it
     cache.reset()
     ours(llama, prompt(), **given, max_new_tokens=1)
-    assert [layer.observed for layer in cache.layers] == [None] * 2 and cache.layers[0].codes["keys"].length == 130
+    assert [layer.observed for layer in cache.layers] == [None] * 2 and cache.layers[0].tokens.codes[
+        "keys"
+    ].length == 130
 
 
 def test_a_cache_that_cannot_be_cropped_gets_no_step_too_many():

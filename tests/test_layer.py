@@ -49,7 +49,7 @@ def test_exact_tokens_are_exact_and_the_rest_is_quantised_once(sinks, window, pi
         error = (held - given)[:, :, quantized].norm() / given[:, :, quantized].norm()
         assert 0.05 < error < 0.25
     assert layer.get_seq_length() == length
-    assert layer.codes["keys"].length == layer.codes["values"].length == length - window - sinks
+    assert layer.tokens.quantized == layer.tokens.codes["values"].length == length - window - sinks
 
 
 @pytest.mark.parametrize("estimator", ["rescaled", "qjl"])
@@ -71,7 +71,7 @@ def test_the_first_prefill_returns_its_own_states():
     keys, values = states(100)
     out = layer.update(keys, values)
     assert out[0] is keys and out[1] is values
-    assert layer.codes["keys"].length == 80
+    assert layer.tokens.quantized == 80
 
 
 def test_a_chunk_longer_than_the_window_is_read_exactly():
@@ -201,8 +201,8 @@ def test_pure_streaming_holds_nothing_exact():
     layer = TurboQuantLayer(options(residual_length=0, sink_length=0), 0)
     keys, values = states(140)
     out = feed(layer, keys, values, [100, 1, 39])
-    assert layer.exact.nbytes == 0
-    assert layer.codes["keys"].length == 140
+    assert layer.tokens.exact.nbytes == 0
+    assert layer.tokens.quantized == 140
     assert not torch.equal(plain(out[0])[:, :, -1:], keys[:, :, -1:])
 
 
@@ -243,11 +243,13 @@ def test_appending_never_touches_earlier_codes():
     layer = TurboQuantLayer(options(residual_length=8, nbits=4), 0)
     keys, values = states(400)
     feed(layer, keys, values, [300])
-    complete_blocks = layer.codes["keys"].length // 128
-    before = {name: tensor[:, :, :complete_blocks].clone() for name, tensor in layer.codes["keys"].tensors.items()}
+    complete_blocks = layer.tokens.quantized // 128
+    before = {
+        name: tensor[:, :, :complete_blocks].clone() for name, tensor in layer.tokens.codes["keys"].tensors.items()
+    }
     feed(layer, keys[:, :, 300:], values[:, :, 300:], [1] * 90)
     for name, tensor in before.items():
-        assert torch.equal(layer.codes["keys"][name][:, :, :complete_blocks], tensor)
+        assert torch.equal(layer.tokens.codes["keys"][name][:, :, :complete_blocks], tensor)
 
 
 def test_garbage_beyond_the_length_does_not_show():
@@ -255,7 +257,7 @@ def test_garbage_beyond_the_length_does_not_show():
     keys, values = states(200)
     feed(layer, keys, values, [150])
     clean = plain(layer.keys)
-    for buffer in layer.codes.values():
+    for buffer in layer.tokens.codes.values():
         used = buffer.length
         for name, tensor in buffer.tensors.items():
             if "plane" not in name:
@@ -320,7 +322,7 @@ def test_each_role_has_its_own_dtype(kind, dtypes, condition):
             assert held.dtype == given.dtype
             assert torch.equal(plain(held)[:, :, start - 16 : start], given[:, :, start - 16 :])
             assert (plain(held)[:, :, :start] - given).norm() < 0.15 * given.norm()
-    assert len(layer.codes["keys"].tensors) > 1 and layer.codes["keys"].length == start - 20
+    assert len(layer.tokens.codes["keys"].tensors) > 1 and layer.tokens.quantized == start - 20
 
 
 def test_autocast_does_not_round_codes():
@@ -333,8 +335,8 @@ def test_autocast_does_not_round_codes():
             held.append((plain(layer.keys), plain(layer.values)))
             query = torch.ones(2, 2, 1, 32)
             held[-1] += (
-                ops.attention(query, layer._read(), scaling=1.0),
-                ops.scores(query, layer._read(), scaling=1.0),
+                ops.attention(query, layer.tokens.read(), scaling=1.0),
+                ops.scores(query, layer.tokens.read(), scaling=1.0),
             )
     assert all(map(torch.equal, *held))
 
@@ -384,7 +386,7 @@ def test_reset_frees_everything():
     layer = TurboQuantLayer(options(residual_length=16), 0)
     feed(layer, *states(100), [100])
     layer.reset()
-    assert layer.get_seq_length() == 0 and layer.keys is None and not layer.codes
+    assert layer.get_seq_length() == 0 and layer.keys is None and not layer.tokens.codes
     # another batch is fine after a reset
     layer.update(*states(50, batch=1))
     assert layer.get_seq_length() == 50

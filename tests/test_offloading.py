@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_turboquant import QuantizedStates, TurboQuantCache
 from hf_turboquant._supported import cache_name
-from hf_turboquant.layer import ROLES
+from hf_turboquant.tokens import ROLES
 
 pytestmark = pytest.mark.usefixtures("early_learning")
 by_name = {row.name: row for row in ROWS}
@@ -118,7 +118,7 @@ def test_nothing_is_read_before_it_arrives(gpu, name, only_non_sliding):
 
 
 def count_on_host(cache):
-    return sum(isinstance(layer.exact["keys"], OnTheHost) for layer in compressed_layers(cache))
+    return sum(isinstance(layer.tokens.exact["keys"], OnTheHost) for layer in compressed_layers(cache))
 
 
 def test_an_only_layer(gpu):
@@ -187,7 +187,9 @@ def test_same_tokens_on_a_gpu(name):
     for _ in range(5):
         cache = row.cache(model.config, **SMALL_WINDOW, offloading=True)
         assert torch.equal(model.generate(**inputs, **{cache_name(model): cache}, **options), expected)
-        away = [layer.exact["keys"] for layer in compressed_layers(cache) if not layer.exact["keys"].is_cuda]
+        away = [
+            layer.tokens.exact["keys"] for layer in compressed_layers(cache) if not layer.tokens.exact["keys"].is_cuda
+        ]
         assert len(away) >= row.compressed - 1 and all(tensor.is_pinned() for tensor in away)
         twin = pickle.loads(pickle.dumps(cache))
         one_more = [model(inputs["input_ids"][:, :1], **{cache_name(model): each}).logits for each in (cache, twin)]

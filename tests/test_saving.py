@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_turboquant import TurboQuantCache, saving
 from hf_turboquant._supported import cache_name
 from hf_turboquant.hybrid import TurboQuantHybridLayer
+from hf_turboquant.layer import TurboQuantLayer
 
 TINY = {
     "hidden_size": 64,
@@ -117,8 +118,8 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(family, capacity, with_config, 
     assert repr(loaded) == repr(cache) and "conditioned" in repr(loaded)
     assert loaded.layer_class_to_replicate is None
     assert loaded.get_seq_length() == 150
-    compressed = [layer for layer in loaded.layers if hasattr(layer, "codes")]
-    assert compressed and all(layer.codes["keys"].length == 150 - 4 - 16 for layer in compressed)
+    compressed = [layer for layer in loaded.layers if isinstance(layer, TurboQuantLayer)]
+    assert compressed and all(layer.tokens.quantized == 150 - 4 - 16 for layer in compressed)
     assert torch.equal(go_on(model, loaded), go_on(model, cache))
     # and not because nothing depends on the past
     assert not torch.equal(go_on(model, loaded), go_on(model, TurboQuantCache(model.config)))
@@ -179,7 +180,7 @@ def test_every_length(lengths, crop, options, tmp_path):
         for count in (1, 40):
             each.update(*torch.randn(2, 2, 2, count, 32, generator=generator), 0)
             each.layers[0].settle()
-    assert loaded.layers[0].codes["keys"].length == cache.layers[0].codes["keys"].length
+    assert loaded.layers[0].tokens.quantized == cache.layers[0].tokens.quantized
     assert same(loaded, cache)
 
 
@@ -201,7 +202,7 @@ def test_every_length_of_static_capacity(lengths, options, tmp_path):
             each.update(*token, 0)
         each.layers[0].measure()
     assert same(loaded, cache) and loaded.layers[0].condition == cache.layers[0].condition
-    assert loaded.layers[0].codes["keys"].length == cache.layers[0].codes["keys"].length
+    assert loaded.layers[0].tokens.quantized == cache.layers[0].tokens.quantized
     with pytest.raises(ValueError, match="max_cache_len=310"):
         loaded.update(*torch.randn(2, 2, 2, 300, 32), 0)
     assert TurboQuantCache.from_pretrained(tmp_path / "first").get_seq_length() == sum(lengths)
@@ -236,12 +237,14 @@ def test_what_is_loaded_in_inference_mode_can_be_written_to_outside(tmp_path):
 def test_queries_seen_before_the_first_code_are_kept(tmp_path):
     model = make_model("llama")
     cache = prefilled(model, length=70, residual_length=128)
-    assert cache.layers[0].condition is None and cache.layers[0].query_energy is not None
+    assert cache.layers[0].condition is None and cache.layers[0].conditioning.query_energy is not None
     cache.save_pretrained(tmp_path / "saved")
     loaded = TurboQuantCache.from_pretrained(tmp_path / "saved", config=model.config)
     assert torch.equal(go_on(model, loaded, 80), go_on(model, cache, 80))
     assert loaded.layers[1].condition == "attention"
-    assert torch.equal(loaded.layers[1].quantizers["keys"].scale, cache.layers[1].quantizers["keys"].scale)
+    assert torch.equal(
+        loaded.layers[1].tokens.quantizers["keys"].scale, cache.layers[1].tokens.quantizers["keys"].scale
+    )
 
 
 def test_tokens_that_wait_for_their_query_are_settled_first(tmp_path):
@@ -268,7 +271,7 @@ def test_hybrid_and_skipped_layers(tmp_path):
     assert ours.has_previous_state == theirs.has_previous_state == {0: False, 1: True}
     # without a config, layers go on being made as they come
     loaded.update(*torch.randn(2, 2, 2, 3, 32), 2)
-    assert len(loaded) == 3 and hasattr(loaded.layers[2], "codes")
+    assert len(loaded) == 3 and isinstance(loaded.layers[2], TurboQuantLayer)
 
 
 def test_an_empty_cache(tmp_path):

@@ -63,7 +63,7 @@ def held(layer):
     layer.measure()
     pairs = (layer.keys, layer.values)
     plain = [x.dequantize() if isinstance(x, QuantizedStates) else x for x in pairs]
-    return [x[:, :, : layer.length] for x in plain]
+    return [x[:, :, : layer.tokens.length] for x in plain]
 
 
 def new_layer(capacity=400, **options):
@@ -97,7 +97,7 @@ def test_the_same_as_the_layer_that_grows(condition, pieces, options):
     feed(grows, keys, values, pieces)
     assert layer.get_seq_length() == sum(pieces)
     assert_same_tokens(layer, grows)
-    assert layer.codes["keys"].length == grows.codes["keys"].length > 0
+    assert layer.tokens.quantized == grows.tokens.quantized > 0
     assert layer.condition == grows.condition == condition
     assert layer.arena.data_ptr() == address
 
@@ -210,7 +210,7 @@ def test_a_short_prompt_and_steps_condition_what_steps_quantise(prompt, told):
     known = 132 if told else prompt
     assert layer.condition == ("center" if known > 4 else "none")
     mean = keys[:, :, 4:known].mean((0, 2), keepdim=True)[0] if known > 4 else torch.zeros(2, 1, 32)
-    assert torch.allclose(layer.quantizers["keys"].mean, mean, atol=1e-5)
+    assert torch.allclose(layer.tokens.quantizers["keys"].mean, mean, atol=1e-5)
     error = (held(layer)[0] - keys)[:, :, 4:60].norm() / (keys - 10)[:, :, 4:60].norm()
     assert 0 < error < (0.3 if known > 4 else 5)
     # and so it goes on
@@ -245,7 +245,9 @@ def test_compiled_steps_after_a_short_prompt(window, monkeypatch):
     for options in ({}, compiled("aot_eager")):
         cache = TurboQuantCache(model.config, max_cache_len=300, residual_length=window)
         found.append(generate(model, cache, tokens=150, prompt=20, **options))
-        assert all(layer.condition == "attention" and layer.found.tokens == 256 - 7 + 4 for layer in cache.layers)
+        assert all(
+            layer.condition == "attention" and layer.conditioning.found.tokens == 256 - 7 + 4 for layer in cache.layers
+        )
     assert torch.equal(*found)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     fetched = []
@@ -271,7 +273,7 @@ def test_memory_is_counted_and_does_not_change():
             feed(cache.layers[index], *states(tokens + 20, value_dim=32), [tokens, *[1] * 20])
         reports.append(cache.memory())
         assert reports[-1].total_bytes == sum(
-            layer.arena.nbytes + sum(q.nbytes for q in layer.quantizers.values()) for layer in cache.layers
+            layer.arena.nbytes + sum(q.nbytes for q in layer.tokens.quantizers.values()) for layer in cache.layers
         )
     assert reports[0].total_bytes == reports[1].total_bytes
     assert 0 < reports[0].codes_bytes < reports[1].codes_bytes and reports[1].slack_bytes < reports[0].slack_bytes
@@ -365,7 +367,7 @@ def test_compiled_steps_fetch_no_length(monkeypatch):
     layer.crop(-2)
     for _ in range(4):
         assert layer.get_mask_sizes(1) == (PROMPT + 24, 0)
-    assert layer.length == PROMPT + 22
+    assert layer.tokens.length == PROMPT + 22
 
 
 def test_no_step_asks_the_host_for_anything(monkeypatch):
@@ -389,7 +391,7 @@ def test_no_step_asks_the_host_for_anything(monkeypatch):
     cache.layers[0].count(3)
     assert cache.layers[0].most_tokens == PROMPT + 10 and cache.get_seq_length() == PROMPT + 7
     cache.layers[0].measure()
-    assert cache.layers[0].most_tokens == cache.layers[0].length == PROMPT + 7 and fetched
+    assert cache.layers[0].most_tokens == cache.layers[0].tokens.length == PROMPT + 7 and fetched
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -423,7 +425,7 @@ def test_a_graph_of_the_bare_model_gives_the_tokens_of_steps():
     layer = cache.layers[0]
     assert layer.most_tokens < PROMPT + 31
     layer.measure()
-    assert layer.length == PROMPT + 31
+    assert layer.tokens.length == PROMPT + 31
     for _ in range(20):
         graph.replay()
     with pytest.raises(ValueError, match="got more by compiled"):

@@ -167,7 +167,7 @@ def layer_times(shape: dict, context: int, options: dict | None, device: torch.d
         attention_ms, nbytes = best_attention_ms(query, keys, values), keys.nbytes + values.nbytes
     else:
         attention_ms = median_ms(lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True))
-        nbytes = sum(buffer.used_nbytes for buffer in layer.codes.values()) + layer.exact.nbytes
+        nbytes = sum(buffer.used_nbytes for buffer in layer.tokens.codes.values()) + layer.tokens.exact.nbytes
     return {"attention_ms": attention_ms, "step_ms": step_ms, "prefill_ms": prefill_ms, "bytes": nbytes}
 
 

@@ -152,10 +152,10 @@ def test_steps_of_a_growing_layer_leave_what_a_prefill_leaves(sinks, ring, optio
             ops.attention(query, states, scaling=0.125), reference.attention(query.float(), states, scaling=0.125)
         )
         assert error < (2e-3 if dtype == torch.float16 else 1.6e-2)
-    assert stepped.length == filled.length == 150
+    assert stepped.tokens.length == filled.tokens.length == 150
     for role in ROLES:
-        assert stepped.codes[role].length == filled.codes[role].length == 150 - sinks - ring
-        assert_same_tokens(stepped._read(), filled._read(), role)
+        assert stepped.tokens.codes[role].length == filled.tokens.codes[role].length == 150 - sinks - ring
+        assert_same_tokens(stepped.tokens.read(), filled.tokens.read(), role)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,9 +183,9 @@ def test_attention_appends_the_newest_token(sinks, ring, head_dims, options, dty
         layer.settle(query)
     for start, stop in ((136, 142), (140, 143)):
         for layer in (attending, settling):
-            if start < layer.length:
+            if start < layer.tokens.length:
                 # steps go on with a ring that is not full
-                layer.crop(start - layer.length)
+                layer.crop(start - layer.tokens.length)
         for at in range(start, stop):
             states = grow(attending, keys, values, at, at + 1)[0].states
             attention_mask = None if at % 2 else mask
@@ -199,7 +199,7 @@ def test_attention_appends_the_newest_token(sinks, ring, head_dims, options, dty
             grow(settling, keys, values, at, at + 1)
         settling.settle()
         for role in ROLES:
-            for ours, theirs in zip(*(contents(x._read(), role) for x in (attending, settling)), strict=True):
+            for ours, theirs in zip(*(contents(x.tokens.read(), role) for x in (attending, settling)), strict=True):
                 assert (ours != theirs).sum() <= 1e-3 * ours.numel()
 
 
@@ -265,10 +265,10 @@ def test_plans_are_for_the_buffers_that_they_were_made_for():
     assert all(plan is first[key] for key, plan in attend(layer, 201, 202).items())
     # a copy has buffers of its own, and writes to none of the original's
     twin = copy.deepcopy(layer)
-    before = [tensor.clone() for role in ROLES for tensor in contents(layer._read(), role)]
+    before = [tensor.clone() for role in ROLES for tensor in contents(layer.tokens.read(), role)]
     assert not twin.plans and not pickle.loads(pickle.dumps(layer)).plans
     assert not set(attend(twin, 210, 215).values()) & set(first.values())
-    assert all(map(torch.equal, before, (tensor for role in ROLES for tensor in contents(layer._read(), role))))
+    assert all(map(torch.equal, before, (tensor for role in ROLES for tensor in contents(layer.tokens.read(), role))))
     # new blocks, then new buffers; what is kept is for the new ones alone
     plans = attend(layer, 202, 330)
     assert not set(plans.values()) & set(first.values())
@@ -277,7 +277,7 @@ def test_plans_are_for_the_buffers_that_they_were_made_for():
     attend(layer, 330, 332)
     layer.crop(-20)
     attend(layer, 312, 320)
-    assert all(plan.fits(layer._read()) for plan in layer.plans.values())
+    assert all(plan.fits(layer.tokens.read()) for plan in layer.plans.values())
     layer.reset()
     assert not layer.plans
 
@@ -375,7 +375,7 @@ def test_each_role_has_its_own_dtype(dtypes, query_dtype, capacity):
         held = (layer.keys if role == "keys" else layer.values).dequantize()[:, :, :44]
         assert held.dtype == torch.cat(all_given, dim=2).dtype
         assert torch.equal(held[:, :, -8:], torch.cat(all_given, dim=2)[:, :, -8:])
-        codes, _ = reference.codes_of(layer.codes[role], layer.quantizers[role], 0, 32)
+        codes, _ = reference.codes_of(layer.tokens.codes[role], layer.tokens.quantizers[role], 0, 32)
         same = codes == reference.codes_of(expected.codes[role], expected.quantizers[role], 0, 32)[0]
         assert same.float().mean() > 0.99
 

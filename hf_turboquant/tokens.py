@@ -1,0 +1,196 @@
+"""Tokens: the keys and values that a layer holds, and where each of them is."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+
+from . import ops
+from .packing import BLOCK
+from .plans import Plans
+from .quantizer import Quantizer
+from .states import LayerStates
+from .storage import SlotBuffer, TokenBuffer
+
+ROLES = ("keys", "values")
+
+
+class Tokens:
+    """
+    The keys and values of one layer: exact ones in slots, the first `exact.sinks` and the last `window` of them, and
+    codes for all between. When a token is stored, and when keys are conditioned, is for the layer to decide.
+
+    Args:
+        quantizers (`dict[str, Quantizer]`), codes (`dict[str, TokenBuffer]`): by role.
+        exact (`SlotBuffer`, *optional*): `None` where there is no memory yet.
+        window (`int`): recent tokens that stay exact, at most `exact.ring`.
+        backend (`str`): `"auto"`, `"triton"` or `"torch"`: see [`TurboQuantConfig`].
+    """
+
+    def __init__(
+        self,
+        quantizers: dict[str, Quantizer],
+        codes: dict[str, TokenBuffer],
+        exact: SlotBuffer | None,
+        window: int,
+        backend: str,
+    ):
+        self.quantizers, self.codes, self.exact = quantizers, codes, exact
+        self.window, self.backend = window, backend
+        self.length = 0
+        # What launches on the same buffers share.
+        self.plans = Plans()
+        # Shapes, dtypes and devices of the last states that fitted.
+        self.checked: tuple | None = None
+
+    @classmethod
+    def like(
+        cls, states: dict[str, torch.Tensor], quantizers: dict[str, Quantizer], sinks: int, ring: int, backend: str
+    ) -> "Tokens":
+        """Empty buffers that grow, for states of shape `[batch, heads, tokens, head_dim]` by role."""
+        batch, heads = states["keys"].shape[:2]
+        shapes = {role: (states[role].dtype, (states[role].shape[-1],)) for role in ROLES}
+        exact = SlotBuffer(shapes, batch, heads, states["keys"].device, sinks, ring)
+        codes = {role: quantizers[role].new_buffer(batch, heads) for role in ROLES}
+        return cls(quantizers, codes, exact, ring, backend)
+
+    @property
+    def quantized(self) -> int:
+        """Number of tokens in codes."""
+        return self.codes["keys"].length
+
+    @quantized.setter
+    def quantized(self, length: int) -> None:
+        for buffer in self.codes.values():
+            buffer.length = length
+
+    @property
+    def sinks(self) -> int:
+        """Number of first tokens that stay exact."""
+        return self.exact.sinks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(buffer.nbytes for buffer in (*self.codes.values(), self.exact))
+
+    def check(self, key_states: torch.Tensor, value_states: torch.Tensor, device: torch.device, where: str) -> bool:
+        """
+        Whether new states, which fit one another, have the dtypes of those held.
+
+        Raises:
+            `ValueError`: they cannot follow those held; the message says `where`.
+        """
+        for name, states, held in (
+            ("key_states", key_states, self.exact["keys"]),
+            ("value_states", value_states, self.exact["values"]),
+        ):
+            expected = (*held.shape[:2], held.shape[3], device)
+            got = (*states.shape[:2], states.shape[3], states.device)
+            if expected != got:
+                raise ValueError(
+                    f"`{name}` must keep the batch size, heads, head_dim and device of the cached tokens, "
+                    f"{expected}, got {got} {where}. Use a new cache or `reset()` for another batch, and "
+                    "`batch_repeat_interleave` or `batch_select_indices` to change the batch of this one."
+                )
+        return (key_states.dtype, value_states.dtype) == (self.exact["keys"].dtype, self.exact["values"].dtype)
+
+    def whole(self, role: str) -> torch.Tensor:
+        """All tokens, as long as none is quantised; shares memory."""
+        return self.exact[role][:, :, : self.length]
+
+    def followed_by(self, states: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+        """The first `count` tokens, which are exact, and then new ones, in memory of their own."""
+        return {role: torch.cat([self.exact[role][:, :, :count], states[role]], dim=2) for role in ROLES}
+
+    def append(self, states: dict[str, torch.Tensor]) -> None:
+        """Writes new tokens to the exact slots, and quantises what leaves them."""
+        before, after = self.length, self.length + states["keys"].shape[2]
+        first, last = self.sinks + self.quantized, after - self.window
+        # Everything that can run out of memory comes first; codes beyond a buffer's length are ignored.
+        self.exact.reserve(min(after, self.sinks + self.window), limit=self.sinks + self.exact.ring)
+        if last > first:
+            leaving = {role: self._leaving(states[role], role, first, last) for role in ROLES}
+            ops.quantize_pair(leaving, self.quantizers, self.codes, self.backend)
+        for start, stop in ((before, min(after, self.sinks)), (max(before, self.sinks, last), after)):
+            if start < stop:
+                for role in ROLES:
+                    self.exact.write(role, start, states[role][:, :, start - before : stop - before])
+        self.length = after
+
+    def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
+        """The tokens at positions `start` to `stop`, taken from the recent window and then from `states`."""
+        pieces = self.exact.pieces(role, start, min(self.length, stop))
+        if stop > self.length:
+            pieces.append(states[:, :, max(start - self.length, 0) : stop - self.length])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+    def read(self) -> LayerStates:
+        """What attention reads."""
+        ring = self.exact.ring
+        return self.read_from(self.exact.tensors, self.quantized, ring, self.quantized % ring if ring else 0)
+
+    def read_from(self, exact: dict[str, torch.Tensor], quantized: int, ring: int, phase: int) -> LayerStates:
+        """The same with other slots in place of its own."""
+        return LayerStates(
+            self.quantizers, self.codes, exact, self.length, quantized, self.sinks, ring, phase, self.backend, None,
+            self.plans,
+        )  # fmt: skip
+
+    def read_step(self, newest: tuple[torch.Tensor, torch.Tensor]) -> LayerStates:
+        """
+        Makes room for one token, which pushes at most one out of the recent window; returns what attention reads, and
+        is to write: [`count`] it then.
+        """
+        quantized, ring = self.quantized, self.exact.ring
+        leaving = int(self.length + 1 - self.sinks - self.window > quantized)
+        if not leaving:
+            self.exact.reserve(min(self.length + 1, self.sinks + self.window), limit=self.sinks + self.window)
+        elif quantized % BLOCK == 0:
+            # Buffers grow by whole blocks.
+            for buffer in self.codes.values():
+                buffer.reserve(quantized + 1)
+        quantized += leaving
+        states = self.read_from(self.exact.tensors, quantized, ring, quantized % ring if ring else 0)
+        states.kv_len, states.newest, states.leaving = self.length + 1, newest, leaving
+        return states
+
+    def count(self, states: LayerStates) -> None:
+        """Counts the token of a step."""
+        self.length, self.quantized = states.kv_len, states.quantized
+
+    def crop(self, length: int) -> None:
+        """Keeps the first `length` tokens, exact or quantised as they are."""
+        self.length, self.quantized = length, min(self.quantized, max(length - self.sinks, 0))
+
+    def snapshot(self) -> "Tokens":
+        """The same tokens, which do not see what is appended here later."""
+        twin = copy.copy(self)
+        twin.codes = {role: buffer.snapshot() for role, buffer in self.codes.items()}
+        twin.exact = self.exact.snapshot()
+        return twin
+
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":
+        """The same with `function(tensor)` in place of every tensor (reorder, select, repeat, move)."""
+        # Handles returned earlier keep the tensors they read.
+        twin = self.snapshot()
+        for buffer in (*twin.codes.values(), twin.exact):
+            buffer.map(function)
+        # Old plans would keep the old buffers alive.
+        twin.plans, twin.checked = Plans(), None
+        return twin
+
+    def to(self, dtypes: dict[str, torch.dtype]) -> "Tokens":
+        """The same with exact tokens in these dtypes, by role."""
+        twin = self.snapshot()
+        twin.exact.to(dtypes)
+        return twin
+
+    def emptied(self, ring: int, window: int) -> "Tokens":
+        """The same without tokens, of which none was quantised, and with slots for `ring` recent ones."""
+        twin = self.snapshot()
+        twin.length, twin.window = 0, window
+        if ring != twin.exact.ring:
+            twin.exact.ring = ring
+            twin.exact.map(lambda tensor: tensor.new_empty((*tensor.shape[:2], 0, tensor.shape[3])))
+        return twin
