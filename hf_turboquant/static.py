@@ -8,7 +8,7 @@ import torch
 from . import ops
 from .arena import describe, new_arena, open_arena
 from .conditioning import NOT_CONDITIONED, Learned
-from .config import KERNEL_BITS, TurboQuantConfig
+from .config import TurboQuantConfig
 from .layer import ROLES, TurboQuantLayer, _handles
 from .states import LayerStates
 from .storage import SlotBuffer
@@ -66,7 +66,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         # Attention would read a longer chunk after some of its own tokens have left the window.
         self.step_tokens = max(1, min(STEP_TOKENS, config.residual_length))
         # The torch reference fetches lengths from the device, which a CUDA graph cannot do.
-        self.is_compileable = config.backend != "torch" and {config.key_bits, config.value_bits} <= set(KERNEL_BITS)
+        self.is_compileable = config.backend != "torch"
         super().__init__(config, layer_idx)
 
     def __repr__(self) -> str:

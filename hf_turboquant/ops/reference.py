@@ -55,6 +55,8 @@ def encode(states: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, di
 
 
 def _encode(z: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    if quantizer.estimator == "int8":
+        return _encode_int8(z)
     norms = torch.linalg.vector_norm(z, dim=-1)
     # A zero vector has no direction: any will do, because its scale is zero.
     y = (z / norms.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).nan_to_num_()
@@ -69,6 +71,16 @@ def _encode(z: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, dict[s
     residual = y - nearest
     codes = _add_signs(codes, residual @ quantizer.sketch.mT, quantizer)
     return codes, {"scales": norms, "residual_norms": norms * torch.linalg.vector_norm(residual, dim=-1)}
+
+
+def _encode_int8(z: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The nearest whole multiples of a scale that two bytes hold: see [`Quantizer`]."""
+    # Rounding it to the nearest cannot take a code beyond 127, because 127 (1 + 2⁻⁸) is under 127.5.
+    scale = (z.abs().amax(-1) * (1 / 127)).bfloat16().float()
+    # Smaller ones have no inverse.
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    levels = (z * (1 / torch.where(scale == 0, 1.0, scale)).unsqueeze(-1) + 0.5).floor_()
+    return levels.nan_to_num_(0).to(torch.int8).view(torch.uint8), {"scales": scale}
 
 
 def _encode_jointly(y, norms, quantizer: Quantizer) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -97,6 +97,8 @@ def contents(states, role):
         (4, 8, {"nbits": 4, "waiting": True}),
         (4, 8, {"nbits": 3, "condition": "none"}),
         (4, 8, {"nbits": 2, "key_estimator": "rescaled"}),
+        (4, 8, {"nbits": 8}),
+        (0, 5, {"key_bits": 8, "value_bits": 3, "condition": "none"}),
         (0, 5, {"key_bits": 2, "value_bits": 3, "value_estimator": "mse"}),
         (3, 0, {"nbits": 4, "condition": "none"}),
         (0, 0, {"nbits": 3}),
@@ -134,7 +136,14 @@ def grow(layer, keys, values, start, stop):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "sinks, ring, options",
-    [(4, 8, {}), (0, 5, {"nbits": 3, "key_estimator": "rescaled"}), (3, 0, {"nbits": 2}), (0, 0, {"nbits": 4})],
+    [
+        (4, 8, {}),
+        (0, 5, {"nbits": 3, "key_estimator": "rescaled"}),
+        (3, 0, {"nbits": 2}),
+        (0, 0, {"nbits": 4}),
+        (4, 8, {"nbits": 8}),
+        (0, 5, {"key_bits": 8, "value_bits": 4}),
+    ],
     ids=str,
 )
 @pytest.mark.usefixtures("same_search")
@@ -166,6 +175,8 @@ def test_steps_of_a_growing_layer_leave_what_a_prefill_leaves(sinks, ring, optio
         (0, 5, (80, 48), {"nbits": 2, "key_estimator": "rescaled"}),
         (3, 0, (64, 64), {"key_bits": 3, "value_bits": 4, "key_estimator": "mse", "condition": "center"}),
         (0, 1, (256, 256), {"nbits": 4, "condition": "attention"}),
+        (4, 8, (64, 80), {"nbits": 8}),
+        (0, 5, (80, 64), {"key_bits": 4, "value_bits": 8}),
     ],
     ids=str,
 )
