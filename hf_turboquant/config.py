@@ -132,7 +132,7 @@ class TurboQuantConfig:
         Args:
             preset (`str`): `"quality"`, `"balanced"` or `"small"`, with 4, 3 and 2 bits; `"cautious"`, with 8 bits for
                 keys and 4 for values; `"paper"` for the literal settings of the TurboQuant paper (no conditioning, no
-                exact tokens), which are worse; it uses the `nbits` given in `options`.
+                exact tokens), which are worse; it uses the `nbits` given in `options`, and leaves 8 bits as they are.
 
         Raises:
             `ValueError`: there is no such preset, or an option is out of range.
