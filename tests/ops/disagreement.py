@@ -39,7 +39,7 @@ class Disagreement:
         codes (`float`): fraction of codes that differ from the reference's.
         coordinate (`float`):
             Largest excess of |αy - c[code]| over that of the nearest centroid, times √head_dim, where α is the factor
-            before rounding that best fits the codes of a vector. At 8 bits that of |z / s - code|, with the scale s.
+            before rounding that best fits the codes of a vector. At 8 bits α is one, and c the codes times their scale.
         direction (`float`): largest (best cosine - cosine) / (1 - best cosine), where the best is over all α.
         sign (`float`): largest |⟨sketch row, residual⟩| of a wrong sign, over |row| |residual| / √head_dim.
         scale (`float`): largest relative error of a scale or residual norm, given the codes.
@@ -71,7 +71,8 @@ def disagreement(states: torch.Tensor, quantizer: Quantizer, buffer) -> Disagree
     scales = {"scales": norms}
     if quantizer.estimator == "int8":
         scales["scales"] = z.abs().amax(-1) / 127
-        coordinate = ((z / stored["scales"].double().unsqueeze(-1) - chosen).abs() - 0.5).amax().item()
+        step = (stored["scales"].double() / norms).unsqueeze(-1)
+        coordinate = ((y - chosen * step).abs() - step / 2).max().item() * quantizer.head_dim**0.5
     elif quantizer.annealing is not None:
         # No single code or sign is right by itself: compare only the error.
         scales = _joint_scales(y, norms, chosen, (codes >> quantizer.code_bits).double() * 2 - 1, quantizer)

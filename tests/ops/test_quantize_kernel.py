@@ -126,8 +126,8 @@ def assert_right(case: Case):
     assert buffer.length == states.shape[2]
     result = disagreement(states, quantizer, buffer)
     # one coordinate on a boundary changes the residual, and with it some signs of its vector; a search that meets one
-    # may end elsewhere, as near
-    assert result.codes <= (1e-3 if quantizer.annealing is None else 0.03)
+    # may end elsewhere, as near; a scale of 8 bits on a boundary changes many codes of its vector
+    assert result.codes <= (1e-3 if quantizer.annealing is None and quantizer.nbits < 8 else 0.03)
     assert abs(result.error) <= 0.01
     # nor the cosine: which of two codes at a boundary a factor gives is decided by rounding
     assert result.coordinate <= 1e-5 and result.direction <= 0.1 and result.sign <= 1e-4

@@ -77,6 +77,13 @@ def assert_same_tokens(ours, theirs, role):
         ]
         assert (read[0] - read[1]).norm() < 0.6 * read[1].norm()
         pairs = pairs[-1:]
+    elif DEVICE == "cuda" and ours.quantizers[role].estimator == "int8":
+        # a scale on a boundary changes many codes of its vector; all are nearest to the same numbers
+        (codes, other_codes), (scales, other_scales), _ = pairs
+        read = codes.view(torch.int8) * scales.unsqueeze(-1).float()
+        other = other_codes.view(torch.int8) * other_scales.unsqueeze(-1).float()
+        assert ((read - other).abs() <= 0.505 * (scales + other_scales).unsqueeze(-1).float()).all()
+        pairs = pairs[-1:]
     for mine, other in pairs:
         # a launch for one token sums in another order than one for many
         assert (mine != other).sum() <= 1e-3 * mine.numel()
