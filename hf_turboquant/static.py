@@ -60,6 +60,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     most_tokens: int = 0
     # Whether `get_mask_sizes` has already counted the tokens of the next step.
     announced: bool = False
+    # Whether the caller promises to call `settle` before a step: none that is compiled or captured can.
+    defers: bool = False
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.max_cache_len = config.max_cache_len
@@ -167,19 +169,23 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def find_room(self, tokens: int) -> None:
         """
         Checks the capacity before a step that has not been announced: raises a `ValueError` if its tokens do not fit,
-        and waits for the exact length only if the bound says that they may not. Keys that wait to be conditioned are,
-        if the exact slots cannot take the tokens.
+        and waits for the exact length only if the bound says that they may not.
         """
-        if self.announced or self._is_capturing():
-            return
-        if self.most_tokens + tokens > self.step_room:
-            self.measure()
-            self._check_room(tokens)
-            if self.found is None:
-                states = {role: self._exact(role).clone() for role in ROLES}
-                with self._all_or_nothing():
-                    self._learn(states, self._valid(None, states["keys"]), tokens)
-                self._write_lengths()
+        if not self.announced and not self._is_capturing() and self.most_tokens + tokens > self.step_room:
+            self.make_room(tokens)
+
+    def make_room(self, tokens: int) -> None:
+        """
+        Fetches the exact length; raises a `ValueError` if so many tokens more do not fit. Keys that wait to be
+        conditioned are, if the exact slots cannot take the tokens.
+        """
+        self.measure()
+        self._check_room(tokens)
+        if self.found is None and self.has_tokens:
+            states = {role: self._exact(role).clone() for role in ROLES}
+            with self._all_or_nothing():
+                self._learn(states, self._valid(None, states["keys"]), tokens)
+            self._write_lengths()
 
     def _check_room(self, tokens: int) -> None:
         if self.length + tokens > self.max_cache_len:
@@ -214,6 +220,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         quantizers, found = super()._conditioned(states, valid)
         self._condition(quantizers["keys"].mean, quantizers["keys"].scale)
         return self.quantizers, found
+
+    def _defers(self) -> bool:
+        return self.defers and super()._defers()
 
     def _slots(self) -> SlotBuffer:
         return self.exact
@@ -271,6 +280,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the next update's mask (for a step, the whole capacity), and the position of the first column."""
+        if self.observed is not None:
+            self.settle()
         if not self.has_tokens or query_length > self.step_tokens:
             self.measure()
             self._check_room(query_length)

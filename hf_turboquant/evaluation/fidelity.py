@@ -36,10 +36,10 @@ class _RecordingLayer(TurboQuantLayer):
 
     query = None
 
-    def settle(self, query=None, attention_mask=None):
+    def observe(self, query, attention_mask):
         if query is not None and self.query is None:
             self.query, self.seen = query.detach(), self.pending
-        super().settle(query, attention_mask)
+        super().observe(query, attention_mask)
 
 
 @torch.inference_mode()
