@@ -27,7 +27,6 @@ class Quantizer:
         "rescaled"          s = |z| / ⟨y, c⟩      ẑ = s c[codes]                          (EDEN, arXiv 2105.08339)
         "qjl", Gaussian     s = |z|               ẑ = s c[codes] + |z| |r| (κS)ᵀ signs       (TurboQuant, Algorithm 2)
         "qjl", orthogonal   s, ρ: see below       ẑ = s c[codes] + ρ (S/√d)ᵀ signs
-
         "int8"              s = max |z| / 127     ẑ = s codes                                (8 bits)
 
     and x̂ = A⁻¹ ẑ + μ. Scores need no x̂: ⟨q, x̂⟩ = ⟨A⁻ᵀ q, ẑ⟩ + ⟨q, μ⟩, and softmax ignores the last term.
