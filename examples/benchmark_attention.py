@@ -44,12 +44,14 @@ SHAPES = {
     "8x8k MHA": (8, 32, 32, 128, 8192),
     "8x32k D=256 16/2": (8, 16, 2, 256, 32768),
 }
-# Name: bits of keys and values, estimator of keys.
+# By name, options of the cache.
 FORMATS = {
-    "4 bits QJL": (4, "qjl"),
-    "4 bits": (4, "rescaled"),
-    "3 bits": (3, "rescaled"),
-    "2 bits": (2, "rescaled"),
+    "8 bits": {"nbits": 8},
+    "8 bits, values 4": {"key_bits": 8, "value_bits": 4},
+    "4 bits QJL": {"nbits": 4},
+    "4 bits": {"nbits": 4, "key_estimator": "rescaled"},
+    "3 bits": {"nbits": 3, "key_estimator": "rescaled"},
+    "2 bits": {"nbits": 2, "key_estimator": "rescaled"},
 }
 COLUMNS = (
     "shape",
@@ -90,6 +92,8 @@ def random_states(
         buffer.reserve(max(length, 1))
         buffer.length = length
         norm = dim**0.5 * (peak if role == "keys" else 1.0)
+        # That of random codes, in units of their scale.
+        norm /= 74 * dim**0.5 if quantizer.nbits == 8 else 1.0
         for name, tensor in buffer.tensors.items():
             if name.startswith("plane"):
                 tensor.random_(0, 256, generator=generator)
@@ -178,8 +182,7 @@ def baseline_us(batch, heads, kv_heads, dim, kv_len) -> dict[str, float]:
 
 def format_sets(shape, name, **options) -> list:
     batch, _, kv_heads, dim, kv_len = shape
-    nbits, estimator = FORMATS[name]
-    options = {"nbits": nbits, "key_estimator": estimator, **options}
+    options = {**FORMATS[name], **options}
     first = random_states(batch, kv_heads, kv_len, dim, **options)
     count, _ = copies(used_bytes(first))
     return [first] + [random_states(batch, kv_heads, kv_len, dim, seed=i, **options) for i in range(1, count)]
@@ -275,8 +278,7 @@ def main() -> None:
         if arguments.layer_step:
             plain, plain_eager = layer_step_us(shape, DynamicLayer)
             for form in arguments.formats:
-                nbits, estimator = FORMATS[form]
-                config = TurboQuantConfig(nbits=nbits, key_estimator=estimator)
+                config = TurboQuantConfig(**FORMATS[form])
                 ours, eager = layer_step_us(shape, lambda config=config: TurboQuantLayer(config, 0))
                 print(
                     f"{name}, layer step, {form}: {ours:.0f} us of the GPU, DynamicLayer {plain:.0f} "

@@ -1,4 +1,4 @@
-"""Lloyd-Max codebooks for one coordinate of a random point on the sphere."""
+"""Codebooks: Lloyd-Max levels for one coordinate of a random point on the sphere, and plain int8 numbers."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -7,34 +7,36 @@ import numpy as np
 from scipy.special import betainc, betaln
 from scipy.stats import beta
 
-# Kernels read codebooks up to this width as int8 levels times one scale.
-MAX_GRID_BITS = 4
-
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
     """
-    The quantiser of one coordinate of a unit vector of `head_dim` dimensions (TurboQuant, section 3.1).
+    The quantiser of one coordinate: up to 4 bits of a unit vector of `head_dim` dimensions (TurboQuant, section 3.1).
 
     Args:
         centroids (`np.ndarray` of shape `[2**nbits]`, float64): value of every code, indexed by the code.
-        boundaries (`np.ndarray` of shape `[2**nbits - 1]`, float64): midpoints of neighbouring values, ascending.
-        ranks_to_codes (`np.ndarray` of shape `[2**nbits]`, uint8): code of the i-th smallest value. Codes ascend with
-            their values, except at 4 bits: there bits 0-2 are the magnitude and bit 3 says "negative", which is what
-            a kernel decodes fastest.
-        distortion (`float`): expected squared error of a unit vector, the sum over its coordinates.
-        levels (`np.ndarray` of shape `[2**nbits]`, int8, *optional*), offset (`float`), scale (`float`):
-            up to 4 bits, `centroids = (levels + offset) * scale`. `offset` is 1/2 at 4 bits, where a negative level is
-            the one's complement of its positive twin, and 0 below.
+        levels (`np.ndarray` of shape `[2**nbits]`, int8), offset (`float`), scale (`float`):
+            `centroids = (levels + offset) * scale`. `offset` is 1/2 at 4 bits, where a negative level is the one's
+            complement of its positive twin, and 0 otherwise.
+        boundaries (`np.ndarray` of shape `[2**nbits - 1]`, float64, *optional*):
+            Midpoints of neighbouring values, ascending; up to 4 bits, as all that follows.
+        ranks_to_codes (`np.ndarray` of shape `[2**nbits]`, uint8, *optional*): code of the i-th smallest value. Codes
+            ascend with their values, except at 4 bits: there bits 0-2 are the magnitude and bit 3 says "negative",
+            which is what a kernel decodes fastest.
+        distortion (`float`, *optional*): expected squared error of a unit vector, the sum over its coordinates.
     """
 
     centroids: np.ndarray
-    boundaries: np.ndarray
-    ranks_to_codes: np.ndarray
-    distortion: float
-    levels: np.ndarray | None = None
+    levels: np.ndarray
     offset: float = 0.0
     scale: float = 1.0
+    boundaries: np.ndarray | None = None
+    ranks_to_codes: np.ndarray | None = None
+    distortion: float | None = None
+
+
+# The codes of 8 bits are the levels themselves, bytes in two's complement. The scale is every vector's own.
+INT8 = Codebook(np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float64), np.arange(256).astype(np.int8))
 
 
 @lru_cache(maxsize=64)
@@ -44,19 +46,17 @@ def lloyd_max(nbits: int, head_dim: int) -> Codebook:
 
         f(t) = Γ(d/2) / (√π Γ((d-1)/2)) · (1 - t²)^((d-3)/2)         (TurboQuant, lemma 1)
 
-    Up to 4 bits the values are rounded to the int8 grid that the kernels read, at the scale that costs least
-    (under 0.5 % of the distortion).
+    The values are rounded to the int8 grid that the kernels read, at the scale that costs least (under 0.5 % of the
+    distortion).
 
     Raises:
-        `ValueError`: `nbits` is not 1 to 8 or `head_dim` is under 16.
+        `ValueError`: `nbits` is not 1 to 4 or `head_dim` is under 16.
     """
-    if not 1 <= nbits <= 8:
-        raise ValueError(f"`nbits` must be 1 to 8, got {nbits}.")
+    if not 1 <= nbits <= 4:
+        raise ValueError(f"`nbits` must be 1 to 4, got {nbits}.")
     if head_dim < 16:
         raise ValueError(f"`head_dim` must be at least 16, got {head_dim}. Keep such layers in full precision.")
     half = _lloyd_max_half(2 ** (nbits - 1), head_dim)
-    if nbits > MAX_GRID_BITS:
-        return _build(half, head_dim)
     offset = 0.5 if nbits == 4 else 0.0
     # The largest level may be anything that the int8 grid holds: scan for the scale that costs least.
     candidates = [half[-1] / (top + offset) for top in np.linspace(96, 127, 512)]
@@ -68,7 +68,7 @@ def lloyd_max(nbits: int, head_dim: int) -> Codebook:
     return _build((levels + offset) * scale, head_dim, levels, offset, scale)
 
 
-def _build(half, head_dim, levels=None, offset=0.0, scale=1.0) -> Codebook:
+def _build(half, head_dim, levels, offset, scale) -> Codebook:
     """Mirrors the positive half of a codebook (ascending) and numbers its codes."""
     values = np.concatenate([-half[::-1], half])
     boundaries = (values[1:] + values[:-1]) / 2
@@ -79,12 +79,11 @@ def _build(half, head_dim, levels=None, offset=0.0, scale=1.0) -> Codebook:
         levels = np.concatenate([levels, ~levels])
     else:
         ranks_to_codes = np.arange(count)
-        levels = None if levels is None else np.concatenate([-levels[::-1], levels])
+        levels = np.concatenate([-levels[::-1], levels])
     centroids = np.empty(count)
     centroids[ranks_to_codes] = values
-    return Codebook(
-        centroids, boundaries, ranks_to_codes.astype(np.uint8), _distortion(half, head_dim), levels, offset, scale
-    )
+    ranks_to_codes = ranks_to_codes.astype(np.uint8)
+    return Codebook(centroids, levels, offset, scale, boundaries, ranks_to_codes, _distortion(half, head_dim))
 
 
 def _lloyd_max_half(count: int, head_dim: int, tolerance: float = 1e-10) -> np.ndarray:

@@ -18,8 +18,6 @@ BITS = (2, 3, 4, 8)
 NBITS = (2, 2.5, 3, 3.5, 4, 8)
 # Keys are conditioned by at least so many tokens.
 LEARNED_TOKENS = 128
-# Widths that the kernels read and write; the torch reference supports all.
-KERNEL_BITS = (2, 3, 4)
 
 PRESETS = {
     "cautious": {"key_bits": 8, "value_bits": 4},
@@ -72,15 +70,15 @@ class TurboQuantConfig:
     Args:
         nbits (`int` or `float`, defaults to 4):
             Bits per coordinate of keys and values, including the sketch but not the one or two two-byte scales per
-            vector. 2, 3, 4 or 8; 2.5 gives the keys 3 bits and the values 2, 3.5 gives them 4 and 3. 8 bits run on the
-            torch reference only.
+            vector. 2, 3, 4 or 8; 2.5 gives the keys 3 bits and the values 2, 3.5 gives them 4 and 3. 8 bits are whole
+            multiples of the vector's scale, and estimators and sketches do not apply to them.
         key_bits, value_bits (`int`, *optional*):
             Bits of the keys or the values alone: 2, 3, 4 or 8. They override `nbits`.
         key_estimator (`str`, defaults to `"qjl"`):
             `"qjl"`: `key_bits - 1` bits of codes and the 1-bit QJL sketch (Algorithm 2 of TurboQuant, arXiv
             2504.19874), chosen together if the sketch is orthogonal; has the least error at 2 and 3 bits. `"rescaled"`
             spends all bits on the codes (EDEN, arXiv 2105.08339), needs one scale less per key, and quantises faster
-            on a CPU. Both give unbiased scores. `"mse"` is Algorithm 1 as printed. 8 bits have no sketch.
+            on a CPU. Both give unbiased scores. `"mse"` is Algorithm 1 as printed.
         value_estimator (`str`, defaults to `"rescaled"`):
             `"rescaled"` or `"mse"`.
         sketch (`str`, defaults to `"orthogonal"`):
@@ -134,7 +132,7 @@ class TurboQuantConfig:
         Args:
             preset (`str`): `"quality"`, `"balanced"` or `"small"`, with 4, 3 and 2 bits; `"cautious"`, with 8 bits for
                 keys and 4 for values; `"paper"` for the literal settings of the TurboQuant paper (no conditioning, no
-                exact tokens), which are worse; it uses the `nbits` given in `options`.
+                exact tokens), which are worse; it uses the `nbits` given in `options`, and leaves 8 bits as they are.
 
         Raises:
             `ValueError`: there is no such preset, or an option is out of range.

@@ -73,6 +73,11 @@ def field_widths(nbits: int) -> list[int]:
     return [width for width in (8, 4, 2, 1) if nbits & width]
 
 
+def codes_per_byte(nbits: int) -> int:
+    """Codes that share a byte of the widest field's plane. That field is as wide as the highest bit of `nbits`."""
+    return 8 >> (nbits.bit_length() - 1)
+
+
 def can_pack(head_dim: int) -> bool:
     """Whether vectors of this width have codes: codebooks begin at 16 dimensions, and a byte holds up to four codes."""
     return head_dim >= 16 and head_dim % 4 == 0

@@ -260,7 +260,7 @@ def _probe(quantizer) -> list[float]:
     x = torch.arange(1, quantizer.head_dim + 1, dtype=torch.float64).cos()
     matrices = [m.double().cpu() for m in (quantizer.transform[0], quantizer.sketch) if m is not None]
     centroids = quantizer.centroids.double().cpu()
-    return [*(float(x.sin() @ matrix @ x) for matrix in matrices), float(centroids.abs() @ centroids.exp())]
+    return [*(float(x.sin() @ matrix @ x) for matrix in matrices), float(centroids.abs() @ centroids.cos())]
 
 
 def _must(holds: bool, what: str, got) -> None:

@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 
-# With more bits a search gains nothing noticeable, and rounding errors decide which choice is best.
-MAX_SEARCHED_BITS = 4
-
 # Factors of a vector before rounding, to find the codes closest in direction. A fine search leaves 5 % less error at
 # 4 bits and 1 % less at 3.
 STRETCHES = tuple(1 + step * 3 / 32 for step in (-2, -1, 0, 1, 2))

@@ -9,7 +9,7 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 from . import ops
 from .arena import describe, new_arena, open_arena
 from .conditioning import NOT_CONDITIONED, Conditioning, Learned
-from .config import KERNEL_BITS, TurboQuantConfig
+from .config import TurboQuantConfig
 from .handle import handles
 from .layer import TurboQuantLayer
 from .states import LayerStates
@@ -71,7 +71,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         # Attention would read a longer chunk after some of its own tokens have left the window.
         self.step_tokens = max(1, min(STEP_TOKENS, config.residual_length))
         # The torch reference fetches lengths from the device, which a CUDA graph cannot do.
-        self.is_compileable = config.backend != "torch" and {config.key_bits, config.value_bits} <= set(KERNEL_BITS)
+        self.is_compileable = config.backend != "torch"
         super().__init__(config, layer_idx)
 
     def __repr__(self) -> str:

@@ -253,9 +253,9 @@ def test_full_precision_cache_under_our_attention(paths):
 
 def test_backends(monkeypatch):
     states = torch.randn(2, 1, 2, 10, 32)
-    cache = TurboQuantCache(CONFIG, backend="triton", nbits=8, residual_length=0, condition="none")
+    cache = TurboQuantCache(CONFIG, backend="triton", residual_length=0, condition="none")
     with pytest.raises(ValueError, match="`backend='triton'` cannot run `quantize` here: .*Use `backend='auto'`"):
-        cache.update(*states, 0)
+        cache.update(*states.double(), 0)
     assert cache.get_seq_length() == 0
     monkeypatch.setattr(ops, "quantize_kernels", None)
     with pytest.raises(ValueError, match="triton is not installed"):

@@ -19,7 +19,9 @@ INNER_PRODUCT_ERROR = {
 }
 # what is left of the squared error by the search for the codes closest in direction, by bits of codes
 SEARCHED = {1: 1.0, 2: 0.99, 3: 0.94, 4: 0.87}
-FACTS_DISTORTION = {1: 0.3609, 2: 0.1160, 3: 0.03397, 4: 0.009315, 7: 1.635e-4, 8: 4.119e-5}
+FACTS_DISTORTION = {1: 0.3609, 2: 0.1160, 3: 0.03397, 4: 0.009315}
+# by head_dim, squared error of unit vectors in 8 bits, and that of 256 Lloyd-Max levels
+INT8_ERROR = {64: (3.55e-5, 3.93e-5), 128: (4.20e-5, 4.02e-5), 256: (4.85e-5, 4.07e-5)}
 
 
 def round_trip(states, quantizer):
@@ -36,18 +38,41 @@ def unit_vectors(*shape, seed=0):
 
 
 @pytest.mark.parametrize("head_dim", (64, 128, 256))
-@pytest.mark.parametrize("nbits", (2, 3, 4, 8))
+@pytest.mark.parametrize("nbits", (2, 3, 4))
 def test_distortion_per_bit(nbits, head_dim):
     config = TurboQuantConfig(nbits=nbits, key_estimator="mse", rotation="haar")
     x = unit_vectors(1, 1, 4000, head_dim)
     measured = (round_trip(x, Quantizer.create(config, "keys", 0, head_dim)) - x).square().sum(-1).mean().item()
     assert measured == pytest.approx(lloyd_max(nbits, head_dim).distortion, rel=0.02)
     if head_dim == 128:
-        assert measured == pytest.approx(FACTS_DISTORTION[nbits], rel=0.04 if nbits > 5 else 0.02)
+        assert measured == pytest.approx(FACTS_DISTORTION[nbits], rel=0.02)
+
+
+@pytest.mark.parametrize("estimator", ("qjl", "rescaled", "mse"))
+@pytest.mark.parametrize("head_dim", INT8_ERROR)
+def test_eight_bits(head_dim, estimator):
+    """As precise as Lloyd-Max levels but for a fifth, unbiased, and what two bytes of a scale lose costs nothing."""
+    quantizer = Quantizer.create(TurboQuantConfig(nbits=8, key_estimator=estimator), "keys", 0, head_dim)
+    assert quantizer.sketch is None and quantizer.buffer_shapes()["scales"][0] == torch.bfloat16
+    x = unit_vectors(1, 1, 4000, head_dim) * torch.linspace(0.5, 2, 4000).unsqueeze(-1)
+    norms, out = x.square().sum(-1), round_trip(x, quantizer)
+    error, (expected, lloyd) = ((out - x).square().sum(-1) / norms).mean().item(), INT8_ERROR[head_dim]
+    assert error == pytest.approx(expected, rel=0.02) and error < 1.2 * lloyd
+    # noise of 1e-5, where Lloyd-Max levels without rescaling have a bias of 4e-5
+    assert ((x * out).sum(-1) / norms).mean().item() == pytest.approx(1, abs=3e-5)
+    codes, scales = ops.reference.encode(x, quantizer)
+    z = x @ quantizer.transform.mT
+    scale = z.abs().amax(-1) / 127
+    assert torch.equal(scales["scales"].bfloat16().float(), scales["scales"])
+    torch.testing.assert_close(scales["scales"], scale, rtol=2**-8, atol=0)
+    levels = codes.view(torch.int8).float()
+    # the largest coordinate takes the scale, whichever way that was rounded
+    assert (levels.abs().amax(-1) >= 126).all() and (levels.abs() <= 127).all()
+    assert ((levels * scales["scales"].unsqueeze(-1) - z).abs() <= 0.501 * scales["scales"].unsqueeze(-1)).all()
 
 
 @pytest.mark.parametrize("head_dim", (64, 128, 256))
-@pytest.mark.parametrize("nbits", (2, 3, 4, 8))
+@pytest.mark.parametrize("nbits", (2, 3, 4))
 def test_a_sketch_sees_the_distortion_of_one_bit_less(nbits, head_dim):
     config = TurboQuantConfig(nbits=nbits, sketch="gaussian", rotation="haar")
     quantizer = Quantizer.create(config, "keys", 0, head_dim)
@@ -55,7 +80,7 @@ def test_a_sketch_sees_the_distortion_of_one_bit_less(nbits, head_dim):
     measured = scales["residual_norms"].square().mean().item()
     assert measured == pytest.approx(lloyd_max(nbits - 1, head_dim).distortion, rel=0.02)
     if head_dim == 128:
-        assert measured == pytest.approx(FACTS_DISTORTION[nbits - 1], rel=0.04 if nbits > 5 else 0.02)
+        assert measured == pytest.approx(FACTS_DISTORTION[nbits - 1], rel=0.02)
 
 
 @pytest.mark.parametrize("nbits", INNER_PRODUCT_ERROR)
@@ -139,10 +164,14 @@ def test_algorithm_1_is_biased():
 @pytest.mark.parametrize("head_dim", (80, 96, 100, 192, 576))
 def test_any_head_dim(role, nbits, head_dim):
     config = TurboQuantConfig(nbits=nbits, key_estimator="mse", value_estimator="mse")
-    x = unit_vectors(1, 2, 300, head_dim) * 3
-    error = ((round_trip(x, Quantizer.create(config, role, 0, head_dim)) - x).square().sum(-1) / 9).mean()
-    # at 8 bits a few tail coordinates make up much of the error of 600 vectors
-    assert error.item() == pytest.approx(lloyd_max(nbits, head_dim).distortion, rel=0.15 if nbits == 8 else 0.05)
+    x, quantizer = unit_vectors(1, 2, 300, head_dim) * 3, Quantizer.create(config, role, 0, head_dim)
+    error = ((round_trip(x, quantizer) - x).square().sum(-1) / 9).mean()
+    if nbits == 8:
+        # that of rounding to whole multiples of 1/127 of the largest coordinate
+        expected = head_dim * ((x @ quantizer.transform.mT).abs().amax(-1) / 3 / 127).square().mean().item() / 12
+    else:
+        expected = lloyd_max(nbits, head_dim).distortion
+    assert error.item() == pytest.approx(expected, rel=0.05)
 
 
 def test_head_dims_that_cannot_be_served():
@@ -152,9 +181,9 @@ def test_head_dims_that_cannot_be_served():
         Quantizer.create(TurboQuantConfig(), "keys", 0, 38)
 
 
-@pytest.mark.parametrize("estimator", ("qjl", "rescaled", "mse"))
-def test_zero_and_broken_vectors_stay_alone(estimator):
-    quantizer = Quantizer.create(TurboQuantConfig(key_estimator=estimator), "keys", 0, 64)
+@pytest.mark.parametrize("nbits, estimator", [(4, "qjl"), (4, "rescaled"), (4, "mse"), (8, "qjl")])
+def test_zero_and_broken_vectors_stay_alone(nbits, estimator):
+    quantizer = Quantizer.create(TurboQuantConfig(nbits=nbits, key_estimator=estimator), "keys", 0, 64)
     clean = torch.randn(1, 1, 200, 64)
     states = clean.clone()
     states[0, 0, 3] = 0
@@ -167,16 +196,17 @@ def test_zero_and_broken_vectors_stay_alone(estimator):
     assert torch.equal(out[0, 0, others], expected[0, 0, others])
 
 
-@pytest.mark.parametrize("estimator", ("qjl", "rescaled", "mse"))
+@pytest.mark.parametrize("nbits, estimator", [(4, "qjl"), (4, "rescaled"), (4, "mse"), (8, "qjl")])
 @pytest.mark.parametrize("norm", (1e-6, 1e6))
-def test_extreme_norms(estimator, norm):
-    quantizer = Quantizer.create(TurboQuantConfig(key_estimator=estimator), "keys", 0, 64)
+def test_extreme_norms(nbits, estimator, norm):
+    quantizer = Quantizer.create(TurboQuantConfig(nbits=nbits, key_estimator=estimator), "keys", 0, 64)
     x = unit_vectors(1, 1, 500, 64)
     scaled, plain = round_trip(x * norm, quantizer) / norm, round_trip(x, quantizer)
     assert scaled.isfinite().all()
     same = torch.isclose(scaled, plain, rtol=0.01, atol=2e-3).all(-1)
-    # a two-byte scale rounds differently at another magnitude, and a joint search may end elsewhere, as near
-    assert same.float().mean() >= (0.99 if estimator == "qjl" else 1)
+    # a two-byte scale rounds differently at another magnitude, and a joint search may end elsewhere, as near; 8 bits
+    # are chosen for the rounded scale
+    assert nbits == 8 or same.float().mean() >= (0.99 if estimator == "qjl" else 1)
     assert ((scaled - x).norm() / (plain - x).norm()).item() == pytest.approx(1, abs=0.01)
 
 
@@ -202,7 +232,7 @@ def test_a_general_map_per_head_with_a_mean():
     centred = x - 10 * mean
     # every channel is recovered to the precision of its own magnitude
     relative = (out - x).square().mean((0, 2)) / centred.square().mean((0, 2))
-    assert (relative < 2 * lloyd_max(8, 64).distortion).all()
+    assert (relative < 2 * INT8_ERROR[64][1]).all()
 
 
 def test_states_that_do_not_fit():

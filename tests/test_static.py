@@ -515,18 +515,18 @@ def test_layers_come_from_the_config():
     assert isinstance(cache.layers[0], StaticSlidingWindowLayer) and cache.get_max_length() == 300
     assert "room for 300 tokens" in repr(cache)
     assert not TurboQuantCache(LlamaConfig(**SHAPE)).is_compileable
-    assert TurboQuantCache(LlamaConfig(**SHAPE), max_cache_len=300, nbits=2.5).is_compileable
+    for options in ({"nbits": 2.5}, {"nbits": 8}, {"value_bits": 8}):
+        assert TurboQuantCache(LlamaConfig(**SHAPE), max_cache_len=300, **options).is_compileable
     # what the torch reference has to do is not for CUDA graphs
-    for options in ({"nbits": 8}, {"value_bits": 8}, {"backend": "torch"}):
-        assert not TurboQuantCache(LlamaConfig(**SHAPE), max_cache_len=300, **options).is_compileable
+    assert not TurboQuantCache(LlamaConfig(**SHAPE), max_cache_len=300, backend="torch").is_compileable
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_what_no_graph_can_take_runs_uncompiled_or_says_so():
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "head_dim": 32})).cuda()
-    cache = TurboQuantCache(model.config, nbits=8, max_cache_len=PROMPT + NEW)
-    expected = generate(model, TurboQuantCache(model.config, nbits=8))
+    cache = TurboQuantCache(model.config, nbits=8, max_cache_len=PROMPT + NEW, backend="torch")
+    expected = generate(model, TurboQuantCache(model.config, nbits=8, backend="torch"))
     assert torch.equal(generate(model, cache), expected)
     # of the heads the cache learns only from the first prefill
     narrow = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "head_dim": 24})).cuda()

@@ -4,9 +4,7 @@ from itertools import chain
 
 import torch
 
-from ..config import KERNEL_BITS
 from ..packing import BLOCK
-from ..quantizer import Quantizer
 from .attention_plan import (
     CODED_SPLITS,
     COMBINE_COLUMNS,
@@ -43,8 +41,6 @@ def supports(query: torch.Tensor, states, **_) -> str | None:
 def _decline(states) -> str | None:
     for role in ("keys", "values"):
         quantizer, exact = states.quantizers[role], states.exact[role]
-        if quantizer.nbits not in KERNEL_BITS:
-            return f"the kernels read 2, 3 and 4 bits, and the {role} have {quantizer.nbits}"
         if quantizer.head_dim % 16 or not 32 <= quantizer.head_dim <= 256:
             return f"the kernels take a head_dim of 32 to 256 in steps of 16, and the {role} have {quantizer.head_dim}"
         if exact.dtype not in DTYPES or not exact.is_contiguous() or exact.data_ptr() % 16:
@@ -190,7 +186,7 @@ class AttentionPlan:
         operands = scratch.get("operands", pairs * rows * kernels.operand_bytes)
         constants = scratch.get("constants", pairs * rows * 8)
         factors = [x if x is not None else key_constants.neutral[i] for i, x in enumerate((keys.scale, keys.mean))]
-        key_planes = _planes(keys, codes[0]) + (codes[0].get("residual_norms", scales),)
+        key_planes = _planes(codes[0]) + (codes[0].get("residual_norms", scales),)
         of_keys = operands, constants, *key_planes, key_constants.tables
         sizes = query_length, groups, kv_heads
         (_, *units), (_, *sketch_units) = key_constants.hosted[0], key_constants.hosted[-1]
@@ -212,7 +208,7 @@ class AttentionPlan:
             + (states.codes["keys"].capacity // BLOCK, row_tiles, pairs, splits, self.code_splits, *units)
         )
         self.fixed_attend = self.attend.fix(
-            (states.counters, *of_keys, *_planes(values, codes[1]), value_constants.tables, partial, stats, *sizes)
+            (states.counters, *of_keys, *_planes(codes[1]), value_constants.tables, partial, stats, *sizes)
             + (states.sink_length, scales.shape[2], codes[1]["scales"].shape[2], row_tiles, splits, self.code_splits)
         )
         self.fixed_combine = self.combine.fix(
@@ -286,10 +282,10 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _planes(quantizer: Quantizer, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The 4-bit or 2-bit plane, the 1-bit plane (at 3 bits, else any tensor) and the scales."""
-    wide = tensors["plane4" if quantizer.nbits == 4 else "plane2"]
-    return wide, tensors["plane1"] if quantizer.nbits == 3 else wide, tensors["scales"]
+def _planes(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The widest plane, the 1-bit plane (at 3 bits, else any tensor) and the scales."""
+    planes = [tensor for name, tensor in tensors.items() if name.startswith("plane")]
+    return planes[0], planes[-1], tensors["scales"]
 
 
 # The kind of a mask: its dtype, and whether all heads and queries share one.

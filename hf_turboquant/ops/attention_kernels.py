@@ -8,7 +8,7 @@ exponents of 2 (log2 e is folded into them). `bh` is an index of (batch, KV head
 import triton
 import triton.language as tl
 
-from .codes import exp2, key_dots, load_operands, load_scales, log2, part_tokens, value_levels
+from .codes import codes_per_byte, exp2, key_dots, load_operands, load_scales, log2, part_tokens, value_levels
 from .launch import prefetch, wait_for_previous
 from .logits import INTEGERS, LOWEST, UNALIGNED, finish_logits, key_logits, load_constants
 
@@ -58,7 +58,7 @@ def attend_kernel(
     bh64 = bh.to(tl.int64)
     TOKENS: tl.constexpr = 128 // PARTS
     HALVES: tl.constexpr = 2 if VALUE_BITS == 3 else 1
-    COUNT: tl.constexpr = 2 if KEY_BITS == 4 else 4
+    COUNT: tl.constexpr = codes_per_byte(KEY_BITS)
     column = tl.arange(0, ROWS)
     row = column % (ROWS // 2) if FOLD else tile * ROWS + column
     rows = groups * query_length
@@ -87,7 +87,7 @@ def attend_kernel(
         # The first codes come from memory while the previous kernel prepares the query.
         ahead = tl.minimum(last - first, 4)
         KEY_BYTES: tl.constexpr = 128 * DIM // COUNT
-        VALUE_BYTES: tl.constexpr = 128 * VALUE_DIM // (2 if VALUE_BITS == 4 else 4)
+        VALUE_BYTES: tl.constexpr = 128 * VALUE_DIM // codes_per_byte(VALUE_BITS)
         prefetch(key_wide + (key_block + first) * KEY_BYTES, ahead * KEY_BYTES)
         prefetch(value_wide + (value_block + first) * VALUE_BYTES, ahead * VALUE_BYTES)
         wait_for_previous()

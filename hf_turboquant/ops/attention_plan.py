@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..packing import codes_per_byte
 from ..quantizer import Quantizer
 from .attention_kernels import attend_kernel, combine_kernel
 from .launch import DTYPES, INTERPRETED, addresses, is_only_compiling, launch, overlaps, stream_of
@@ -43,7 +44,7 @@ class QuantizerConstants:
         self.neutral = quantizer.dual.new_ones(shape), quantizer.dual.new_zeros(shape)
         self._matrices: dict[tuple, torch.Tensor] = {}
         self.scale, self.offset = codebook.scale, codebook.offset
-        table = np.zeros((2, 16), dtype=np.float32)
+        table = np.zeros((2, 2 ** max(4, quantizer.nbits)), dtype=np.float32)
         if quantizer.role == "keys":
             table[0, : 2**quantizer.nbits] = np.tile(codebook.levels, 2 ** (quantizer.nbits - quantizer.code_bits))
             if quantizer.sketch is not None:
@@ -133,7 +134,7 @@ def operand_dimensions(nbits: int, head_dim: int, portable: bool) -> torch.Tenso
 
 def operand_width(nbits: int, head_dim: int) -> int:
     """Elements of one operand of keys: matrix products of int8 are at least 32 deep."""
-    return max(32, triton.next_power_of_2(head_dim // (2 if nbits == 4 else 4)))
+    return max(32, triton.next_power_of_2(head_dim // codes_per_byte(nbits)))
 
 
 # By a matrix that a quantizer shares only with those that conditioning makes from it.
@@ -252,19 +253,19 @@ class Kernels:
         # Different 16 bits have no product without loss.
         exact_dot = tl.float32 if INTERPRETED or {*exact_dtypes} != {query_dtype} else DTYPES[query_dtype]
         width = operand_width(key_bits, key_dim)
-        parts = 2 if value_bits == 4 else 4
+        parts = codes_per_byte(value_bits) if portable else max(2, codes_per_byte(value_bits))
         value_rows = max(16, triton.next_power_of_2(value_dim // (2 if value_bits == 3 else 1)))
         self.rows = PORTABLE_ROWS if INTERPRETED or torch.version.hip else ROWS
         self.score_blocks = 4
-        self.operand_bytes = (1 + qjl) * 2 * (2 if key_bits == 4 else 4) * width
+        self.operand_bytes = (1 + qjl) * 2 * codes_per_byte(key_bits) * width
         # A warp's share of a product is at least 16 tokens or 16 dimensions.
         warps = max(1, min(4, 128 // parts // 16, value_rows // 16))
         # int8 values need fewer instructions than fp16 but their weights need more; at 4 bits, too many unless folded.
-        int8 = not portable and (value_bits < 4 or few_rows)
-        if portable:
-            key_text = value_text = ("", "")
-        else:
+        int8 = not portable and (value_bits != 4 or few_rows)
+        key_text = value_text = ("", "")
+        if not portable and key_bits < 8:
             key_text = level_snippet(key_bits, qjl, key_codebook)
+        if not portable and value_bits < 8:
             value_text = level_snippet(value_bits, False, value_codebook) if int8 else value_snippet(value_codebook)
         early = not portable and overlaps(device)
         # Passed on only where it exists.
@@ -280,12 +281,14 @@ class Kernels:
             "ASM": not portable,
         }
         padded = triton.next_power_of_2(key_dim)
+        # With 8 bits and wide heads a third buffer would exceed the shared memory of many GPUs.
+        stages = 3 if 16 * (key_bits * key_dim + value_bits * value_dim) <= 2**15 else 2
         self._prepare = {
             **shared,
             "DIM_PAD": padded,
             "VALUE_DIM": value_dim,
             "VALUE_PAD": triton.next_power_of_2(value_dim),
-            "COUNT": 2 if key_bits == 4 else 4,
+            "COUNT": codes_per_byte(key_bits),
             "PASSES": passes,
             "TILE": EXACT_TILE,
             "DOT": exact_dot,
@@ -316,7 +319,7 @@ class Kernels:
                 "VALUE_CONSTRAINTS": value_text[1],
             },
             num_warps=warps,
-            num_stages=3,
+            num_stages=stages,
             **self.overlap,
             # Limits registers: prefetching a mask would otherwise cost a third of a multiprocessor's resident warps.
             **({"maxnreg": 168} if alike and not portable and max(key_dim, value_dim) <= 128 else {}),

@@ -1,16 +1,21 @@
 """
 Triton functions that read one block of codes as matrix operands.
 
-A block's 128 tokens are processed in `PARTS` parts of `128 / PARTS` tokens: 2 if values have a 4-bit plane, else 4, to
+A block's 128 tokens are processed in `PARTS` parts of `128 / PARTS` tokens, as many as a byte of values has codes, to
 match the tokens in their words. With `ASM` (NVIDIA sm_80 and later) the snippets of [`ptx`] turn words directly into
-register operands of the matrix instructions. Without it, bytes go through table look-ups, which works on any GPU and in
-the interpreter. Both compute the same sums of the same integers.
+register operands of the matrix instructions; there are at least 2 parts, because keys of 3 bits come in pairs. Without
+it, bytes go through table look-ups, which works on any GPU and in the interpreter. Both compute the same sums of the
+same integers. 8-bit codes are operands as they are.
 """
 
 import triton
 import triton.language as tl
 
+from .. import packing
+
 BLOCK = tl.constexpr(128)
+# For kernels.
+codes_per_byte = triton.constexpr_function(packing.codes_per_byte)
 
 
 @triton.jit
@@ -45,7 +50,9 @@ def part_tokens(part: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def value_token(position, byte, COUNT: tl.constexpr):
-    """The token of the code at `position` in `byte` of values; every byte has `COUNT` codes (of 4 or 2 bits)."""
+    """The token of the code at `position` in `byte` of values; every byte has `COUNT` codes (of 8, 4 or 2 bits)."""
+    if COUNT == 1:
+        return byte
     word = byte // 4
     byte = byte % 4
     if COUNT == 2:
@@ -55,8 +62,8 @@ def value_token(position, byte, COUNT: tl.constexpr):
 
 @triton.jit
 def code_at(byte, bits, i: tl.constexpr, BITS: tl.constexpr):
-    """Code `i` of bytes of the 4-bit or 2-bit plane, at 3 bits joined with its bit of the 1-bit plane; all int32."""
-    WIDTH: tl.constexpr = 4 if BITS == 4 else 2
+    """Code `i` of bytes of the widest plane, at 3 bits joined with its bit of the 1-bit plane; all int32."""
+    WIDTH: tl.constexpr = 8 // codes_per_byte(BITS)
     code = (byte >> (i * WIDTH)) & ((1 << WIDTH) - 1)
     if BITS == 3:
         code = code | ((bits >> (i % 2 + i // 2 * 4)) & 1) << 2
@@ -96,8 +103,8 @@ def key_dots(
     Integer products of one block of keys with the rows of the query.
 
     Args:
-        wide, one (pointers to uint8): the 4-bit or 2-bit plane and, at 3 bits, the 1-bit plane.
-        tables (pointer to int8): levels and signs of every code, 16 each; read without `ASM` only.
+        wide, one (pointers to uint8): the widest plane and, at 3 bits, the 1-bit plane.
+        tables (pointer to int8): levels and signs of every code, 16 each; read up to 4 bits without `ASM` only.
         block (int64): index of the block.
         operands (tuple): `COUNT` operands each of query high, low, and with `QJL` sketched query high, low.
         WIDTH: elements of an operand, a power of two; `DIM` codes of a row fill it partly.
@@ -106,7 +113,7 @@ def key_dots(
         Tuple of the `PARTS` products with the levels, fp32 `[128 / PARTS, rows]`, then with `QJL` as many with the
         signs (1 where minus).
     """
-    COUNT: tl.constexpr = 2 if BITS == 4 else 4
+    COUNT: tl.constexpr = codes_per_byte(BITS)
     ROW: tl.constexpr = DIM // COUNT
     OUT: tl.constexpr = COUNT * (1 + QJL)
     high = operands[:COUNT]
@@ -115,7 +122,12 @@ def key_dots(
     mask = e < ROW
     levels = ()
     signs = ()
-    if ASM:
+    if BITS == 8:
+        for p in tl.static_range(PARTS):
+            token = part_tokens(p, PARTS, ASM)[:, None]
+            codes = tl.load(wide + (block * 128 + token) * ROW + e, mask=mask, other=0).to(tl.int8, bitcast=True)
+            levels = levels + (_dot_int((codes,), 0, high, low, 1),)
+    elif ASM:
         # Parts p and p + PARTS / 2 are tokens r and r + 64, which share a row of the 1-bit plane.
         second = ()
         second_signs = ()
@@ -185,18 +197,23 @@ def value_levels(
     One block of values as operands `[ROWS, 128 / PARTS]` of dtype `DOT`: levels plus offset, or in int8 just levels.
 
     Args:
-        table (pointer to fp32): value of every code; read without `ASM` only.
+        table (pointer to fp32): value of every code; read up to 4 bits without `ASM` only.
         ROWS: rows of an operand, a power of two, filled partly by `DIM` (at 3 bits `DIM / 2`) dimensions.
 
     Returns:
-        Tuple of `PARTS` operands; at 3 bits those of dims 0 .. DIM / 2 - 1, then those of the rest. `PARTS` is 4 where
-        `BITS` is 2 or 3, and 2 where it is 4.
+        Tuple of `PARTS` operands; at 3 bits those of dims 0 .. DIM / 2 - 1, then those of the rest.
     """
     WIDTH: tl.constexpr = 128 // PARTS
     HEIGHT: tl.constexpr = DIM // 2 if BITS == 3 else DIM
     d = tl.arange(0, ROWS)[:, None]
     e = tl.arange(0, WIDTH)[None, :]
     mask = d < HEIGHT
+    if BITS == 8:
+        out = ()
+        for p in tl.static_range(PARTS):
+            at = wide + (block * DIM + d) * 128 + part_tokens(p, PARTS, ASM)[None, :]
+            out = out + (tl.load(at, mask=mask, other=0).to(tl.int8, bitcast=True).to(DOT),)
+        return out
     a = tl.load(wide + (block * DIM + d) * WIDTH + e, mask=mask, other=0)
     if BITS == 3:
         b = tl.load(wide + (block * DIM + HEIGHT + d) * WIDTH + e, mask=mask, other=0)

@@ -4,12 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..config import KERNEL_BITS
 from ..packing import BLOCK
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
 from .attention_plan import Launcher, constants_of
-from .codes import code_at, value_token
+from .codes import code_at, codes_per_byte, value_token
 from .launch import DTYPES, INTERPRETED, stream_of
 
 _launchers: dict[tuple, Launcher] = {}
@@ -17,8 +16,6 @@ _launchers: dict[tuple, Launcher] = {}
 
 def supports(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> str | None:
     """`None` if the kernel can write to `out`, else the reason why not, in words."""
-    if quantizer.nbits not in KERNEL_BITS:
-        return f"the kernel reads 2, 3 and 4 bits, and the {quantizer.role} have {quantizer.nbits}"
     if quantizer.head_dim % 16 or quantizer.head_dim > 256:
         return f"the kernel takes a head_dim of 16 to 256 in steps of 16, and the {quantizer.role} have {out.shape[-1]}"
     if out.dtype not in DTYPES or out.stride(3) != 1 or any(n % 16 for n in (out.data_ptr(), *out.stride()[:3])):
@@ -98,8 +95,7 @@ def dequantize_kernel(
     n = tl.arange(0, DIM_PAD)
     OPERAND: tl.constexpr = operators.dtype.element_ty
     NBITS: tl.constexpr = CODE_BITS + QJL
-    # Codes in a byte of the 4-bit or 2-bit plane.
-    COUNT: tl.constexpr = 2 if NBITS == 4 else 4
+    COUNT: tl.constexpr = codes_per_byte(NBITS)
     within = tl.arange(0, 128)
     if not KEYS:
         within = value_token(within % COUNT, within // COUNT, COUNT)
@@ -131,7 +127,9 @@ def dequantize_kernel(
         bits = fields
         if NBITS == 3:
             bits = tl.load(at_one, mask=mask, other=0).to(tl.int32) >> tl.where(upper, 0, 2)
-        if COUNT == 2:
+        if COUNT == 1:
+            code = fields
+        elif COUNT == 2:
             code = tl.join(code_at(fields, bits, 0, NBITS), code_at(fields, bits, 1, NBITS))
         else:
             code = tl.join(
@@ -140,7 +138,10 @@ def dequantize_kernel(
             )
         code = tl.reshape(code, (128, CHUNK) if KEYS else (CHUNK, 128))
         # Multiples of 1/2 up to 127.5 are exact in 16 bits.
-        x = tl.load(levels + (code & ((1 << CODE_BITS) - 1)))
+        if NBITS == 8:
+            x = code.to(tl.int8).to(OPERAND)
+        else:
+            x = tl.load(levels + (code & ((1 << CODE_BITS) - 1)))
         if not KEYS:
             x = tl.trans(x)
         m_mask = (k < DIM)[:, None] & (n < DIM)[None, :]

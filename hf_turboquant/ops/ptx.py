@@ -67,7 +67,7 @@ def operand_offsets(nbits: int) -> tuple[int, list[int], int]:
     Returns:
         `stride` (codes of a word), `first` (of every operand), `step`.
     """
-    return (8, [0, 4], 1) if nbits == 4 else (16, [0, 8, 1, 9], 2)
+    return {8: (4, [0], 1), 4: (8, [0, 4], 1)}.get(nbits, (16, [0, 8, 1, 9], 2))
 
 
 class _selectors:

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..config import KERNEL_BITS
 from ..packing import BLOCK, plane_shapes
 from ..quantizer import Quantizer
 from ..search import Annealing
@@ -23,8 +22,6 @@ _specifications: dict[tuple, tuple] = {}
 
 def supports(states: torch.Tensor, quantizer: Quantizer) -> str | None:
     """`None` if the kernel can quantise these states, else the reason why not, in words."""
-    if quantizer.nbits not in KERNEL_BITS:
-        return f"the kernel writes 2, 3 and 4 bits, and the {quantizer.role} have {quantizer.nbits}"
     if quantizer.head_dim % 16 or quantizer.head_dim > 256:
         return f"the kernel takes a head_dim of 16 to 256 in steps of 16, and the states have {quantizer.head_dim}"
     if states.dtype not in DTYPES:

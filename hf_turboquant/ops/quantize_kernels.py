@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .search_kernels import best_stretch, choose_jointly, dimensions, nearest_codes
+from .search_kernels import best_stretch, choose_jointly, dimensions, int8_codes, nearest_codes
 
 
 @triton.jit
@@ -206,7 +206,9 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
     y = z * (1 / tl.maximum(norm, 1.1754943508222875e-38))[:, None]
     _, valid = dimensions(tl.arange(0, DP), D, DP)
     scale_offset = block * 128 + base + tl.arange(0, T)
-    if ANNEALING is not None:
+    if ESTIMATOR == "int8":
+        codes, scale = int8_codes(z)
+    elif ANNEALING is not None:
         codes, scale, second_scale = choose_jointly(
             y, valid, sketch, boundaries, centroids, CODE_BITS, ANNEALING, T, D, DP, SKETCH_OPERAND
         )
@@ -246,7 +248,16 @@ def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPE
         shared = length - first
     else:
         shared = 1
-    if NBITS == 3:
+    if NBITS == 8:
+        # Every byte is one token's.
+        dims, _ = dimensions(tl.arange(0, DP), D, DP)
+        row = base + tl.arange(0, T)
+        if KEYS:
+            at = (block * 128 + row)[:, None] * D + dims[None, :]
+        else:
+            at = (block * D + dims)[None, :] * 128 + row[:, None]
+        tl.store(planes[0] + at, codes.to(tl.uint8), mask=has_token[:, None] & valid[None, :])
+    elif NBITS == 3:
         low = tl.where(new[:, None], (codes & 3) | (3 << 8), 0)
         high = tl.where(new[:, None], (codes >> 2) | (1 << 8), 0)
         if KEYS:

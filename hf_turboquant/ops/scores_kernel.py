@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .codes import key_dots, load_operands, load_scales, part_tokens
+from .codes import codes_per_byte, key_dots, load_operands, load_scales, part_tokens
 from .logits import INTEGERS, UNALIGNED, finish_logits, key_logits, load_constants
 from .prepare_kernel import exact_logits
 
@@ -45,7 +45,7 @@ def scores_kernel(
         tl.store(to + position, logits * 0.6931471805599453, mask=valid & exists[None, :])
         return
 
-    COUNT: tl.constexpr = 2 if KEY_BITS == 4 else 4
+    COUNT: tl.constexpr = codes_per_byte(KEY_BITS)
     SETS: tl.constexpr = (2 + 2 * QJL) * COUNT
     q = load_operands(operands, flat_row, exists, SETS * WIDTH, SETS, WIDTH)
     c = load_constants(constants, flat_row, exists, QJL)

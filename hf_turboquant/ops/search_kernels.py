@@ -39,6 +39,21 @@ def nearest_codes(y, boundaries, centroids, CODE_BITS: tl.constexpr):
 
 
 @triton.jit
+def int8_codes(z):
+    """For every row, codes (int32, bytes in two's complement) and their scale: see `reference._encode_int8`."""
+    scale = tl.max(tl.abs(z), axis=1) * (1 / 127)
+    # Rounds to the nearest bf16 by hand, because codes beyond 127 would come of cutting.
+    bits = scale.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    scale = tl.where(scale == scale, rounded, scale)
+    scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
+    y = z * (1 / tl.where(scale == 0, 1.0, scale))[:, None]
+    # What is not finite has no code.
+    codes = tl.where(tl.abs(y) < 128, tl.floor(y + 0.5), 0.0).to(tl.int32) & 255
+    return codes, scale
+
+
+@triton.jit
 def best_stretch(
     y, valid, boundaries, centroids, CODE_BITS: tl.constexpr,
     COUNT: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,

@@ -39,7 +39,7 @@ class Disagreement:
         codes (`float`): fraction of codes that differ from the reference's.
         coordinate (`float`):
             Largest excess of |αy - c[code]| over that of the nearest centroid, times √head_dim, where α is the factor
-            before rounding that best fits the codes of a vector.
+            before rounding that best fits the codes of a vector. At 8 bits α is one, and c the codes times their scale.
         direction (`float`): largest (best cosine - cosine) / (1 - best cosine), where the best is over all α.
         sign (`float`): largest |⟨sketch row, residual⟩| of a wrong sign, over |row| |residual| / √head_dim.
         scale (`float`): largest relative error of a scale or residual norm, given the codes.
@@ -69,7 +69,11 @@ def disagreement(states: torch.Tensor, quantizer: Quantizer, buffer) -> Disagree
     chosen = quantizer.centroids.double()[(codes & (2**quantizer.code_bits - 1)).int()]
     coordinate = direction = sign = 0.0
     scales = {"scales": norms}
-    if quantizer.annealing is not None:
+    if quantizer.estimator == "int8":
+        scales["scales"] = z.abs().amax(-1) / 127
+        step = (stored["scales"].double() / norms).unsqueeze(-1)
+        coordinate = ((y - chosen * step).abs() - step / 2).max().item() * quantizer.head_dim**0.5
+    elif quantizer.annealing is not None:
         # No single code or sign is right by itself: compare only the error.
         scales = _joint_scales(y, norms, chosen, (codes >> quantizer.code_bits).double() * 2 - 1, quantizer)
     else:
@@ -123,7 +127,8 @@ def matrix() -> list[Case]:
     every = [Case(role, nbits, e, d) for d in (64, 128) for role, e in ROLES for nbits in (2, 3, 4)]
     every += [Case(*row, d) for d in (80, 96, 192, 256) for row in (("keys", 4, "qjl"), ("keys", 3, "qjl"))]
     every += [Case("values", nbits, "rescaled", d) for d in (80, 96, 192, 256) for nbits in (2, 3, 4)]
-    some = (("keys", 4, "qjl"), ("keys", 3, "rescaled"), ("values", 3, "rescaled"))
+    every += [Case(role, 8, "rescaled", d) for d in (64, 80, 128, 192, 256) for role in ("keys", "values")]
+    some = (("keys", 4, "qjl"), ("keys", 3, "rescaled"), ("values", 3, "rescaled"), ("values", 8, "rescaled"))
     for options in ({"dtype": torch.float16}, {"dtype": torch.float32}, {"per_head": True}):
         every += [Case(*row, d, **options) for d in (64, 128, 256) for row in some]
     return every + [Case(sketch="gaussian"), Case(rotation="hadamard"), Case(pieces=(5, 1000, 24), heads=1)]

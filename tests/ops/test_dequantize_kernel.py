@@ -41,16 +41,17 @@ def assert_right(role, dtype=torch.float32, heads=2, change=None, kv_len=300, di
 
 # the interpreter does not round to bf16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
-@pytest.mark.parametrize("nbits", [2, 3, 4])
+@pytest.mark.parametrize("nbits", [2, 3, 4, 8])
 @pytest.mark.parametrize("role, estimator", [("keys", "qjl"), ("keys", "rescaled"), ("values", "rescaled")])
 def test_bits(role, estimator, nbits, dtype):
     assert_right(role, dtype, nbits=nbits, key_estimator=estimator)
 
 
+@pytest.mark.parametrize("nbits", [3, 8])
 @pytest.mark.parametrize("dim", [16, 80, 128, 192, 256])
 @pytest.mark.parametrize("role", ["keys", "values"])
-def test_head_dims(role, dim):
-    assert_right(role, heads=1, kv_len=140, dim=dim, nbits=3)
+def test_head_dims(role, dim, nbits):
+    assert_right(role, heads=1, kv_len=140, dim=dim, nbits=nbits)
 
 
 @pytest.mark.parametrize("kv_len", [1, 63, 64, 65, 127, 128, 129, 257])

@@ -40,7 +40,7 @@ def codes_of(quantizer, buffer, stop=None):
     return codes, {name: scale.clone() for name, scale in scales.items()}
 
 
-@pytest.mark.parametrize("nbits", [2, 3, 4])
+@pytest.mark.parametrize("nbits", [2, 3, 4, 8])
 @pytest.mark.parametrize(
     "role, estimator, head_dim",
     [
@@ -106,6 +106,9 @@ def test_an_error_is_found_where_nothing_is_searched(nbits):
         {"head_dim": 256, "pieces": (127, 1, 2)},
         {"head_dim": 192, "pieces": (127, 1, 2), "role": "values", "nbits": 3, "estimator": "rescaled"},
         {"head_dim": 128, "pieces": (130,), "role": "keys", "nbits": 3, "estimator": "rescaled"},
+        {"nbits": 8, "per_head": True},
+        {"nbits": 8, "role": "values", "estimator": "rescaled", "dtype": torch.bfloat16, "head_dim": 96},
+        {"nbits": 8, "head_dim": 256, "pieces": (127, 1, 2)},
         # the most shared memory: fp32 states, sketch and all
         {"head_dim": 128, "pieces": (130,)},
     ],
@@ -123,8 +126,8 @@ def assert_right(case: Case):
     assert buffer.length == states.shape[2]
     result = disagreement(states, quantizer, buffer)
     # one coordinate on a boundary changes the residual, and with it some signs of its vector; a search that meets one
-    # may end elsewhere, as near
-    assert result.codes <= (1e-3 if quantizer.annealing is None else 0.03)
+    # may end elsewhere, as near; a scale of 8 bits on a boundary changes many codes of its vector
+    assert result.codes <= (1e-3 if quantizer.annealing is None and quantizer.nbits < 8 else 0.03)
     assert abs(result.error) <= 0.01
     # nor the cosine: which of two codes at a boundary a factor gives is decided by rounding
     assert result.coordinate <= 1e-5 and result.direction <= 0.1 and result.sign <= 1e-4
@@ -138,7 +141,9 @@ def assert_right(case: Case):
     assert 0 < error <= 1.01 * reference_error
 
 
-@pytest.mark.parametrize("role, nbits", [("keys", 3), ("keys", 4), ("values", 2), ("values", 3), ("values", 4)])
+@pytest.mark.parametrize(
+    "role, nbits", [("keys", 3), ("keys", 4), ("keys", 8), ("values", 2), ("values", 3), ("values", 4), ("values", 8)]
+)
 @pytest.mark.parametrize("offset", [1, 63, 64, 127, 165])
 def test_earlier_tokens_are_untouched(role, nbits, offset):
     case = Case(role, nbits, "rescaled", 64, torch.float32, heads=2)
@@ -254,8 +259,6 @@ def test_no_tokens():
 @pytest.mark.parametrize(
     "case, dtype, device, reason",
     [
-        (Case(nbits=8, head_dim=64), torch.float32, DEVICE, "2, 3 and 4 bits, and the keys have 8"),
-        (Case("values", 8, "mse", 64), torch.float32, DEVICE, "the values have 8"),
         (Case(head_dim=72), torch.float32, DEVICE, "in steps of 16, and the states have 72"),
         (Case(head_dim=272), torch.float32, DEVICE, "in steps of 16, and the states have 272"),
         (Case(head_dim=64), torch.float64, DEVICE, "float64"),

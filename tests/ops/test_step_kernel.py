@@ -77,6 +77,13 @@ def assert_same_tokens(ours, theirs, role):
         ]
         assert (read[0] - read[1]).norm() < 0.6 * read[1].norm()
         pairs = pairs[-1:]
+    elif DEVICE == "cuda" and ours.quantizers[role].estimator == "int8":
+        # a scale on a boundary changes many codes of its vector; all are nearest to the same numbers
+        (codes, other_codes), (scales, other_scales), _ = pairs
+        read = codes.view(torch.int8) * scales.unsqueeze(-1).float()
+        other = other_codes.view(torch.int8) * other_scales.unsqueeze(-1).float()
+        assert ((read - other).abs() <= 0.505 * (scales + other_scales).unsqueeze(-1).float()).all()
+        pairs = pairs[-1:]
     for mine, other in pairs:
         # a launch for one token sums in another order than one for many
         assert (mine != other).sum() <= 1e-3 * mine.numel()
@@ -98,6 +105,8 @@ def contents(states, role):
         (4, 8, {"nbits": 4, "waiting": True}),
         (4, 8, {"nbits": 3, "condition": "none"}),
         (4, 8, {"nbits": 2, "key_estimator": "rescaled"}),
+        (4, 8, {"nbits": 8}),
+        (0, 5, {"key_bits": 8, "value_bits": 3, "condition": "none"}),
         (0, 5, {"key_bits": 2, "value_bits": 3, "value_estimator": "mse"}),
         (3, 0, {"nbits": 4, "condition": "none"}),
         (0, 0, {"nbits": 3}),
@@ -135,7 +144,14 @@ def grow(layer, keys, values, start, stop):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "sinks, ring, options",
-    [(4, 8, {}), (0, 5, {"nbits": 3, "key_estimator": "rescaled"}), (3, 0, {"nbits": 2}), (0, 0, {"nbits": 4})],
+    [
+        (4, 8, {}),
+        (0, 5, {"nbits": 3, "key_estimator": "rescaled"}),
+        (3, 0, {"nbits": 2}),
+        (0, 0, {"nbits": 4}),
+        (4, 8, {"nbits": 8}),
+        (0, 5, {"key_bits": 8, "value_bits": 4}),
+    ],
     ids=str,
 )
 @pytest.mark.usefixtures("same_search")
@@ -167,6 +183,8 @@ def test_steps_of_a_growing_layer_leave_what_a_prefill_leaves(sinks, ring, optio
         (0, 5, (80, 48), {"nbits": 2, "key_estimator": "rescaled"}),
         (3, 0, (64, 64), {"key_bits": 3, "value_bits": 4, "key_estimator": "mse", "condition": "center"}),
         (0, 1, (256, 256), {"nbits": 4, "condition": "attention"}),
+        (4, 8, (64, 80), {"nbits": 8}),
+        (0, 5, (80, 64), {"key_bits": 4, "value_bits": 8}),
     ],
     ids=str,
 )
