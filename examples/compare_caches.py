@@ -10,7 +10,6 @@ Ask a question about a document through several caches: compare the answers, and
 import statistics
 
 from load_model import QUESTION, TEXT, encode, load, parser
-from report import Times
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +18,7 @@ from rich.table import Table
 import hf_turboquant
 from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import number, run
+from hf_turboquant.evaluation.benchmark import Times
 from hf_turboquant.evaluation.caches import held_bytes, label, new_cache, parse
 from hf_turboquant.evaluation.load import read_text
 from hf_turboquant.memory import readable
@@ -50,8 +50,7 @@ def main():
     which.add_argument("--nbits", type=number, default=4, help="bits of the cache beside the full one")
     which.add_argument("--caches", nargs="+", metavar="SPEC", help="others than these two; the first is the measure")
     args = arguments.parse_args()
-    specs = args.caches or ["dynamic", f"turboquant:nbits={args.nbits}"]
-    caches = [options for spec in specs for options in parse(spec)]
+    caches = parse(*(args.caches or ("dynamic", f"turboquant:nbits={args.nbits}")))
     text = read_text(args.prompt_file)
 
     console = Console()
@@ -69,7 +68,7 @@ def main():
         table.add_column(label(options), ratio=1)
         with console.status(f"{label(options)}: {inputs['input_ids'].shape[1]:,} tokens read, then the answer"):
             tokens, cache, step_ms = ask(model, inputs, options, args.max_new_tokens)
-        held = cache.memory().total_bytes if hasattr(cache, "memory") else held_bytes(cache)
+        held = held_bytes(cache)
         first = first or held
         answer = escape(tokenizer.decode(tokens, skip_special_tokens=True).strip())
         cells = answer, f"{cache.get_seq_length():,}", readable(held), f"{first / held:.1f}", f"{step_ms:.1f}"

@@ -14,13 +14,12 @@ from hf_turboquant import TurboQuantCache
 from hf_turboquant.cli import Formatter, parse_count, run
 
 
-def ratio(context: int, kv_heads: int, head_dim: int, **options) -> float:
+def ratio(shape: tuple[int, ...], **options) -> float:
     """Bytes of a full bf16 cache over all bytes held, after a prefill and some steps of one layer."""
     cache = TurboQuantCache(condition="center", **options)
-    states = torch.randn(1, kv_heads, context, head_dim, dtype=torch.bfloat16)
-    cache.update(states[:, :, :-16], states[:, :, :-16], 0)
-    for token in states[:, :, -16:].split(1, dim=2):
-        cache.update(token, token, 0)
+    states = torch.randn(shape, dtype=torch.bfloat16)
+    for tokens in states.split([shape[2] - 16, *[1] * 16], dim=2):
+        cache.update(tokens, tokens, 0)
     return cache.memory().compression_ratio
 
 
@@ -32,13 +31,13 @@ def main():
     parser.add_argument("--kv-heads", type=int, default=8, help="heads of keys and values")
     parser.add_argument("--head-dim", type=int, default=128, help="numbers of a key")
     args = parser.parse_args()
-    rows = [(context, estimator) for context in args.contexts for estimator in ("qjl", "rescaled")]
     print(f"bf16, {args.kv_heads} KV heads of {args.head_dim}, batch 1: full cache / compressed cache, in bytes\n")
     print(head("context", "keys", "4 bits", "3 bits", "2 bits"))
-    for context, estimator in rows:
-        shape, options = (context, args.kv_heads, args.head_dim), {"key_estimator": estimator}
-        ratios = (f"{ratio(*shape, nbits=nbits, **options):.2f}" for nbits in (4, 3, 2))
-        print(line(f"{context:,}", estimator, *ratios), flush=True)
+    for context in args.contexts:
+        for estimator in ("qjl", "rescaled"):
+            shape = 1, args.kv_heads, context, args.head_dim
+            ratios = (f"{ratio(shape, nbits=nbits, key_estimator=estimator):.2f}" for nbits in (4, 3, 2))
+            print(line(f"{context:,}", estimator, *ratios), flush=True)
 
 
 if __name__ == "__main__":

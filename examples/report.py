@@ -1,42 +1,34 @@
-"""What the examples that measure share: tables for a document, the conditions above them, times of a request."""
+"""What the examples that measure share: their options, tables for a document, and the conditions above them."""
 
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
+from hf_turboquant.evaluation.caches import parse
 from hf_turboquant.evaluation.load import machine
 
 
-class Times(BaseStreamer):
-    """A streamer that records when each token comes."""
-
-    def __init__(self):
-        self.times_s: list[float] = []
-
-    def put(self, value):
-        self.times_s.append(time.perf_counter())
-
-    def end(self):
-        pass
-
-    @property
-    def steps_s(self) -> list[float]:
-        """Times from one new token to the next; the first entry is the prompt."""
-        return [after - before for before, after in pairwise(self.times_s[1:])]
+def add_caches(parser: argparse.ArgumentParser, *default: str) -> None:
+    """Adds `--caches`; without a default the example has its own."""
+    about = f"KIND:OPTION=VALUE/VALUE, such as dynamic turboquant:nbits=4/3{'' if default else ' (default: all)'}"
+    parser.add_argument("--caches", nargs="+", default=default or None, metavar="SPEC", help=about)
 
 
-def parse_for_gpu(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments of a benchmark, which is refused without a GPU."""
+def parse_for_gpu(parser: argparse.ArgumentParser, ours: bool = False) -> argparse.Namespace:
+    """
+    The arguments of a benchmark, which is refused without a GPU. `caches` are options of caches, or with `ours` of
+    [`TurboQuantConfig`] alone.
+    """
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: on a CPU these times say nothing. `hf-turboquant benchmark` runs on both")
+    args.caches = parse(*args.caches or ())
+    if ours and {options.pop("cache") for options in args.caches} != {"turboquant"}:
+        parser.error("--caches must be of turboquant, whose kernels are timed here")
     return args
 
 

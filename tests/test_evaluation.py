@@ -141,7 +141,7 @@ def test_plots_of_few_and_many_caches(tiny, tmp_path, specs, lines):
     with warnings.catch_warnings():
         # matplotlib only warns when a legend leaves no room for the axes
         warnings.simplefilter("error")
-        assert len(plots.draw(SimpleNamespace(units=units), settings, tmp_path, tiny.config)) == 2
+        assert len(plots.draw(units, settings, tmp_path, tiny.config)) == 2
     figure = plots.overview_figure(quality.total(units), found, tiny.config)
     figure.draw_without_rendering()
     drawn = figure.axes[0].get_lines()

@@ -2,8 +2,8 @@
 
 import itertools
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
@@ -14,6 +14,7 @@ from ..config import TurboQuantConfig
 from ..layer import TurboQuantLayer
 from ..memory import layer_memory
 
+FULL = {"cache": "dynamic"}
 KINDS = ("turboquant", "dynamic", "static", "quanto", "hqq", "fp8")
 # How a label words each option, in this order; options that are not listed follow under their own names.
 _WORDS = {"cache": "{}", "nbits": "{} bits", "key_bits": ", keys {} bits", "key_estimator": "{}", "sketch": "{}"}
@@ -22,25 +23,28 @@ _WORDS |= {"residual_length": ", window {}", "sink_length": ", {} sinks"}
 _CONDITIONS = {"none": "plain", "center": "centred", "attention": "conditioned"}
 
 
-def parse(spec: str) -> list[dict]:
+def parse(*specs: str) -> list[dict]:
     """
     `"turboquant:nbits=4/3,key_estimator=qjl"` -> two sets of options, one for each of the values between slashes.
 
     Raises:
-        `ValueError`: the spec has another form, names an unknown kind of cache, or has options that ours refuses.
+        `ValueError`: a spec has another form, names an unknown kind of cache, or has options that ours refuses.
     """
-    kind, _, rest = spec.partition(":")
-    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
-    if kind not in KINDS or any(not name or not values for name, _, values in pairs):
-        raise ValueError(
-            f"A cache must be given as KIND:OPTION=VALUE/VALUE,..., KIND one of {', '.join(KINDS)}, got {spec!r}. "
-            "Try `turboquant:nbits=4/3,key_estimator=rescaled`."
-        )
-    choices = [[(name, _value(value)) for value in values.split("/")] for name, _, values in pairs]
-    found = [dict(chosen) for chosen in itertools.product(*choices)]
-    for options in found if kind == "turboquant" else ():
-        TurboQuantConfig(**{name: value for name, value in options.items() if "offload" not in name})
-    return [{"cache": kind, **options} for options in found]
+    found = []
+    for spec in specs:
+        kind, _, rest = spec.partition(":")
+        pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+        if kind not in KINDS or any(not name or not values for name, _, values in pairs):
+            raise ValueError(
+                f"A cache must be given as KIND:OPTION=VALUE/VALUE,..., KIND one of {', '.join(KINDS)}, got {spec!r}. "
+                "Try `turboquant:nbits=4/3,key_estimator=rescaled`."
+            )
+        choices = [[(name, _value(value)) for value in values.split("/")] for name, _, values in pairs]
+        found += [{"cache": kind, **dict(chosen)} for chosen in itertools.product(*choices)]
+    for options in found:
+        if options["cache"] == "turboquant":
+            TurboQuantConfig(**{k: v for k, v in options.items() if k != "cache" and "offload" not in k})
+    return found
 
 
 def _value(text: str):
@@ -63,8 +67,7 @@ def label(options: dict, chosen: set[str] | None = None) -> str:
     return " ".join(words).replace(" ,", ",").removeprefix(", ")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """
     The words that describe a cache among those it is compared with.
 
@@ -91,22 +94,18 @@ def rows(caches: list[dict]) -> list[Row]:
         options = {"cache": "turboquant", **options}
         kind = options["cache"], frozenset(options) - {"key_estimator", "sketch", "condition"}
         groups.setdefault(kind, []).append(options)
-    shared = {
-        kind: {name for name in members[0] if all(name in o and o[name] == members[0][name] for o in members)}
-        for kind, members in groups.items()
-    }
+    shared = {kind: dict(set.intersection(*(set(o.items()) for o in members))) for kind, members in groups.items()}
     # Groups get heads only if one of them shares more than kind, bits and estimator.
-    some = any(names - {"cache", "nbits", "key_estimator"} for names in shared.values())
+    some = any(set(names) - {"cache", "nbits", "key_estimator"} for names in shared.values())
     found = []
     for kind, members in groups.items():
-        heads = shared[kind] if some and len(members) > 1 else set()
+        heads = set(shared[kind]) if some and len(members) > 1 else set()
         for options in members:
             own = set(options) - heads
-            bits = own & {"nbits", "key_bits", "value_bits"} - (shared[kind] - {"nbits"})
-            head, line = label(options, heads) if heads else "", label(options, own - bits)
-            line = ", ".join(part for part in (head, line) if part)
+            bits = own & {"nbits", "key_bits", "value_bits"} - (set(shared[kind]) - {"nbits"})
+            head, line = label(options, heads), label(options, own - bits)
             widths = "/".join(str(options[name]) for name in sorted(bits))
-            found.append(Row(head, label(options, own), line, widths, label(options)))
+            found.append(Row(head, label(options, own), ", ".join(filter(None, (head, line))), widths, label(options)))
     return found
 
 
@@ -168,13 +167,10 @@ def named(options: dict):
 
 
 def held_bytes(cache) -> int:
-    """Bytes of every tensor in a cache of any kind."""
+    """Bytes that a cache of any kind holds: ours counts its own, in others every tensor counts."""
+    if hasattr(cache, "memory"):
+        return cache.memory().total_bytes
     return sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(vars(layer)))
-
-
-def held_bits(tree) -> int:
-    """Bits of every tensor in a tree of tuples and dicts; floats count two bytes at most, as in a 16-bit model."""
-    return sum(8 * t.numel() * (min(t.itemsize, 2) if t.is_floating_point() else t.itemsize) for t in _tensors(tree))
 
 
 def bits_per_coordinate(cache, with_exact: bool = False) -> float:
@@ -187,16 +183,18 @@ def bits_per_coordinate(cache, with_exact: bool = False) -> float:
     for layer in cache.layers:
         if not getattr(layer, "is_initialized", False):
             continue
+        held = vars(layer)
         if isinstance(layer, TurboQuantLayer):
-            held = layer_memory(layer)
-            bits += 8 * (held.codes_bytes + held.scales_bytes)
-            exact += held.exact_bytes // layer.dtype.itemsize
-            coordinates += (held.full_bytes - held.other_bytes - held.exact_bytes) // layer.dtype.itemsize
+            memory, itemsize = layer_memory(layer), layer.dtype.itemsize
+            bits += 8 * (memory.codes_bytes + memory.scales_bytes)
+            exact += memory.exact_bytes // itemsize
+            coordinates += (memory.full_bytes - memory.other_bytes - memory.exact_bytes) // itemsize
         else:
-            quantized = [vars(layer)[name] for name in ("_quantized_keys", "_quantized_values") if name in vars(layer)]
-            bits += held_bits(quantized)
+            quantized = [held[name] for name in ("_quantized_keys", "_quantized_values") if name in held]
+            for t in _tensors(quantized):
+                bits += 8 * t.numel() * (min(t.itemsize, 2) if t.is_floating_point() else t.itemsize)
             coordinates += sum(_shape(states).numel() for states in quantized)
-            exact += sum(vars(layer)[name].numel() for name in ("keys", "values") if name in vars(layer))
+            exact += sum(held[name].numel() for name in ("keys", "values") if name in held)
     if with_exact or not coordinates:
         bits, coordinates = bits + 16 * exact, coordinates + exact
     return bits / coordinates if coordinates else 16.0
@@ -210,14 +208,11 @@ def _shape(states) -> torch.Size:
 
 
 def _tensors(tree):
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, list | tuple):
-        for item in tree:
+    if isinstance(tree, dict | list | tuple):
+        for item in tree.values() if isinstance(tree, dict) else tree:
             yield from _tensors(item)
     elif hasattr(tree, "__tensor_flatten__"):
         # For a wrapper, count the tensors that it holds and not the one that it represents.
-        for name in tree.__tensor_flatten__()[0]:
-            yield from _tensors(getattr(tree, name))
+        yield from _tensors([getattr(tree, name) for name in tree.__tensor_flatten__()[0]])
     elif isinstance(tree, torch.Tensor):
         yield tree

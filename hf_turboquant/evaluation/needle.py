@@ -1,6 +1,7 @@
 """Needle in a haystack: a fact is hidden in a long text, and a question at its end is answered through the cache."""
 
 import random
+from functools import partial
 
 import torch
 
@@ -51,14 +52,13 @@ def find_needle(model, tokenizer, text: str, options: dict, length: int, depth: 
     """
     code = str(random.Random(f"{seed} {length} {depth}").randrange(10_000, 100_000))
     context, inputs = (ids.to(model.device) for ids in haystack(tokenizer, text, length, depth, code))
-    cache = new_cache(model.config, options)
-    with named(options):
-        model(context, **{cache_name(model): cache}, logits_to_keep=1)
+    read = partial(model, **{cache_name(model): new_cache(model.config, options)}, logits_to_keep=1)
     answer, written = [], ""
-    # A token holds at least one digit; one more token for a leading space.
-    while len(answer) < len(code) + 1 and len(written.strip()) < len(code):
-        with named(options):
-            inputs = model(inputs, **{cache_name(model): cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
-        answer.append(inputs.item())
-        written = tokenizer.decode(answer)
+    with named(options):
+        read(context)
+        # A token holds at least one digit; one more token for a leading space.
+        while len(answer) < len(code) + 1 and len(written.strip()) < len(code):
+            inputs = read(inputs).logits[:, -1:].argmax(-1)
+            answer.append(inputs.item())
+            written = tokenizer.decode(answer)
     return {"expected": code, "answer": written, "exact": written.strip() == code}
