@@ -192,7 +192,17 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
                 f"The prompt must go on from the {held:,} tokens that the cache holds, got one that is no longer. Give "
                 "the whole text so far, or `reset()` the cache for another."
             )
-        return super().get_mask_sizes(query_length, layer_idx)
+        first = next((layer for layer in self.layers if isinstance(layer, TurboQuantStaticLayer)), None)
+        waits = first is not None and first.has_tokens and first.found is None and not torch.compiler.is_compiling()
+        if waits and self.layers[layer_idx] is not first:
+            first.get_mask_sizes(query_length)
+        sizes = super().get_mask_sizes(query_length, layer_idx)
+        if waits and first.found is not None:
+            # `generate` asks about one layer before a compiled step, whose layers cannot ask by themselves.
+            for layer in self.layers:
+                if isinstance(layer, TurboQuantStaticLayer) and layer is not first:
+                    layer.make_room(query_length)
+        return sizes
 
     @property
     def is_compileable(self) -> bool:

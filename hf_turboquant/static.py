@@ -167,19 +167,23 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def find_room(self, tokens: int) -> None:
         """
         Checks the capacity before a step that has not been announced: raises a `ValueError` if its tokens do not fit,
-        and waits for the exact length only if the bound says that they may not. Keys that wait to be conditioned are,
-        if the exact slots cannot take the tokens.
+        and waits for the exact length only if the bound says that they may not.
         """
-        if self.announced or self._is_capturing():
-            return
-        if self.most_tokens + tokens > self.step_room:
-            self.measure()
-            self._check_room(tokens)
-            if self.found is None:
-                states = {role: self._exact(role).clone() for role in ROLES}
-                with self._all_or_nothing():
-                    self._learn(states, self._valid(None, states["keys"]), tokens)
-                self._write_lengths()
+        if not self.announced and not self._is_capturing() and self.most_tokens + tokens > self.step_room:
+            self.make_room(tokens)
+
+    def make_room(self, tokens: int) -> None:
+        """
+        Fetches the exact length; raises a `ValueError` if so many tokens more do not fit. Keys that wait to be
+        conditioned are, if the exact slots cannot take the tokens.
+        """
+        self.measure()
+        self._check_room(tokens)
+        if self.found is None and self.has_tokens:
+            states = {role: self._exact(role).clone() for role in ROLES}
+            with self._all_or_nothing():
+                self._learn(states, self._valid(None, states["keys"]), tokens)
+            self._write_lengths()
 
     def _check_room(self, tokens: int) -> None:
         if self.length + tokens > self.max_cache_len:
