@@ -9,7 +9,6 @@ graph that rotates through several caches, so that nothing is found in L2; the b
 """
 
 import argparse
-import statistics
 import subprocess
 from functools import partial
 from importlib import import_module
@@ -25,7 +24,7 @@ from hf_turboquant.cli import Formatter, run
 from hf_turboquant.evaluation.benchmark import (
     FLASH,
     attended_bytes,
-    call_ms,
+    calls_ms,
     copy_bandwidth,
     fastest,
     graph_us,
@@ -139,8 +138,8 @@ def layer_step_us(shape, options: dict | None) -> tuple[float, float]:
 
     # cuDNN makes a plan for every length, which takes 40 ms.
     with sdpa_kernel(FLASH):
-        times_ms = [call_ms(step)[0] for _ in range(40)]
-        return graph_us([step], inner=8), statistics.median(times_ms[10:]) * 1e3
+        ((wall_ms, _),) = calls_ms([step], 40, skipped=10)
+        return graph_us([step], inner=8), wall_ms * 1e3
 
 
 def main() -> None:

@@ -33,16 +33,7 @@ import hf_turboquant
 from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import Formatter, run
 from hf_turboquant.estimate import Estimate
-from hf_turboquant.evaluation.benchmark import (
-    CUDNN,
-    EFFICIENT,
-    FLASH,
-    Times,
-    call_ms,
-    copy_bandwidth,
-    generate,
-    in_turns,
-)  # fmt: skip
+from hf_turboquant.evaluation.benchmark import CUDNN, EFFICIENT, FLASH, Times, calls_ms, copy_bandwidth, generate
 from hf_turboquant.evaluation.caches import held_bytes, label, new_cache, parse
 from hf_turboquant.evaluation.load import parse_count
 from hf_turboquant.generation import release
@@ -85,63 +76,37 @@ def fill(cache, config, batch: int, context: int) -> None:
                 layer.settle(keys[:, :, -64:].repeat_interleave(4, dim=1))
 
 
-def busy_ms(profiler) -> float:
-    """The time that the GPU worked."""
+def on_gpu(function: Callable[[], object]) -> tuple[object, float]:
+    """What a call returns, and the time (ms) that the GPU worked for it."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        result = function()
+        torch.cuda.synchronize()
     # Events that torch.compile adds are ranges around kernels that are counted already.
     own = (e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.name.startswith("#"))
-    return sum(event.time_range.elapsed_us() for event in own) / 1e3
+    return result, sum(event.time_range.elapsed_us() for event in own) / 1e3
 
 
-class Entry:
-    """A filled cache of [`decode`], with the bytes it holds and its peak of memory."""
-
-    def __init__(self, model, options: dict, batch: int, context: int):
-        before, self.peak = torch.cuda.memory_allocated(), 0
-        self.cache = new_cache(model.config, options)
-        fill(self.cache, model.config, batch, context)
-        self.held = torch.cuda.memory_allocated() - before
-
-    def step(self, model, token: torch.Tensor) -> tuple[float, float]:
-        """Times of a step as in [`call_ms`]."""
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        times_ms = call_ms(partial(model, token, **{cache_name(model): self.cache}, logits_to_keep=1))
-        self.peak = max(self.peak, self.held + torch.cuda.max_memory_allocated() - before)
-        self.held += torch.cuda.memory_allocated() - before
-        return times_ms
+def cells(*numbers: float, cache) -> tuple[str, ...]:
+    """Numbers and the size of the cache (GB) as cells of a table."""
+    return *(f"{number:.1f}" for number in numbers), f"{held_bytes(cache) / 1e9:.2f}"
 
 
 @torch.inference_mode()
 def decode(model, caches: list[dict], batch: int, context: int, args) -> list[tuple]:
     """Times steps of `args.query_length` tokens after `context`; the peak of memory is that without other caches."""
-    weights = torch.cuda.memory_allocated()
     token = torch.randint(0, model.config.vocab_size, (batch, args.query_length), device="cuda")
-    entries = [Entry(model, options, batch, context) for options in caches]
-    steps, rows = [partial(entry.step, model, token) for entry in entries], []
-    for entry, step, times_ms in zip(entries, steps, in_turns(steps, args.steps), strict=True):
-        peak = weights + entry.peak
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for _ in range(3):
-                step()
-        medians = (statistics.median(column) for column in zip(*times_ms[2:], strict=True))
-        numbers = *medians, busy_ms(profiler) / 3, peak / 1e9
-        rows.append((*(f"{number:.1f}" for number in numbers), f"{held_bytes(entry.cache) / 1e9:.2f}"))
+    held = [new_cache(model.config, options) for options in caches]
+    for cache in held:
+        fill(cache, model.config, batch, context)
+
+    steps = [partial(model, token, **{cache_name(model): cache}, logits_to_keep=1) for cache in held]
+    rows, times_ms = [], calls_ms(steps, args.steps, skipped=2)
+    for cache, step, medians in zip(held, steps, times_ms, strict=True):
+        torch.cuda.reset_peak_memory_stats()
+        _, busy_ms = on_gpu(lambda step=step: [step() for _ in range(3)])
+        peak = torch.cuda.max_memory_allocated() - sum(held_bytes(other) for other in held if other is not cache)
+        rows.append(cells(*medians, busy_ms / 3, peak / 1e9, cache=cache))
     return rows
-
-
-class Profiled(Times):
-    """Starts a profiler after the first step, which is not compiled and does other work."""
-
-    def __init__(self):
-        super().__init__()
-        self.profiler = profile(activities=[ProfilerActivity.CUDA])
-
-    def put(self, value):
-        # The first entry is the prompt.
-        if len(self.times_s) == 1:
-            torch.cuda.synchronize()
-            self.profiler.start()
-        super().put(value)
 
 
 @torch.inference_mode()
@@ -152,17 +117,16 @@ def decode_static(model, caches: list[dict], batch: int, context: int, args) -> 
     fill(cache, model.config, batch, context)
     torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(0, model.config.vocab_size, (batch, context + 1), device="cuda")
-    start, times, profiled = time.perf_counter(), Times(), Profiled()
-    ids = generate(model, ids, args.static, times, **{cache_name(model): cache})
+    write = partial(generate, model, **{cache_name(model): cache})
+    start, times = time.perf_counter(), Times()
+    ids = write(ids, args.static, times)
     late_s = times.steps_s[len(times.steps_s) // 4 :]
     # Compilation, and the steps that run before CUDA graphs are captured.
-    first_s = time.perf_counter() - start - sum(late_s)
-    peak = torch.cuda.max_memory_allocated()
-    generate(model, ids, 8, profiled, **{cache_name(model): cache})
-    torch.cuda.synchronize()
-    profiled.profiler.stop()
-    numbers = statistics.median(late_s) * 1e3, busy_ms(profiled.profiler) / len(profiled.steps_s), first_s, peak / 1e9
-    return [(*(f"{number:.1f}" for number in numbers), f"{held_bytes(cache) / 1e9:.2f}")]
+    first_s, peak = time.perf_counter() - start - sum(late_s), torch.cuda.max_memory_allocated()
+    # The first step is not compiled and does other work: the difference is eight compiled steps.
+    ids, short_ms = on_gpu(partial(write, ids, 4, Times()))
+    ids, long_ms = on_gpu(partial(write, ids, 12, Times()))
+    return [cells(statistics.median(late_s) * 1e3, (long_ms - short_ms) / 8, first_s, peak / 1e9, cache=cache)]
 
 
 def request(model, ids: torch.Tensor, args, cache: str, **options) -> list[float]:
@@ -204,8 +168,8 @@ def loop(model, caches: list[dict], batch: int, context: int, args) -> list[tupl
     if options["cache"] == "turboquant":
         ours = {name: value for name, value in options.items() if name != "cache"}
         codes = f"{(weights + estimate.memory(length, batch, **ours).total_bytes) / args.bandwidth * 1e3:.2f}"
-    cells = f"{first[0]:.2f}", f"{ready_s:.2f}", f"{again[0]:.3f}", f"{step_s * 1e3:.2f}", f"{full_s * 1e3:.2f}", codes
-    return [(*cells, f"{step_s / full_s:.2f}", f"{peak / 1e9:.1f}")]
+    times = f"{first[0]:.2f}", f"{ready_s:.2f}", f"{again[0]:.3f}", f"{step_s * 1e3:.2f}", f"{full_s * 1e3:.2f}", codes
+    return [(*times, f"{step_s / full_s:.2f}", f"{peak / 1e9:.1f}")]
 
 
 @torch.inference_mode()
@@ -213,12 +177,11 @@ def prefill(model, caches: list[dict], context: int) -> list[tuple[str]]:
     """Median time of a prefill of one sequence; first prefills, which compile, don't count."""
     ids = torch.randint(0, model.config.vocab_size, (1, context), device="cuda")
 
-    def read(options: dict) -> float:
-        cache = new_cache(model.config, options)
-        return call_ms(partial(model, ids, **{cache_name(model): cache}, logits_to_keep=1))[0]
+    def read(options: dict) -> None:
+        model(ids, **{cache_name(model): new_cache(model.config, options)}, logits_to_keep=1)
 
-    times_ms = in_turns([partial(read, options) for options in caches], 9)
-    return [(f"{statistics.median(times[1:]):.1f} ms",) for times in times_ms]
+    times_ms = calls_ms([partial(read, options) for options in caches], 9, skipped=1)
+    return [(f"{wall_ms:.1f} ms",) for wall_ms, _ in times_ms]
 
 
 def attempt(work: Callable, model, groups: list[list[dict]], *args):
@@ -237,8 +200,8 @@ def largest_batch(model, options: dict, context: int, args) -> int:
     """The largest batch, searched in steps of an eighth, that decodes without running out of memory."""
 
     def fits(batch: int) -> bool:
-        ((_, cells),) = attempt(decode, model, [[options]], batch, context, args)
-        return len(cells) > 1
+        ((_, row),) = attempt(decode, model, [[options]], batch, context, args)
+        return len(row) > 1
 
     args.steps, args.query_length = 3, 1
     batch = 16 if options["cache"] == "dynamic" else 64
@@ -252,22 +215,20 @@ def largest_batch(model, options: dict, context: int, args) -> int:
 def arguments() -> argparse.Namespace:
     """The parsed arguments; `mode` is a key of `CACHES`, `caches` a list of options."""
     parser = argparse.ArgumentParser(description="Steps of an 8B-shaped model.", formatter_class=Formatter)
-    add = parser.add_argument
-    add("--contexts", type=parse_count, nargs="*", default=[8192, 32768, 131072], help="tokens, such as 128k")
-    add("--batches", type=parse_count, nargs="*", default=[1, 8], help="numbers of sequences")
+    add = partial(parser.add_argument, type=parse_count)
+    add("--contexts", nargs="*", default=[8192, 32768, 131072], help="tokens, such as 128k")
+    add("--batches", nargs="*", default=[1, 8], help="numbers of sequences")
     add_caches(parser)
-    add("--steps", type=parse_count, default=12, help="steps of a cache")
-    add("--query-length", type=parse_count, default=1, help="tokens of a step, as in a later turn of a chat")
-    add("--in-turns", action="store_true", help="keep all caches in memory and let them step and prefill in turns")
-    add("--max-tokens", type=parse_count, default=2**18, help="skip larger batch × context")
-    add("--prefill", type=parse_count, nargs="*", default=[8192], help="contexts whose prefill is timed")
-    mode = parser.add_mutually_exclusive_group()
-    about = "time this many compiled steps (bare: 64)"
-    mode.add_argument("--static", type=parse_count, nargs="?", const=64, help=about)
-    about = "time requests of so many tokens (bare: 200)"
-    mode.add_argument("--loop", type=parse_count, nargs="?", const=200, help=about)
-    add("--chunk", type=parse_count, help="with --loop, tokens of a piece of the prefill")
-    add("--largest-batch", type=parse_count, help="find the largest batch at this context")
+    add("--steps", default=12, help="steps of a cache")
+    add("--query-length", default=1, help="tokens of a step, as in a later turn of a chat")
+    parser.add_argument("--in-turns", action="store_true", help="keep all caches in memory and let them take turns")
+    add("--max-tokens", default=2**18, help="skip larger batch × context")
+    add("--prefill", nargs="*", default=[8192], help="contexts whose prefill is timed")
+    mode = partial(parser.add_mutually_exclusive_group().add_argument, type=parse_count, nargs="?")
+    mode("--static", const=64, help="time this many compiled steps (bare: 64)")
+    mode("--loop", const=200, help="time requests of so many tokens (bare: 200)")
+    add("--chunk", help="with --loop, tokens of a piece of the prefill")
+    add("--largest-batch", help="find the largest batch at this context")
     args = parse_for_gpu(parser)
     args.mode = "loop" if args.loop else "static" if args.static else "eager"
     args.caches = args.caches or parse(*CACHES[args.mode])
@@ -301,8 +262,8 @@ def main():
     with sdpa_kernel([CUDNN, FLASH, EFFICIENT] if args.static else [FLASH, EFFICIENT]):
         shapes = [(b, c) for b in args.batches for c in args.contexts if b * c <= args.max_tokens]
         for batch, context in track(shapes, description="decode steps", transient=True):
-            for name, cells in attempt(work, model, groups, batch, context, args):
-                print(line(f"{batch} × {context:,}", name, *cells, *[""] * (len(columns) - len(cells))), flush=True)
+            for name, row in attempt(work, model, groups, batch, context, args):
+                print(line(f"{batch} × {context:,}", name, *row, *[""] * (len(columns) - len(row))), flush=True)
     if args.mode != "eager":
         return
     with sdpa_kernel([CUDNN, FLASH]):

@@ -6,7 +6,6 @@ Time the kernel that quantises and appends, and the one that dequantises. `tests
 """
 
 import argparse
-import statistics
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -17,7 +16,7 @@ from report import add_caches, conditions, head, line, parse_for_gpu
 
 from hf_turboquant import TurboQuantConfig
 from hf_turboquant.cli import Formatter, run
-from hf_turboquant.evaluation.benchmark import call_ms, copy_bandwidth, graph_us
+from hf_turboquant.evaluation.benchmark import calls_ms, copy_bandwidth, graph_us
 from hf_turboquant.evaluation.caches import label
 from hf_turboquant.evaluation.load import parse_count
 from hf_turboquant.quantizer import Quantizer
@@ -86,8 +85,7 @@ def main() -> None:
     for name, layers, function in rows(args):
         calls = [partial(function, layer) for layer in layers]
         us = graph_us(calls)
-        # The first calls compile.
-        host_ms = statistics.median([call_ms(calls[0])[1] for _ in range(300)][100:])
+        ((_, host_ms),) = calls_ms(calls[:1], 300, skipped=100)
         print(line(name, f"{us:.1f}", f"{layers[0].nbytes / us / 1e3:.0f}", f"{1e3 * host_ms:.0f}"), flush=True)
 
 

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from load_model import load, parser
-from report import add_caches, conditions, named, table
+from report import add_caches, show, table
 
 from hf_turboquant.cli import run
 from hf_turboquant.evaluation.caches import label, new_cache, parse
@@ -93,9 +93,8 @@ def main():
             ours = {name: q for name, q in found.items() if caches[name]["cache"] == "turboquant"}
             theirs = {name: q for name, q in found.items() if name not in ours}
             sizes = f"{args.windows} windows of {args.length:,} tokens, {args.batch} in a batch"
-            print(conditions(model.device, f"{named(model, source)}, **{Path(text).name}**", sizes), end="\n\n")
-            print(rows({"full cache": full, **found}), at_equal_bits(theirs, ours), sep="\n\n", end="\n\n")
-            print(at_equal_bits(ours, theirs), end="\n\n")
+            tables = rows({"full cache": full, **found}), at_equal_bits(theirs, ours), at_equal_bits(ours, theirs)
+            show(model, source, (f"**{Path(text).name}**", sizes), *tables)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 from load_model import TEXT, load, parser
-from report import add_caches, command, conditions, named, table
+from report import add_caches, show, table
 
 from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import run
@@ -120,9 +120,9 @@ def main():
             for metric, value in metrics.items():
                 if isinstance(value, float) and "stderr" not in metric:
                     scores.setdefault(f"{task}, {metric.removesuffix(',none')}", []).append(f"{value:.3f}")
-    print(conditions(model.device, named(model, args.model), f"prompts in chunks of {args.chunk} tokens"), end=".\n\n")
     rows = [(name, *cells) for name, cells in scores.items()]
-    print(table(["", "full cache", *map(label, caches)], rows), command(), sep="\n\n")
+    texts = (f"prompts in chunks of {args.chunk} tokens",)
+    show(model, args.model, texts, table(["", "full cache", *map(label, caches)], rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from load_model import load, parser
-from report import add_caches, conditions, named, table
+from report import add_caches, show, table
 
 from hf_turboquant import TurboQuantCache
 from hf_turboquant._supported import cache_name
@@ -109,8 +109,7 @@ def main():
     then = f"of {Path(args.then).name}" if args.then else "sampled"
     sizes = f"{args.sequences} prompts of {args.prompt} tokens of {Path(args.text).name}, then {args.tokens:,} {then}"
     blocks = f"KL (nats) by stretches of {args.stretch}, fed in blocks of {args.block}"
-    print(conditions(model.device, named(model, args.model), sizes, blocks), end="\n\n")
-    print(rows(found, args.prompt, args.stretch))
+    show(model, args.model, (sizes, blocks), rows(found, args.prompt, args.stretch))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the same code as on a GPU, except for the launches themselves; its results are m
 
 import argparse
 import os
-import statistics
 from contextlib import ExitStack
 from functools import partial
 from unittest.mock import patch
@@ -23,7 +22,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from hf_turboquant import TurboQuantCache
 from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import Formatter, run
-from hf_turboquant.evaluation.benchmark import call_ms, in_turns
+from hf_turboquant.evaluation.benchmark import calls_ms
 
 
 def launches_left_out():
@@ -60,10 +59,9 @@ def main() -> None:
     args = parser.parse_args()
     with launches_left_out(), torch.inference_mode():
         steps = prepare(args.layers)
-        times_ms = in_turns([partial(call_ms, step) for step in steps.values()], args.steps)
-    for name, times in zip(steps, times_ms, strict=True):
-        median_ms = statistics.median(wall_ms for wall_ms, _ in times[args.steps // 10 :])
-        print(f"{name}: {median_ms:.2f} ms a step of {args.layers} layers")
+        times_ms = calls_ms(steps.values(), args.steps, skipped=args.steps // 10)
+    for name, (wall_ms, _) in zip(steps, times_ms, strict=True):
+        print(f"{name}: {wall_ms:.2f} ms a step of {args.layers} layers")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the examples that measure share: their options, tables for a document, and the conditions above them."""
+"""What the examples that measure share: the option `--caches`, tables for a document, and the conditions above them."""
 
 import argparse
 import shlex
@@ -53,11 +53,9 @@ def conditions(device: torch.device | str, *texts: str) -> str:
     return "; ".join([*texts, where.pop("device"), ", ".join(f"{name} {version}" for name, version in where.items())])
 
 
-def named(model, source: str | None) -> str:
-    """The name of the model that was loaded from `source`, for the conditions."""
-    return f"**{Path(source or 'SmolLM2-135M-Instruct').name}** in {str(model.dtype).removeprefix('torch.')}"
-
-
-def command() -> str:
-    """The running command, to print below its table."""
-    return f"`{shlex.join(['python', f'examples/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`"
+def show(model, source: str | None, texts: Iterable[str], *tables: str) -> None:
+    """Prints what a model, loaded from `source`, gave: the conditions, the tables and the command."""
+    name = Path(source or "SmolLM2-135M-Instruct").name
+    about = conditions(model.device, f"**{name}** in {str(model.dtype).removeprefix('torch.')}", *texts)
+    command = shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    print(f"{about}.", *tables, f"`{command}`", sep="\n\n", end="\n\n")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from load_model import TEXT, load, parser
-from report import add_caches, command, conditions, named, table
+from report import add_caches, show, table
 from tqdm import tqdm
 
 from hf_turboquant import TurboQuantCache
@@ -171,25 +171,21 @@ def main():
     problems, solved = known[:rest][: args.problems], known[rest:]
     model, tokenizer = load(args.model)
 
-    def show(columns, rows: list[tuple], *texts: str) -> None:
-        print(conditions(model.device, named(model, args.model), *texts), end=".\n\n")
-        print(table(columns, rows), end="\n\n")
-
     if problems:
         context = "".join(f"{problem['prompt']}{problem['canonical_solution']}\n\n" for problem in solved)
         rows = code_rows(model, tokenizer, problems, context, caches, args.max_new_tokens)
         texts = f"the first {len(problems)} problems of HumanEval, {len(solved)} solved ones in front", "greedy"
         texts += f"at most {args.max_new_tokens} tokens", "log-likelihood of a token of the canonical solution in nats"
-        show(("cache", "same completions", *LIKELIHOOD), rows, *texts)
+        show(model, args.model, texts, table(("cache", "same completions", *LIKELIHOOD), rows))
     if args.needle_lengths:
         rows = needle_rows(model, tokenizer, caches, args.needle_lengths, args.needle_depths)
-        depths = ", ".join(map(str, args.needle_depths))
-        show(("cache", *(f"{n:,} tokens" for n in args.needle_lengths)), rows, f"needles in essays at depths {depths}")
+        texts = (f"needles in Paul Graham's essays at depths {', '.join(map(str, args.needle_depths))}",)
+        show(model, args.model, texts, table(("cache", *(f"{n:,} tokens" for n in args.needle_lengths)), rows))
     if args.recall:
         rows = recall_rows(model, tokenizer, caches, args.recall)
         texts = f"{args.recall} codes told in the first turn", "one asked for in each later turn of the saved cache"
-        show(("cache", "recalled", *LIKELIHOOD), rows, *texts, "log-likelihood of a token of the code in nats")
-    print(command())
+        texts += ("log-likelihood of a token of the code in nats",)
+        show(model, args.model, texts, table(("cache", "recalled", *LIKELIHOOD), rows))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -56,19 +56,6 @@ def median_ms(function: Callable[[], object], seconds: float = 0.3) -> float:
     return timer.blocked_autorange(min_run_time=seconds).median * 1e3
 
 
-def steps_ms(start: Callable[[], Callable[[], object]], steps: int = 10, repeats: int = 3) -> float:
-    """
-    Mean time of calling what `start` returns, as the median of `repeats` starts. Every call makes the next one longer,
-    so there are only `steps` of them.
-    """
-    times = []
-    for _ in range(repeats):
-        step = start()
-        step()
-        times.append(Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads()).timeit(steps).mean)
-    return statistics.median(times) * 1e3
-
-
 def call_ms(function: Callable[[], object]) -> tuple[float, float]:
     """Times of one call on an idle device: until a GPU has finished, and until the host has launched everything."""
     _wait()
@@ -84,9 +71,13 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def in_turns(calls: Sequence[Callable[[], object]], repeats: int) -> list[list]:
-    """What each of `calls` returns, `repeats` times; they take turns, because a host's speed varies over time."""
-    return [list(found) for found in zip(*([call() for call in calls] for _ in range(repeats)), strict=True)]
+def calls_ms(functions: Iterable[Callable[[], object]], repeats: int, skipped: int) -> list[tuple[float, float]]:
+    """
+    Medians of both times of [`call_ms`] for each function. Calls take turns, because a host's speed varies over time;
+    the first `skipped` of `repeats`, which compile and warm up, don't count.
+    """
+    turns = list(zip(*([call_ms(function) for function in functions] for _ in range(repeats)), strict=True))
+    return [tuple(map(statistics.median, zip(*times[skipped:], strict=True))) for times in turns]
 
 
 def graph_us(functions: Sequence[Callable[[], object]], inner: int = 1, repeats: int = 15) -> float:
@@ -196,17 +187,15 @@ def layer_times(shape: dict, context: int, options: dict | None, device: torch.d
     query, seen = (random("heads", tokens, "key_dim") for tokens in (1, min(context, 64)))
     attend = partial(scaled_dot_product_attention, query, enable_gqa=True)
 
-    def steps():
-        layer = new_layer(options, seen, *states)
-        return lambda: attend(*layer.update(*token))
-
-    prefill_ms = median_ms(lambda: new_layer(options, seen, *states))
+    layer = new_layer(options, seen, *states)
     # By default torch may pick cuDNN, which makes a plan for every new length: most of a step's time on an H100.
     with sdpa_kernel([FLASH, EFFICIENT, SDPBackend.MATH]) if device.type == "cuda" else nullcontext():
-        step_ms = steps_ms(steps)
+        # Few steps, so that the context stays about the same.
+        ((step_ms, _),) = calls_ms([lambda: attend(*layer.update(*token))], 13, skipped=3)
     layer = new_layer(options, seen, *states)
     measure = partial(median_ms, partial(attend, layer.keys, layer.values))
     attention_ms = fastest(measure) if options is None else measure()
+    prefill_ms = median_ms(lambda: new_layer(options, seen, *states))
     times = {"attention_ms": attention_ms, "step_ms": step_ms, "prefill_ms": prefill_ms}
     return {**times, "bytes": attended_bytes(layer)}
 

@@ -1,7 +1,8 @@
 """The compared caches as plain options: how to make one, what to call it, how many bits it takes."""
 
 import itertools
-from contextlib import contextmanager
+import math
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -47,12 +48,10 @@ def parse(*specs: str) -> list[dict]:
     return found
 
 
-def _value(text: str):
+def _value(text: str) -> int | float | str:
     for convert in (int, float):
-        try:
+        with suppress(ValueError):
             return convert(text)
-        except ValueError:
-            pass
     return text
 
 
@@ -69,14 +68,9 @@ def label(options: dict, chosen: set[str] | None = None) -> str:
 
 class Row(NamedTuple):
     """
-    The words that describe a cache among those it is compared with.
-
-    Args:
-        head (`str`): what the caches of its group share; empty if `text` is complete.
-        text (`str`): what distinguishes this cache from the others of its group.
-        line (`str`): head and text without bits; caches of one line differ only in bits.
-        bits (`str`): the bits that `line` leaves out: `"4"`, or `"4/2"` if keys and values differ.
-        label (`str`): identifies its results.
+    The words that describe a cache among those it is compared with: `head` is what the caches of its group share (empty
+    if `text` is complete), `text` what distinguishes it from them, `line` both without the `bits`, which are `"4"`, or
+    `"4/2"` if keys and values differ. `label` identifies its results.
     """
 
     head: str
@@ -111,14 +105,10 @@ def rows(caches: list[dict]) -> list[Row]:
 
 def new_cache(config, options: dict):
     """
-    An empty cache.
-
-    Args:
-        config (`PreTrainedConfig`): the model's.
-        options (`dict`): `"cache"` (one of `KINDS`, `"turboquant"` if it is missing) and the arguments of that cache.
-            Integer caches by default take groups of `head_dim` along a vector: a scale and a zero point for every
-            vector, which gives as many bits as keys of Algorithm 2 with their two norms. HQQ cannot do that with 3
-            bits: the groups run across tokens, as with `axis_key` and `axis_value` 0.
+    An empty cache for a model's config. `options` are `"cache"` (one of `KINDS`, `"turboquant"` if it is missing) and
+    the arguments of that cache. Integer caches by default take groups of `head_dim` along a vector: a scale and a zero
+    point for every vector, which gives as many bits as keys of Algorithm 2 with their two norms. HQQ cannot do that
+    with 3 bits: the groups run across tokens, as with `axis_key` and `axis_value` 0.
 
     Raises:
         `ValueError`: the options don't fit, the cache cannot hold this model, or a package is missing.
@@ -134,7 +124,7 @@ def new_cache(config, options: dict):
     if kind == "hqq":
         # Axis 0 groups values of different tokens and heads. HQQ packs 3-bit values in tens with padding, which
         # transformers removes correctly along that axis only.
-        usual = 0 if options.get("nbits") == 3 else 1
+        usual = int(options.get("nbits") != 3)
         axes = {name: options.setdefault(name, usual) for name in ("axis_key", "axis_value")}
         if not usual and any(axes.values()):
             raise ValueError(f"HQQ's 3 bits must have `axis_key` and `axis_value` 0, got {axes}. Take 4 or 2 bits.")
@@ -148,12 +138,7 @@ def new_cache(config, options: dict):
 
 @contextmanager
 def named(options: dict):
-    """
-    A context for code that uses a cache with these options, so that errors name the cache.
-
-    Raises:
-        `ValueError`: transformers' cache does not support these tokens.
-    """
+    """A context in which errors name the cache: a `ValueError` if transformers' cache cannot hold the tokens."""
     try:
         yield
     except (AssertionError, ValueError) as error:
@@ -193,18 +178,18 @@ def bits_per_coordinate(cache, with_exact: bool = False) -> float:
             quantized = [held[name] for name in ("_quantized_keys", "_quantized_values") if name in held]
             for t in _tensors(quantized):
                 bits += 8 * t.numel() * (min(t.itemsize, 2) if t.is_floating_point() else t.itemsize)
-            coordinates += sum(_shape(states).numel() for states in quantized)
+            coordinates += sum(map(_count, quantized))
             exact += sum(held[name].numel() for name in ("keys", "values") if name in held)
     if with_exact or not coordinates:
         bits, coordinates = bits + 16 * exact, coordinates + exact
     return bits / coordinates if coordinates else 16.0
 
 
-def _shape(states) -> torch.Size:
-    """Shape of the states before quantisation: HQQ stores them with a description, fp8 with a scale."""
+def _count(states) -> int:
+    """The number of states before quantisation: HQQ stores them with a description, fp8 with a scale."""
     if not isinstance(states, tuple):
-        return states.shape
-    return torch.Size(states[1]["shape"]) if isinstance(states[1], dict) else states[0].shape
+        return states.numel()
+    return math.prod(states[1]["shape"]) if isinstance(states[1], dict) else states[0].numel()
 
 
 def _tensors(tree):

@@ -17,7 +17,7 @@ from .quality import total
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKS = "osD^vPX"
 # 28 lines are distinct, the first seven by colour alone.
-STYLES = cycler(linestyle=("-", "--", ":", "-.")) * (cycler(color=COLOURS) + cycler(marker=MARKS))
+STYLES = cycler(linestyle=("-", "--", ":", "-.")) * (cycler(color=COLOURS) + cycler(marker=list(MARKS)))
 
 
 def draw(units: dict[str, dict], settings, out: Path, config) -> list[Path]:

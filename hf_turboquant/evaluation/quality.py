@@ -71,12 +71,7 @@ class Full(NamedTuple):
 
 
 def split_windows(tokenizer, text: str, length: int, count: int) -> torch.Tensor:
-    """
-    The first `count` windows of the text, as token ids of shape `[count, length]`.
-
-    Raises:
-        `ValueError`: the text is too short.
-    """
+    """The first windows of a text, ids of shape `[count, length]`; a `ValueError` if the text is too short."""
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) < count * length:
         raise ValueError(
@@ -122,21 +117,17 @@ def compare(model, ids: torch.Tensor, options: dict | Callable, full: Full, **bl
 
 def measure(model, windows: torch.Tensor, configurations: list[dict | Callable], batch: int = 4, **blocks):
     """
-    Compares compressed caches with the full one on the same text.
+    Compares compressed caches with the full one on the same text: a [`Quality`] of the full one, then one for each.
 
     Windows of the text are fed in small blocks that attend to the cache, so that all predictions but those of the first
     block depend on it. Host memory holds the full cache's predictions of a batch, four bytes a word and scored token.
 
     Args:
         windows (`torch.Tensor`): token ids of shape `[windows, length]`.
-        configurations (`list[dict | Callable]`): options of the caches, see [`caches.new_cache`]; or functions that
-            make any other cache.
+        configurations (`list[dict | Callable]`): options of the caches, see [`caches.new_cache`], or what makes one.
         batch (`int`): windows fed at a time; they share a cache, its conditioning and its constants.
         blocks: `block` (`int`, 32), tokens fed at a time; `prefill` (`int`, `block`), tokens of the first block;
             `score_from` (`int`, 0), position of the first block whose predictions count.
-
-    Returns:
-        A [`Quality`] for the full cache, then one for each configuration.
     """
     total = None
     for ids in windows.to(model.device).split(batch):

@@ -25,13 +25,9 @@ ESTIMATORS = (("mse", "orthogonal"), ("rescaled", "orthogonal"), ("qjl", "gaussi
 
 def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console: Console | None = None) -> Results:
     """
-    Measures everything that `settings` asks for and that `out` does not hold yet; writes `results.json` and plots.
-
-    Args:
-        model, tokenizer: a causal language model in evaluation mode.
-        text (`str`): the text to predict and to hide needles in.
-        out (`Path`): the folder of the results.
-        console (`Console`, *optional*): where tables and progress go.
+    Measures everything that `settings` asks for and that the folder `out` does not hold yet, with a causal language
+    model in evaluation mode, on a text to predict and to hide needles in; writes `results.json` and plots, and prints
+    tables and progress to `console`.
 
     Raises:
         `ValueError`: see [`Settings.check`] and [`Results`].
