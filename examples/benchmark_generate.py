@@ -27,7 +27,7 @@ from rich.progress import track
 from torch.autograd import DeviceType
 from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hf_turboquant
 from hf_turboquant._supported import cache_name
@@ -98,7 +98,6 @@ def decode(model, caches: list[dict], batch: int, context: int, args) -> list[tu
     held = [new_cache(model.config, options) for options in caches]
     for cache in held:
         fill(cache, model.config, batch, context)
-
     steps = [partial(model, token, **{cache_name(model): cache}, logits_to_keep=1) for cache in held]
     rows, times_ms = [], calls_ms(steps, args.steps, skipped=2)
     for cache, step, medians in zip(held, steps, times_ms, strict=True):
@@ -241,9 +240,8 @@ def arguments() -> argparse.Namespace:
 
 def main():
     args = arguments()
-    torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = LlamaForCausalLM(LlamaConfig(**LLAMA_8B, attn_implementation="sdpa")).eval()
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_8B), dtype=torch.bfloat16).eval()
     how = {
         "eager": f"{args.steps - 2} steps of {args.query_length} tokens, eager{', caches in turns' * args.in_turns}",
         "static": f"{args.static} tokens, compiled by generate",

@@ -41,12 +41,12 @@ def run(smollm2, monkeypatch, capsys):
 
 
 def test_run_generation(run):
-    text = run("run_generation", "--length", "5", "--nbits", "3", "--key_estimator", "rescaled")
+    text = run("run_generation", "--length", "5", "--cache", "turboquant:nbits=3,key_estimator=rescaled")
     assert "TurboQuantCache of" in text and float(re.search(r"([\d.]+) times smaller", text)[1]) > 1.5
     several = ("--num_return_sequences", "2", "--num_beams", "2", "--cache", "dynamic", "--prompt", "One, two,")
     text = run("run_generation", "--length", "5", *several)
     assert "=== 2 ===" in text and "DynamicCache of" in text
-    assert run("run_generation", "--length", "3", "--temperature", "0.7", "--prompt", "One, two,")
+    assert run("run_generation", "--length", "3", "--nbits", "2", "--temperature", "0.7", "--prompt", "One, two,")
 
 
 def test_compare_caches(run):
@@ -68,6 +68,7 @@ MISTAKES = [
     ("run_generation --prompt Hi --prompt_file nowhere.txt", "not allowed with argument --prompt"),
     ("run_generation --num_return_sequences 3", "needs as many --num_beams"),
     ("run_generation --cache dynamic --nbits 3", "--nbits belongs to --cache turboquant"),
+    ("run_generation --cache turboquant:nbits=4/3", "--cache must be one cache"),
     ("compare_caches --nbits 9", "`nbits` must be"),
     ("compare_caches --caches turboquant:nbit=4", "Did you mean `nbits`?"),
     ("compare_caches --caches dynamic --nbits 3", "not allowed with argument"),
@@ -413,30 +414,6 @@ def test_data_that_are_not_installed():
 
     with pytest.raises(SystemExit, match="package no_such_package. Install it with `pip install no-such-package`"):
         installed("no_such_package", "pip install no-such-package")
-
-
-def test_memory_table(capsys, monkeypatch):
-    import memory_table
-
-    monkeypatch.setattr(sys, "argv", ["memory_table.py", "--contexts", "400", "2000"])
-    memory_table.main()
-    short, long = (
-        [float(cell) for cell in row.split("|")[3:-1]]
-        for row in capsys.readouterr().out.splitlines()
-        if "| rescaled |" in row
-    )
-    assert 1 < short[0] < short[1] < short[2] < long[2] and long[0] > 2
-
-
-def test_memory_table_prints_rows_as_they_come(monkeypatch):
-    import memory_table
-
-    written, seen = io.BytesIO(), []
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
-    monkeypatch.setattr(sys, "argv", ["memory_table.py", "--contexts", "1k", "2k"])
-    monkeypatch.setattr(memory_table, "ratio", lambda *args, **kw: seen.append(written.getvalue().count(b"\n")) or 1.0)
-    memory_table.main()
-    assert seen[3::3] == [5, 6, 7]
 
 
 def test_statistics_of_another_text_stay_when_its_tokens_go(tiny):
