@@ -35,11 +35,8 @@ SENTENCES = [
 
 class ThroughCache:
     """
-    What changes in HFLM: both of its calls of the model read their prompt through a cache, in chunks.
-
-    Args:
-        options (`dict`): the options of the cache, see [`caches.new_cache`].
-        chunk (`int`): the tokens of a prompt that are read at a time.
+    What changes in HFLM: both of its calls of the model read their prompt through a cache with these `options` (see
+    [`caches.new_cache`]), `chunk` tokens at a time.
     """
 
     def __init__(self, options: dict, chunk: int, **arguments):

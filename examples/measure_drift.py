@@ -37,18 +37,9 @@ def informed(model, ids: torch.Tensor, options: dict) -> TurboQuantCache:
 
 def drift(model, sequences: torch.Tensor, caches: list[dict], prompt: int, stretch: int, block: int) -> dict:
     """
-    Mean KL of every stretch over the sequences, each of which has its own caches and statistics.
-
-    Args:
-        model: a causal language model.
-        sequences (`torch.Tensor`): token ids of shape `[sequences, length]`.
-        caches (`list[dict]`): options of our caches.
-        prompt (`int`): tokens of the prefill, which give the statistics of `prompt`.
-        stretch (`int`): tokens of a stretch, a multiple of `block`.
-        block (`int`): tokens fed at a time.
-
-    Returns:
-        A tensor of shape `[stretches]` for every (label, statistics).
+    Mean KL of every stretch, of shape `[stretches]`, by name of a cache and statistics, over sequences of shape
+    `[sequences, length]`, each of which has its own caches. The prefill has `prompt` tokens, a stretch has `stretch`, a
+    multiple of `block`, the tokens fed at a time.
     """
     sums = {}
     for ids in sequences.to(model.device).split(1):

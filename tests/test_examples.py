@@ -263,7 +263,7 @@ def test_compare_quality(run, monkeypatch, tmp_path):
     text = run("compare_quality", "--text", str(file), "reference", *arguments)
     assert text.count("| full cache | 16.00 | 0.0000 |") == 2 and "**log.txt**" in text and "**reference**" in text
     bits = [float(bits) for bits in re.findall(r"\| turboquant [42] bits \| ([\d.]+) \| [\d.]+ \| \d+\.\d\d \|", text)]
-    assert len(bits) == 4 and all(2 < found < 16 for found in bits) and "hqq" not in text
+    assert len(bits) == 4 and all(2 < found < 16 for found in bits) and "hqq 4 bits" not in text
     with pytest.raises(SystemExit):
         run("compare_quality", "--text", str(file), "--length", "320")
 

@@ -1,6 +1,6 @@
 """The plots of an evaluation, as PNG files."""
 
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
 from textwrap import fill
 
@@ -16,7 +16,7 @@ from .quality import total
 # Okabe and Ito's colours, which colour-blind people can tell apart; markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKS = "osD^vPX"
-# 28 lines are distinct, the first seven by colour alone.
+# Of 28 distinct lines, the first seven by colour alone; called, it starts anew.
 STYLES = cycler(linestyle=("-", "--", ":", "-.")) * (cycler(color=COLOURS) + cycler(marker=list(MARKS)))
 
 
@@ -41,7 +41,7 @@ def draw(units: dict[str, dict], settings, out: Path, config) -> list[Path]:
 def figure_and_axes(columns: int = 1, width: float = 6.4, height: float = 4.2, **options):
     """An empty figure that is independent of pyplot's state, and its axes; `options` are those of `subplots`."""
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
-    style |= {"axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "axes.prop_cycle": STYLES}
+    style |= {"axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(1, columns, **options)
@@ -54,8 +54,8 @@ def overview_figure(qualities: dict, caches: list[dict], config) -> Figure:
         found = qualities[row.label]
         lines.setdefault(row.line, []).append((found.total_bits, found.kl))
     figure, (left, right) = figure_and_axes(2, width=10, height=4.6 + 0.25 * len(lines))
-    for name, points in lines.items():
-        left.plot(*zip(*sorted(points), strict=True), label=name)
+    for style, (name, points) in zip(STYLES(), lines.items(), strict=False):
+        left.plot(*zip(*sorted(points), strict=True), label=name, **style)
     left.set(xlabel="bits per coordinate, scales included", ylabel="KL to the full cache (nats)", yscale="log")
     left.set_title("Quality against size", loc="left")
     _draw_memory(right, config)
@@ -73,9 +73,9 @@ def memory_figure(config) -> Figure:
 
 def _draw_memory(axis, config, contexts=(2048, 8192, 32768, 131072), widths=(4, 3, 2)) -> None:
     estimate = Estimate.from_config(config)
-    for nbits in widths:
+    for style, nbits in zip(STYLES(), widths, strict=False):
         held = [estimate.memory(n, nbits=nbits).total_bytes / 1e9 for n in contexts]
-        axis.plot(contexts, held, label=f"turboquant, {nbits} bits")
+        axis.plot(contexts, held, label=f"turboquant, {nbits} bits", **style)
     full = [(estimate.full_bytes(n) + estimate.state_bytes) / 1e9 for n in contexts]
     axis.plot(contexts, full, label="bf16", color=COLOURS[6], marker=MARKS[6])
     axis.set(xlabel="context (tokens)", ylabel="cache of one sequence (GB)", xscale="log", yscale="log")
@@ -92,7 +92,7 @@ def fidelity_figure(units: dict, settings) -> Figure:
     length, found = max(settings.fidelity_lengths), rows(settings.caches)
     # Caches without bits to compare appear in every panel.
     widths = list(dict.fromkeys(row.bits for row in found if row.bits)) or [""]
-    styles = dict(zip(dict.fromkeys(row.line for row in found), islice(iter(STYLES), len(found)), strict=False))
+    styles = dict(zip(dict.fromkeys(row.line for row in found), STYLES(), strict=False))
     size = {"width": 3 + 2.8 * len(widths), "height": 4.4 + 0.4 * len(styles)}
     figure, axes = figure_and_axes(len(widths), **size, sharey=True, squeeze=False)
     lines = {}
@@ -117,12 +117,7 @@ def _number(axis) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure, lines) -> None:
+def _legend(figure: Figure, lines: Iterable) -> None:
     """Adds one legend of all lines below the axes, where it hides none of them."""
-    names = [line.get_label() for line in lines]
-    # Names that would not fit beside another one get their own rows.
-    width = int(figure.get_figwidth() * 6)
-    columns = max(1, min(3, 2 * width // (max(map(len, names)) + 8)))
-    texts = [fill(name, 2 * width // columns - 8) for name in names]
-    options = {"ncols": columns, "frameon": False, "fontsize": 9, "handlelength": 4}
-    figure.legend(list(lines), texts, loc="outside lower center", **options)
+    texts = [fill(line.get_label(), int(figure.get_figwidth() * 12) - 8) for line in lines]
+    figure.legend(list(lines), texts, loc="outside lower center", frameon=False, fontsize=9, handlelength=4)
