@@ -10,6 +10,7 @@ from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 from transformers.utils import ModelOutput
 
 from .cache import TurboQuantCache
+from .layer import TurboQuantLayer
 from .sliding import StaticSlidingLayer
 from .static import TurboQuantStaticLayer
 
@@ -88,6 +89,13 @@ class Graph:
         return len(devices) == 1 and devices.pop().type == "cuda"
 
 
+def store_prompt(cache: Cache) -> None:
+    """Quantises the prompt where a layer has deferred that."""
+    for layer in cache.layers:
+        if isinstance(layer, TurboQuantLayer):
+            layer.settle()
+
+
 class Steps:
     """
     Steps over one cache. The first step of its kind runs eagerly, the second is captured, all others replay it.
@@ -129,10 +137,12 @@ class Steps:
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits of the next token, of shape `[batch, vocab_size]`, after the last of `input_ids` `[batch, tokens]`."""
         captures = self.can_capture and not self.failed
+        fresh, self.fresh = self.fresh, False
+        if fresh:
+            store_prompt(self.cache)
         if self.inside:
-            if self.fresh:
+            if fresh:
                 self._load(self._at_start(input_ids))
-            self.fresh = False
             self.static["input_ids"].copy_(input_ids[:, -1:])
         elif captures:
             inputs = self._prepare(input_ids, self.model_kwargs)

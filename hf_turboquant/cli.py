@@ -29,12 +29,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 def run(command: Callable[[], object], program: str | None = None, stopped: str | None = None) -> int:
     """
-    Runs a command and returns its exit code. Errors that the user can fix, and Ctrl-C, give one line on stderr.
-
-    Args:
-        command (`Callable`): all of it.
-        program (`str`, *optional*): its name, by default the running file's.
-        stopped (`str`, *optional*): how to go on after Ctrl-C, if anything was kept.
+    Runs a command and returns its exit code. Errors that the user can fix, and Ctrl-C, give one line on stderr, with
+    the name of the program, by default the running file's, and how to go on when it was `stopped`.
     """
     code = 2
     try:

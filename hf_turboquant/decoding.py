@@ -7,7 +7,8 @@ import torch
 from transformers import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .captured import Steps, fingerprint
+from .captured import Steps, fingerprint, store_prompt
+from .static import TurboQuantStaticLayer
 
 # For each cache, the steps that were captured over it.
 _steps: WeakKeyDictionary = WeakKeyDictionary()
@@ -22,7 +23,8 @@ def run(
     # Otherwise chunks of a prefill would be compiled.
     generation_config.disable_compile = True
     try:
-        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        with _first_token_first(cache):
+            outputs = model._prefill(input_ids, generation_config, model_kwargs)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         logits = outputs.logits[:, -1].clone()
         # Some models return logits of all prompt tokens, which take much memory.
@@ -37,6 +39,8 @@ def run(
             ids, scores, raw_logits, surplus = _decode(
                 steps, logits, input_ids, logits_processor, stopping_criteria, generation_config, streamer, ahead
             )
+        if returned:
+            store_prompt(cache)
         if surplus and returned:
             cache.crop(-surplus)
     except BaseException:
@@ -68,7 +72,7 @@ def _decode(steps, logits, ids, logits_processor, stopping_criteria, config, str
     pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
     max_length = stopping_criteria.max_length
-    host = _Beside(ids.device)
+    host, first = _Beside(ids.device), True
     while True:
         next_logits = logits.to(device=ids.device, dtype=torch.float32, copy=True)
         next_scores = logits_processor(ids, next_logits)
@@ -85,8 +89,10 @@ def _decode(steps, logits, ids, logits_processor, stopping_criteria, config, str
             tokens = tokens * unfinished + pad * (1 - unfinished)
         ids = torch.cat([ids, tokens[:, None]], dim=-1)
         host.mark()
-        # A step whose token would exceed the limit is not even launched.
-        begun = ahead and (max_length is None or ids.shape[1] < max_length)
+        # The first token comes before all that the first step has to prepare. A step whose token would exceed the limit
+        # is not even launched.
+        begun = ahead and not first and (max_length is None or ids.shape[1] < max_length)
+        first = False
         if begun:
             logits = steps(ids)
         with host.looks():
@@ -98,6 +104,19 @@ def _decode(steps, logits, ids, logits_processor, stopping_criteria, config, str
             return ids, scores, raw_logits, int(begun)
         if not begun:
             logits = steps(ids)
+
+
+@contextmanager
+def _first_token_first(cache: Cache):
+    """Within this context, layers of static capacity leave quantising a short prompt to [`captured.store_prompt`]."""
+    layers = [layer for layer in cache.layers if isinstance(layer, TurboQuantStaticLayer)]
+    for layer in layers:
+        layer.defers = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.defers = False
 
 
 class _Beside:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 ROLES = ("keys", "values")
 # Keys wait for enough different tokens while there are at most so many beside the sinks.
 MAX_WAITING_TOKENS = 512
+# A layer that defers quantising does so for prompts of at most so many tokens, in all sequences.
+MAX_DEFERRED_TOKENS = 2_048
 
 
 class TurboQuantLayer(DynamicLayer):
@@ -67,8 +69,10 @@ class TurboQuantLayer(DynamicLayer):
         self.quantizers: dict[str, Quantizer] = {}
         self.codes: dict[str, TokenBuffer] = {}
         self.exact: SlotBuffer | None = None
-        # The tokens of the last update, while they wait for their query.
+        # The tokens of the last update, while they wait to be stored; and once their query was seen, whether the mask
+        # told which tokens are no padding, and which these are.
         self.pending: dict[str, torch.Tensor] | None = None
+        self.observed: tuple[torch.Tensor | None] | None = None
         # What conditioning found, possibly on the device only; None while there is too little to learn from.
         self.found: Learned | torch.Tensor | None = None
         # What it will need: queries so far, and which of the tokens so far are no padding.
@@ -229,17 +233,27 @@ class TurboQuantLayer(DynamicLayer):
         self.step = self._read() if exact is None else self._read_from(exact, before - sinks, self.length - before, 0)
         return _handles(self.step)
 
-    def settle(self, query: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
+    def observe(self, query: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
         """
-        Stores the tokens of the last update if they wait for the query that attends to them.
-
-        The first tokens wait because conditioning needs queries; the token of a decode step waits because attention
-        stores it.
+        What attention to the tokens of the last update calls, with its query and mask. Stores the tokens or, if they
+        are few, leaves that to the next update: see [`_defers`].
 
         Args:
-            query (`torch.Tensor`, *optional*): of shape `[batch, num_attention_heads, query_length, head_dim]`; without
-                it, keys are only centred.
+            query (`torch.Tensor`, *optional*): of shape `[batch, num_attention_heads, query_length, head_dim]`; `None`
+                if something else than attention reads the tokens.
             attention_mask (`torch.Tensor`, *optional*): the mask of that query; distinguishes padding from tokens.
+        """
+        if query is not None and self.pending is not None and not self.is_offloaded and self._defers():
+            self._observe(query, attention_mask)
+        elif self.observed is None:
+            self.settle(query, attention_mask)
+
+    def settle(self, query: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
+        """
+        Stores the tokens of the last update if they wait.
+
+        The first tokens wait because conditioning needs queries; the token of a decode step waits because attention
+        stores it. Without a query, now or before, keys are only centred. Arguments are those of [`observe`].
         """
         if self.step is not None and self.step.newest is not None:
             # No attention has read it: the next token may not wait where the caller may write.
@@ -247,20 +261,35 @@ class TurboQuantLayer(DynamicLayer):
             self.step.settle()
         if self.pending is None:
             return
-        kv_len = self.length + self.pending["keys"].shape[2]
-        valid = valid_tokens(attention_mask, kv_len)
-        # After an error the query will be seen again, and must not count twice.
+        self._observe(query, attention_mask)
         with self._all_or_nothing():
-            if query is not None and self.config.condition == "attention":
-                # In the first prefill queries are padded like keys; later queries are all tokens.
-                known = valid if query.shape[2] == kv_len else None
-                energy = energy_of_queries(query, known, self.pending["keys"].shape[1])
-                self.query_energy = energy if self.query_energy is None else energy + self.query_energy
-                compile_ahead(self, self.pending["keys"], self.pending["values"], query, valid is not None)
-            self._store(self.pending, valid)
-        self.pending = None
+            self._store(self.pending, *self.observed)
+        self.pending = self.observed = None
         if self.is_offloaded:
             self.offload()
+
+    def _observe(self, query: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+        """Keeps what conditioning needs of the query of the tokens that wait; does nothing if it is known."""
+        if self.observed is not None:
+            return
+        kv_len, energy = self.get_seq_length(), self.query_energy
+        valid = valid_tokens(attention_mask, kv_len)
+        if query is not None and self.config.condition == "attention":
+            # In the first prefill queries are padded like keys; later queries are all tokens.
+            known = valid if query.shape[2] == kv_len else None
+            new = energy_of_queries(query, known, self.pending["keys"].shape[1])
+            energy = new if energy is None else new + energy
+            compile_ahead(self, self.pending["keys"], self.pending["values"], query, valid is not None)
+        # After an error the same query may come again: it counts once.
+        self.query_energy, self.observed = energy, (valid,)
+
+    def _defers(self) -> bool:
+        """
+        Whether tokens that wait may do so until the next update. On a GPU it takes the host longer to launch their
+        quantising than everything else in a short prompt, and the first token need not wait for that.
+        """
+        batch, _, tokens, _ = self.pending["keys"].shape
+        return self.device.type == "cuda" and batch * tokens <= MAX_DEFERRED_TOKENS
 
     def come_to_rest(self) -> None:
         """Stores all waiting tokens and brings offloaded ones back to the layer's device."""
@@ -481,7 +510,7 @@ class TurboQuantLayer(DynamicLayer):
         with torch.inference_mode(False):
             exact = self._with_exact(states, before)
         self.pending = {role: tensor[:, :, before:].detach() for role, tensor in exact.items()}
-        return _handles(ExactStates(exact, self.settle))
+        return _handles(ExactStates(exact, self.observe))
 
     def _outdate(self) -> None:
         """What the last update returned must not be read any more."""
@@ -579,11 +608,14 @@ class TurboQuantLayer(DynamicLayer):
 
     def offload(self) -> None:
         """
-        Moves codes and exact tokens to pinned host memory on the current stream. Tokens that wait for their query are
-        moved when they are stored.
+        Moves codes and exact tokens to pinned host memory on the current stream. Tokens whose query was not seen yet
+        are moved when they are stored.
         """
         self.is_offloaded = self.is_initialized
-        if self.is_offloaded and self.pending is None:
+        if self.observed is not None:
+            # This comes back here.
+            self.settle()
+        elif self.is_offloaded and self.pending is None:
             self.settle()
             # A non-blocking copy to the CPU goes to pinned memory.
             self._replace(lambda tensor: tensor.to("cpu", non_blocking=True))

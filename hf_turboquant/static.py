@@ -60,6 +60,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     most_tokens: int = 0
     # Whether `get_mask_sizes` has already counted the tokens of the next step.
     announced: bool = False
+    # Whether the caller promises to call `settle` before a step: none that is compiled or captured can.
+    defers: bool = False
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.max_cache_len = config.max_cache_len
@@ -219,6 +221,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self._condition(quantizers["keys"].mean, quantizers["keys"].scale)
         return self.quantizers, found
 
+    def _defers(self) -> bool:
+        return self.defers and super()._defers()
+
     def _slots(self) -> SlotBuffer:
         return self.exact
 
@@ -275,6 +280,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the next update's mask (for a step, the whole capacity), and the position of the first column."""
+        if self.observed is not None:
+            self.settle()
         if not self.has_tokens or query_length > self.step_tokens:
             self.measure()
             self._check_room(query_length)

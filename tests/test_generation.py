@@ -31,6 +31,7 @@ import hf_turboquant
 from hf_turboquant import TurboQuantCache, captured, decoding, generation
 from hf_turboquant._supported import cache_name
 from hf_turboquant.captured import Graph, Steps
+from hf_turboquant.layer import TurboQuantLayer
 
 SHAPE = dict(
     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -130,6 +131,8 @@ def graphs(monkeypatch):
     fake = type("Fake", (FakeGraph,), {"made": 0, "replays": 0})
     monkeypatch.setattr(captured, "Graph", fake)
     monkeypatch.setattr(generation, "Graph", fake)
+    # as on a GPU: a prompt is quantised after its token
+    monkeypatch.setattr(TurboQuantLayer, "_defers", lambda layer: True)
     # the kernels' steps can be captured; here the reference does their work
     monkeypatch.setattr(TurboQuantCache, "is_compileable", True)
     generation._kept.clear()
@@ -237,13 +240,32 @@ def test_the_next_step_is_under_way_while_the_host_looks(llama, monkeypatch):
     cache = TurboQuantCache(llama.config, **OPTIONS)
     out = ours(llama, prompt(), **{cache_name(llama): cache}, stopping_criteria=[At(153, notes)])
     assert out.shape[1] == 153
-    # one too many at an end that nobody knew of, which is taken back
-    assert notes == [(what, length) for length in (151, 152, 153) for what in ("step", "looked at")]
+    # the first token comes before the first step; one too many at an end that nobody knew of, which is taken back
+    later = [(what, length) for length in (152, 153) for what in ("step", "looked at")]
+    assert notes == [("looked at", 151), ("step", 151), *later]
     assert cache.get_seq_length() == 152
     notes.clear()
     cache.reset()
     ours(llama, prompt(), **{cache_name(llama): cache}, max_new_tokens=3, stopping_criteria=[At(200, notes)])
     assert notes[-2:] == [("looked at", 152), ("looked at", 153)] and cache.get_seq_length() == 152
+
+
+@pytest.mark.parametrize("capacity", [None, 400])
+def test_the_first_token_does_not_wait_for_quantising(llama, graphs, capacity):
+    cache, notes = TurboQuantCache(llama.config, **OPTIONS, max_cache_len=capacity), []
+
+    class Watcher(Collector):
+        def put(self, value):
+            notes.append([layer.observed is not None for layer in cache.layers])
+
+    given = {cache_name(llama): cache, "streamer": Watcher()}
+    ours(llama, prompt(), **given, max_new_tokens=3)
+    # the prompt, then a token after another
+    assert notes == [[False] * 2, [True] * 2, [False] * 2, [False] * 2]
+    # nothing is left to others who may not be able to do it
+    cache.reset()
+    ours(llama, prompt(), **given, max_new_tokens=1)
+    assert [layer.observed for layer in cache.layers] == [None] * 2 and cache.layers[0].codes["keys"].length == 130
 
 
 def test_a_cache_that_cannot_be_cropped_gets_no_step_too_many():

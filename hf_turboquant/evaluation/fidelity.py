@@ -36,10 +36,10 @@ class _RecordingLayer(TurboQuantLayer):
 
     seen = None
 
-    def settle(self, query=None, attention_mask=None):
-        if query is not None and self.seen is None:
+    def observe(self, query, attention_mask):
+        if query is not None and self.seen is None and self.pending is not None:
             self.seen = LayerInputs(self.layer_idx, query.detach(), *self.pending.values())
-        super().settle(query, attention_mask)
+        super().observe(query, attention_mask)
 
 
 @torch.inference_mode()

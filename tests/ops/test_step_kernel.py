@@ -86,7 +86,8 @@ def contents(states, role):
     """Codes and scales of all tokens that are quantised, and those of the exact slots that are taken."""
     now = states.measured()
     codes, scales = reference.codes_of(now.codes[role], states.quantizers[role], 0, now.quantized)
-    return codes, *scales.values(), torch.cat([states.exact[role][:, :, run] for _, run in now.exact_runs()], dim=2)
+    slots = [slot for _, run in now.exact_runs() for slot in range(run.start, run.stop)]
+    return codes, *scales.values(), states.exact[role][:, :, slots]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
