@@ -15,7 +15,7 @@ from importlib import import_module
 
 import torch
 import triton
-from report import add_caches, conditions, head, line, parse_for_gpu
+from report import DEVICE, add_caches, conditions, head, line, parse_for_gpu
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -53,7 +53,7 @@ ROTATED_BYTES = 300e6
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    return torch.randn(shape, device="cuda", dtype=dtype)
+    return torch.randn(shape, device=DEVICE, dtype=dtype)
 
 
 def filled(shape, options: dict | None):
@@ -90,7 +90,7 @@ def errors(query: torch.Tensor, layer, mask: torch.Tensor | None) -> tuple[float
 def compare(name: str, options: dict, best_us: float, copy: float, query: torch.Tensor, args) -> None:
     """Checks and times attention from the codes of one cache, and prints its row of the table."""
     layers, inner = rotated(SHAPES[name], options)
-    mask = torch.rand((len(query), 1, 1, SHAPES[name][-1]), device="cuda") > 0.01 if args.mask else None
+    mask = torch.rand((len(query), 1, 1, SHAPES[name][-1]), device=DEVICE) > 0.01 if args.mask else None
     error, plain = errors(query, layers[0], mask)
     if not error <= 2 * plain:
         raise AssertionError(f"{name} {label(options)}: error {error:.1e}, and torch's is {plain:.1e}")
@@ -152,10 +152,10 @@ def main() -> None:
     add("--scores", action="store_true", help="also time the logits alone against matrix products")
     add("--layer-step", action="store_true", help="also time append + attention through `update`")
     args = parse_for_gpu(parser, ours=True)
-    copy = copy_bandwidth("cuda")
+    copy = copy_bandwidth(DEVICE)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     texts = f"copy {copy / 1e12:.2f} TB/s", f"triton {triton.__version__}, commit {commit or 'unknown'}"
-    print(conditions("cuda", "fp16, one query, medians under CUDA graphs", *texts))
+    print(conditions(DEVICE, "fp16, one query, medians under CUDA graphs", *texts))
     print(head(*COLUMNS))
     for name in args.only:
         shape = SHAPES[name]

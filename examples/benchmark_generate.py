@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from report import add_caches, conditions, head, line, parse_for_gpu
+from report import DEVICE, add_caches, conditions, head, line, parse_for_gpu
 from rich.progress import track
 from torch.autograd import DeviceType
 from torch.nn.attention import sdpa_kernel
@@ -68,7 +68,7 @@ def fill(cache, config, batch: int, context: int) -> None:
     for layer_idx in range(config.num_hidden_layers):
         for start in range(0, context, piece):
             shape = (batch, config.num_key_value_heads, min(piece, context - start), config.head_dim)
-            keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            keys, values = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
             cache.update(keys, values, layer_idx)
             layer = cache.layers[layer_idx]
             if isinstance(layer, TurboQuantLayer):
@@ -94,7 +94,7 @@ def cells(*numbers: float, cache) -> tuple[str, ...]:
 @torch.inference_mode()
 def decode(model, caches: list[dict], batch: int, context: int, args) -> list[tuple]:
     """Times steps of `args.query_length` tokens after `context`; the peak of memory is that without other caches."""
-    token = torch.randint(0, model.config.vocab_size, (batch, args.query_length), device="cuda")
+    token = torch.randint(0, model.config.vocab_size, (batch, args.query_length), device=DEVICE)
     held = [new_cache(model.config, options) for options in caches]
     for cache in held:
         fill(cache, model.config, batch, context)
@@ -115,7 +115,7 @@ def decode_static(model, caches: list[dict], batch: int, context: int, args) -> 
     cache = new_cache(model.config, {**caches[0], "max_cache_len": context + args.static + 16})
     fill(cache, model.config, batch, context)
     torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(0, model.config.vocab_size, (batch, context + 1), device="cuda")
+    ids = torch.randint(0, model.config.vocab_size, (batch, context + 1), device=DEVICE)
     write = partial(generate, model, **{cache_name(model): cache})
     start, times = time.perf_counter(), Times()
     ids = write(ids, args.static, times)
@@ -145,7 +145,7 @@ def request(model, ids: torch.Tensor, args, cache: str, **options) -> list[float
 def loop(model, caches: list[dict], batch: int, context: int, args) -> list[tuple]:
     """Times two requests, the second of which reuses what the first left."""
     (options,) = caches
-    ids = torch.randint(3, model.config.vocab_size, (batch, context), device="cuda")
+    ids = torch.randint(3, model.config.vocab_size, (batch, context), device=DEVICE)
     torch.compiler.reset()
     torch.cuda.reset_peak_memory_stats()
     static = options["cache"] == "static"
@@ -174,7 +174,7 @@ def loop(model, caches: list[dict], batch: int, context: int, args) -> list[tupl
 @torch.inference_mode()
 def prefill(model, caches: list[dict], context: int) -> list[tuple[str]]:
     """Median time of a prefill of one sequence; first prefills, which compile, don't count."""
-    ids = torch.randint(0, model.config.vocab_size, (1, context), device="cuda")
+    ids = torch.randint(0, model.config.vocab_size, (1, context), device=DEVICE)
 
     def read(options: dict) -> None:
         model(ids, **{cache_name(model): new_cache(model.config, options)}, logits_to_keep=1)
@@ -240,17 +240,17 @@ def arguments() -> argparse.Namespace:
 
 def main():
     args = arguments()
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_8B), dtype=torch.bfloat16).eval()
     how = {
         "eager": f"{args.steps - 2} steps of {args.query_length} tokens, eager{', caches in turns' * args.in_turns}",
         "static": f"{args.static} tokens, compiled by generate",
         "loop": f"{args.loop} tokens a request, greedy",
     }[args.mode]
-    print(conditions("cuda", "Llama-3.1-8B shape, random bf16 weights, sdpa (flash or cuDNN)", how), end="\n\n")
+    print(conditions(DEVICE, "Llama-3.1-8B shape, random bf16 weights, sdpa (flash or cuDNN)", how), end="\n\n")
     groups = [args.caches] if args.in_turns else [[options] for options in args.caches]
     if args.loop:
-        args.bandwidth = copy_bandwidth("cuda")
+        args.bandwidth = copy_bandwidth(DEVICE)
         torch.cuda.empty_cache()
         print(f"copy bandwidth {args.bandwidth / 1e9:.0f} GB/s, of which the ideals are made\n")
     work, columns = {"eager": decode, "static": decode_static, "loop": loop}[args.mode], COLUMNS[args.mode]

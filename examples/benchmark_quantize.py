@@ -12,7 +12,7 @@ from importlib import import_module
 from itertools import product
 
 import torch
-from report import add_caches, conditions, head, line, parse_for_gpu
+from report import DEVICE, add_caches, conditions, head, line, parse_for_gpu
 
 from hf_turboquant import TurboQuantConfig
 from hf_turboquant.cli import Formatter, run
@@ -34,11 +34,11 @@ class Layer:
     def __init__(self, options: dict, shape: tuple[int, ...], roles: tuple[str, ...], conditioned: bool):
         batch, heads, tokens, dim = shape
         self.quantizers, self.buffers = [], []
-        self.states = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in roles]
+        self.states = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in roles]
         for role in roles:
-            quantizer = Quantizer.create(TurboQuantConfig(**options), role, 0, dim, "cuda")
+            quantizer = Quantizer.create(TurboQuantConfig(**options), role, 0, dim, DEVICE)
             if conditioned:
-                mean = torch.randn(heads, 1, dim, device="cuda")
+                mean = torch.randn(heads, 1, dim, device=DEVICE)
                 quantizer = replace(quantizer, mean=mean, scale=0.5 + torch.rand_like(mean))
             self.quantizers.append(quantizer)
             self.buffers.append(quantizer.new_buffer(batch, heads))
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=parse_count, default=8, help="heads of keys and values")
     args = parse_for_gpu(parser, ours=True)
     texts = f"bf16 states, {args.kv_heads} KV heads", f"copy {copy_bandwidth('cuda') / 1e9:.0f} GB/s"
-    print(conditions("cuda", *texts, "medians of CUDA graphs over rotating buffers; host: of one call in eager mode"))
+    print(conditions(DEVICE, *texts, "medians of CUDA graphs over rotating buffers; host: of one call in eager mode"))
     print("\n" + head("batch × tokens", "µs", "GB/s", "host µs"))
     for name, layers, function in rows(args):
         calls = [partial(function, layer) for layer in layers]

@@ -11,6 +11,9 @@ import torch
 from hf_turboquant.evaluation.caches import parse
 from hf_turboquant.evaluation.load import machine
 
+# Where the benchmarks run.
+DEVICE = "cuda"
+
 
 def add_caches(parser: argparse.ArgumentParser, *default: str) -> None:
     """Adds `--caches`; without a default the example has its own."""

@@ -14,11 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_turboquant import TurboQuantCache, cli
 from hf_turboquant._supported import cache_name
 from hf_turboquant.config import PRESETS, TurboQuantConfig
+from hf_turboquant.evaluation import benchmark
 from hf_turboquant.evaluation.caches import FULL, bits_per_coordinate, new_cache, parse
 from hf_turboquant.evaluation.quality import Quality
 
@@ -435,6 +437,66 @@ def test_statistics_of_another_text_stay_when_its_tokens_go(tiny):
         assert mine.codes["keys"].length == 300 - 4 - 128
         learned = [layer.quantizers["keys"].scale for layer in (mine, other, first)]
         assert torch.equal(learned[0], learned[1]) and not torch.allclose(learned[0], learned[2], rtol=0.01)
+
+
+TINY_LLAMA = {**TINY, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096}
+BENCHMARKS = {
+    "benchmark_attention --only tiny --caches turboquant:nbits=4 --mask --launches --layer-step": [
+        r"\| tiny \| turboquant 4 bits \| ([\d.]+ \| ){4}\d+% \|",
+        r"prepare [\d.]+ µs",
+        r"layer step, DynamicLayer: \d+ µs",
+        r"layer step, turboquant 4 bits: \d+ µs",
+    ],
+    "benchmark_quantize --tokens 20 1 --head-dims 64 --kv-heads 2 --caches turboquant:nbits=4": [
+        r"\| 1 × 20, D=64, turboquant 4 bits: keys and values, conditioned \| [\d.]+ \| \d+ \| \d+ \|",
+        r"\| 1 × 1, D=64, turboquant 4 bits: dequantise what the row above quantised \|",
+    ],
+    "benchmark_generate --contexts 300 --batches 2 --caches dynamic turboquant:nbits=4 --in-turns --prefill 200": [
+        r"\| 2 × 300 \| dynamic \| ([\d.]+ \| ){4}[\d.]+ \|",
+        r"\| 2 × 300 \| turboquant 4 bits \| ([\d.]+ \| ){4}[\d.]+ \|",
+        r"prefill of 200 tokens, turboquant 4 bits: [\d.]+ ms",
+    ],
+    "benchmark_generate --static 16 --contexts 300 --batches 1 --caches static turboquant:nbits=4": [
+        r"\| 1 × 300 \| static \| ([\d.-]+ \| ){4}[\d.]+ \|",
+        r"\| 1 × 300 \| turboquant 4 bits \| ([\d.-]+ \| ){4}[\d.]+ \|",
+    ],
+    "benchmark_generate --loop 10 --contexts 300 --batches 1 --caches dynamic turboquant:nbits=4": [
+        r"\| 1 × 300 \| dynamic \| ([\d.-]+ \| ){5} \| [\d.]+ \| [\d.]+ \|",
+        r"turboquant 4 bits \| ([\d.-]+ \| ){7}[\d.]+ \|",
+    ],
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+@pytest.mark.parametrize("command", BENCHMARKS)
+def test_benchmarks_run_through(command, monkeypatch, capsys):
+    """On a CPU, with small sizes and without CUDA graphs: the numbers mean nothing, but all of them are there."""
+    pytest.importorskip("triton")
+    name, *arguments = command.split()
+    module = importlib.import_module(name)
+    one = {"call_ms": benchmark.call_ms, "calls_ms": benchmark.calls_ms}
+    stand_ins = {
+        "DEVICE": "cpu",
+        "graph_us": lambda functions, *_, **__: 1e3 * one["call_ms"](functions[0])[0],
+        "calls_ms": lambda functions, repeats, skipped: one["calls_ms"](functions, 3, 1),
+        "copy_bandwidth": lambda device: 1e10,
+        "SHAPES": {"tiny": (1, 4, 2, 64, 300)},
+        "ROTATED_BYTES": 1e6,
+        "LLAMA_8B": TINY_LLAMA,
+        "ProfilerActivity": SimpleNamespace(CUDA=torch.profiler.ProfilerActivity.CPU),
+        **dict.fromkeys(("FLASH", "CUDNN", "EFFICIENT"), SDPBackend.MATH),
+    }
+    for attribute, value in stand_ins.items():
+        if hasattr(module, attribute):
+            monkeypatch.setattr(module, attribute, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for function in ("synchronize", "empty_cache", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, function, lambda: 10**9)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    module.main()
+    text = capsys.readouterr().out
+    for pattern in BENCHMARKS[command]:
+        assert re.search(pattern, text), pattern
 
 
 def test_drift_is_read_by_stretches(tiny):
