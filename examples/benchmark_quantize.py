@@ -2,153 +2,91 @@
 Time the kernel that quantises and appends, and the one that dequantises. `tests/ops` check them.
 
     python examples/benchmark_quantize.py
-    python examples/benchmark_quantize.py --only decode
+    python examples/benchmark_quantize.py --tokens 1 --batches 1 8 --caches turboquant:nbits=4
 """
 
 import argparse
-import statistics
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
+from itertools import product
 
 import torch
-from report import conditions, head, line, parse_for_gpu
+from report import DEVICE, add_caches, conditions, head, line, parse_for_gpu
 
 from hf_turboquant import TurboQuantConfig
 from hf_turboquant.cli import Formatter, run
-from hf_turboquant.evaluation.benchmark import call_ms, copy_bandwidth, graph_us, median_ms
-from hf_turboquant.ops import reference
+from hf_turboquant.evaluation.benchmark import calls_ms, copy_bandwidth, graph_us
+from hf_turboquant.evaluation.caches import label
+from hf_turboquant.evaluation.load import parse_count
 from hf_turboquant.quantizer import Quantizer
 
 # `ops.quantize` is the function; the module of the same name holds the kernel.
 kernels = import_module("hf_turboquant.ops.quantize")
 dequantize = import_module("hf_turboquant.ops.dequantize").dequantize
+# Tokens in front of new ones.
+LENGTH = 1061
 
 
-@dataclass(frozen=True)
-class Case:
-    """Keys or values of one configuration; `conditioned` gives every head its own mean and scale."""
-
-    role: str = "keys"
-    nbits: int = 4
-    estimator: str = "qjl"
-    head_dim: int = 128
-    dtype: torch.dtype = torch.bfloat16
-    conditioned: bool = False
-    heads: int = 8
-    sketch: str = "orthogonal"
-    rotation: str = "haar"
-
-    def quantizer(self, device) -> Quantizer:
-        role = self.role.removesuffix("s")
-        options = {f"{role}_bits": self.nbits, f"{role}_estimator": self.estimator}
-        config = TurboQuantConfig(sketch=self.sketch, rotation=self.rotation, **options)
-        quantizer = Quantizer.create(config, self.role, 0, self.head_dim, device)
-        if self.conditioned:
-            generator = torch.Generator().manual_seed(1)
-            factors = 0.5 + torch.rand(self.heads, 1, self.head_dim, generator=generator).to(device)
-            mean = torch.randn(self.heads, 1, self.head_dim, generator=generator).to(device)
-            quantizer = replace(quantizer, mean=mean, scale=factors)
-        return quantizer
-
-
-@dataclass
 class Layer:
-    """States, quantizers and buffers of one layer; its methods append `tokens` at `length`, or read them back."""
+    """States of shape `[batch, heads, tokens, head_dim]`, quantizers and buffers of one layer, by role."""
 
-    batch: int
-    tokens: int
-    keys: Case | None
-    values: Case | None
-    length: int = 0
-
-    def __post_init__(self):
-        roles = [case for case in (self.keys, self.values) if case is not None]
-        self.quantizers = [case.quantizer("cuda") for case in roles]
-        shape = (self.batch, roles[0].heads, self.tokens)
-        self.states = [torch.randn(*shape, c.head_dim, device="cuda", dtype=c.dtype) for c in roles]
-        self.buffers = [quantizer.new_buffer(*shape[:2]) for quantizer in self.quantizers]
-        for buffer in self.buffers:
-            buffer.reserve(self.length + self.tokens)
+    def __init__(self, options: dict, shape: tuple[int, ...], roles: tuple[str, ...], conditioned: bool):
+        batch, heads, tokens, dim = shape
+        self.quantizers, self.buffers = [], []
+        self.states = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in roles]
+        for role in roles:
+            quantizer = Quantizer.create(TurboQuantConfig(**options), role, 0, dim, DEVICE)
+            if conditioned:
+                mean = torch.randn(heads, 1, dim, device=DEVICE)
+                quantizer = replace(quantizer, mean=mean, scale=0.5 + torch.rand_like(mean))
+            self.quantizers.append(quantizer)
+            self.buffers.append(quantizer.new_buffer(batch, heads))
+            self.buffers[-1].reserve(LENGTH + tokens)
         # Codes and scales of the new tokens are written.
-        written = sum(buffer.nbytes / buffer.capacity for buffer in self.buffers) * self.tokens
+        written = sum(buffer.nbytes / buffer.capacity for buffer in self.buffers) * tokens
         self.nbytes = sum(x.nbytes for x in self.states) + written
 
-    def _rewind(self) -> None:
+    def quantize(self) -> None:
         for buffer in self.buffers:
-            buffer.length = self.length
-
-    def single(self) -> None:
-        self._rewind()
-        for args in zip(self.states, self.quantizers, self.buffers, strict=True):
-            kernels.quantize(*args)
-
-    def pair(self) -> None:
-        self._rewind()
-        kernels.quantize_pair(self.states, self.quantizers, self.buffers)
+            buffer.length = LENGTH
+        if len(self.states) == 2:
+            kernels.quantize_pair(self.states, self.quantizers, self.buffers)
+        else:
+            kernels.quantize(self.states[0], self.quantizers[0], self.buffers[0])
 
     def dequantize(self) -> None:
-        """Dequantises everything that `single` appended, in the dtype of the states."""
-        for state, quantizer, buffer in zip(self.states, self.quantizers, self.buffers, strict=True):
+        for buffer, quantizer, state in zip(self.buffers, self.quantizers, self.states, strict=True):
             dequantize(buffer, quantizer, state)
 
-    def torch(self) -> None:
-        self._rewind()
-        for args in zip(self.states, self.quantizers, self.buffers, strict=True):
-            reference.quantize(*args)
 
-
-def rows():
+def rows(args):
     """Name, layers to rotate through and function of every row of the table."""
-
-    def pair(nbits=4, estimator="qjl", head_dim=128, **options) -> tuple[Case, Case]:
-        values = Case("values", nbits, "rescaled", head_dim, options.get("dtype", torch.bfloat16))
-        return Case("keys", nbits, estimator, head_dim, **options), values
-
-    def prefill(count: int, keys: Case | None, values: Case | None) -> list[Layer]:
-        return [Layer(1, 8192, keys, values) for _ in range(count)]
-
-    def decode(tokens: int, batch: int, *cases: Case, count: int = 32) -> list[Layer]:
-        return [Layer(batch, tokens, *cases, length=1061) for _ in range(count)]
-
-    for head_dim in (128, 64, 256):
-        for form in ((4, "qjl"), (3, "rescaled"), (2, "rescaled")):
-            name = "keys + values, D={}, {} bits ({} keys".format(head_dim, *form)
-            for conditioned in (False, True):
-                layers = prefill(4, *pair(*form, head_dim, conditioned=conditioned))
-                yield f"prefill 8,192: {name}{', conditioned' * conditioned})", layers, "single"
-            yield f"dequantise them: {name}, conditioned)", layers, "dequantize"
-    for estimator in ("qjl", "rescaled"):
-        yield f"prefill 8,192: keys alone, 4 bits ({estimator})", prefill(8, pair(4, estimator)[0], None), "single"
-    yield "prefill 8,192: values alone, 4 bits", prefill(8, None, pair()[1]), "single"
-    yield "prefill 8,192: as the first row but fp32", prefill(4, *pair(dtype=torch.float32)), "single"
-    yield "prefill 8,192: as the first row, torch reference", prefill(1, *pair()), "torch"
-    yield "8,192 keys of one head, 3 bits (rescaled)", prefill(32, pair(3, "rescaled", heads=1)[0], None), "single"
-    for batch in (1, 8):
-        for form in ((4, "qjl"), (3, "rescaled")):
-            layers = decode(1, batch, *pair(*form))
-            name = "decode, 1 token × {}, {} bits ({} keys)".format(batch, *form)
-            yield f"{name}, one launch", layers, "pair"
-            yield f"{name}, two launches", layers, "single"
-    yield "decode, 4 tokens × 1, 4 bits (qjl keys)", decode(4, 1, *pair()), "pair"
-    yield "decode, 1 token × 1, 4 bits, torch reference", decode(1, 1, *pair(), count=1), "torch"
+    both = "keys", "values"
+    for options, dim, batch, tokens in product(args.caches, args.head_dims, args.batches, args.tokens):
+        shape, name = (batch, args.kv_heads, tokens, dim), f"{batch} × {tokens:,}, D={dim}, {label(options)}"
+        for roles, conditioned in ((both[:1], False), (both[1:], False), (both, False), (both, True)):
+            layers = [Layer(options, shape, roles, conditioned) for _ in range(4 if tokens > 1024 else 32)]
+            yield f"{name}: {' and '.join(roles)}{', conditioned' * conditioned}", layers, Layer.quantize
+        yield f"{name}: dequantise what the row above quantised", layers, Layer.dequantize
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
-    about = "time only rows of the table whose name contains TEXT"
-    parser.add_argument("--only", nargs="*", default=[""], metavar="TEXT", help=about)
-    args = parse_for_gpu(parser)
-    texts = "bf16 states, 8 KV heads, head_dim 128 unless said", f"copy {copy_bandwidth('cuda') / 1e9:.0f} GB/s"
-    print(conditions("cuda", *texts, "medians of CUDA graphs over rotating buffers; host: of one call in eager mode"))
-    print("\n" + head("what", "µs", "GB/s", "host µs"))
-    for name, layers, function in rows():
-        if any(text in name for text in args.only):
-            calls = [getattr(layer, function) for layer in layers]
-            # The reference is timed from start to end.
-            us = graph_us(calls) if function != "torch" else 1e3 * median_ms(calls[0])
-            # The first calls compile.
-            host_ms = statistics.median([call_ms(calls[0])[1] for _ in range(300)][100:])
-            print(line(name, f"{us:.1f}", f"{layers[0].nbytes / us / 1e3:.0f}", f"{1e3 * host_ms:.0f}"), flush=True)
+    add_caches(parser, "turboquant:nbits=4/3/2")
+    parser.add_argument("--tokens", type=parse_count, nargs="+", default=[8192, 1], help="new tokens of a sequence")
+    parser.add_argument("--batches", type=parse_count, nargs="+", default=[1], help="numbers of sequences")
+    parser.add_argument("--head-dims", type=parse_count, nargs="+", default=[128], help="numbers of a key")
+    parser.add_argument("--kv-heads", type=parse_count, default=8, help="heads of keys and values")
+    args = parse_for_gpu(parser, ours=True)
+    texts = f"bf16 states, {args.kv_heads} KV heads", f"copy {copy_bandwidth('cuda') / 1e9:.0f} GB/s"
+    print(conditions(DEVICE, *texts, "medians of CUDA graphs over rotating buffers; host: of one call in eager mode"))
+    print("\n" + head("batch × tokens", "µs", "GB/s", "host µs"))
+    for name, layers, function in rows(args):
+        calls = [partial(function, layer) for layer in layers]
+        us = graph_us(calls)
+        ((_, host_ms),) = calls_ms(calls[:1], 300, skipped=100)
+        print(line(name, f"{us:.1f}", f"{layers[0].nbytes / us / 1e3:.0f}", f"{1e3 * host_ms:.0f}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,12 @@ def common_length(first: torch.Tensor, second: torch.Tensor) -> int:
     return int((first[:length] == second[:length]).long().cumprod(0).sum())
 
 
-def reply(model, tokenizer, messages: list[dict], cache, seen: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+def reply(model, tokenizer, messages: list[dict], cache, seen: torch.Tensor, max_new_tokens: int):
     """
-    Lets the model answer the last message.
-
-    Args:
-        seen (`torch.Tensor`): the tokens in the cache, of shape `[tokens]`.
+    Lets the model answer the last message; `seen`, of shape `[tokens]`, are the tokens in the cache.
 
     Returns:
-        All tokens so far, of shape `[tokens]`.
+        All tokens so far, of shape `[tokens]`, and the answer.
     """
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     inputs = inputs.to(model.device)
@@ -39,9 +36,9 @@ def reply(model, tokenizer, messages: list[dict], cache, seen: torch.Tensor, max
     if cache.get_seq_length() > kept:
         cache.crop(kept - cache.get_seq_length())
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    return model.generate(
-        **inputs, **{cache_name(model): cache}, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
-    )[0]
+    how = {cache_name(model): cache, "max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
+    output = model.generate(**inputs, **how)[0]
+    return output, tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def chat(model, tokenizer, cache, max_new_tokens: int) -> None:
@@ -51,15 +48,13 @@ def chat(model, tokenizer, cache, max_new_tokens: int) -> None:
         messages.append({"role": "user", "content": text})
         before = len(seen)
         try:
-            seen = reply(model, tokenizer, messages, cache, seen, max_new_tokens)
+            seen, answer = reply(model, tokenizer, messages, cache, seen, max_new_tokens)
         except KeyboardInterrupt:
             # It may have come in the middle of a step.
             cache.reset()
             messages, seen = messages[:-1], seen[:0]
             print("\n[stopped: ask again to go on from before this question; an empty line ends the chat]")
             continue
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        answer = tokenizer.decode(seen[len(prompt) :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
         print(f"[{len(seen) - before} tokens more; {cache.memory()}]")
 

@@ -10,7 +10,6 @@ Ask a question about a document through several caches: compare the answers, and
 import statistics
 
 from load_model import QUESTION, TEXT, encode, load, parser
-from report import Times
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +18,7 @@ from rich.table import Table
 import hf_turboquant
 from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import number, run
+from hf_turboquant.evaluation.benchmark import Times
 from hf_turboquant.evaluation.caches import held_bytes, label, new_cache, parse
 from hf_turboquant.evaluation.load import read_text
 from hf_turboquant.memory import readable
@@ -27,13 +27,11 @@ from hf_turboquant.memory import readable
 def ask(model, inputs, options: dict, tokens: int):
     """New tokens of shape `[tokens]`, the cache that holds them, and the median time of a step (ms)."""
     # Our own loop makes the cache from its options.
-    cache = {"custom_generate": hf_turboquant.generate, **options}
-    if cache.pop("cache") != "turboquant":
-        cache = {cache_name(model): new_cache(model.config, options)}
-    times = Times()
-    found = model.generate(
-        **inputs, **cache, max_new_tokens=tokens, do_sample=False, streamer=times, return_dict_in_generate=True
-    )
+    how, times = {"custom_generate": hf_turboquant.generate, **options}, Times()
+    if how.pop("cache") != "turboquant":
+        how = {cache_name(model): new_cache(model.config, options)}
+    how |= {"streamer": times, "max_new_tokens": tokens, "do_sample": False, "return_dict_in_generate": True}
+    found = model.generate(**inputs, **how)
     # The first steps may compile kernels.
     step_ms = statistics.median(times.steps_s) * 1e3 if times.steps_s else float("nan")
     # The name is another one from transformers 5.24 on.
@@ -50,8 +48,7 @@ def main():
     which.add_argument("--nbits", type=number, default=4, help="bits of the cache beside the full one")
     which.add_argument("--caches", nargs="+", metavar="SPEC", help="others than these two; the first is the measure")
     args = arguments.parse_args()
-    specs = args.caches or ["dynamic", f"turboquant:nbits={args.nbits}"]
-    caches = [options for spec in specs for options in parse(spec)]
+    caches = parse(*(args.caches or ("dynamic", f"turboquant:nbits={args.nbits}")))
     text = read_text(args.prompt_file)
 
     console = Console()
@@ -61,21 +58,19 @@ def main():
         new_cache(model.config, options)
     inputs = encode(tokenizer, f"{text}\n\n{args.question}").to(model.device)
     table = Table("", box=box.SIMPLE_HEAD, title=args.question)
-    rows = {name: [] for name in ("answer", "tokens in the cache", "size of the cache", "times smaller")}
+    names, columns = ["answer", "tokens in the cache", "size of the cache", "times smaller"], []
     # On a CPU attention from codes saves memory, not time.
-    rows |= {"ms a token": []} if model.device.type == "cuda" else {}
+    names += ["ms a token"] if model.device.type == "cuda" else []
     first = None
     for options in caches:
         table.add_column(label(options), ratio=1)
         with console.status(f"{label(options)}: {inputs['input_ids'].shape[1]:,} tokens read, then the answer"):
             tokens, cache, step_ms = ask(model, inputs, options, args.max_new_tokens)
-        held = cache.memory().total_bytes if hasattr(cache, "memory") else held_bytes(cache)
+        held = held_bytes(cache)
         first = first or held
         answer = escape(tokenizer.decode(tokens, skip_special_tokens=True).strip())
-        cells = answer, f"{cache.get_seq_length():,}", readable(held), f"{first / held:.1f}", f"{step_ms:.1f}"
-        for row, cell in zip(rows.values(), cells, strict=False):
-            row.append(cell)
-    for name, row in rows.items():
+        columns.append((answer, f"{cache.get_seq_length():,}", readable(held), f"{first / held:.1f}", f"{step_ms:.1f}"))
+    for name, *row in zip(names, *columns, strict=False):
         table.add_row(name, *row, end_section=name == "answer")
     console.print(table)
 

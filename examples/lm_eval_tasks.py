@@ -20,13 +20,12 @@ from functools import partial
 
 import torch
 from load_model import TEXT, load, parser
-from report import command, conditions, named, table
+from report import add_caches, show, table
 
 from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import run
-from hf_turboquant.evaluation.caches import bits_per_coordinate, label, new_cache, parse
+from hf_turboquant.evaluation.caches import FULL, bits_per_coordinate, label, new_cache, parse
 
-FULL = {"cache": "dynamic"}
 SENTENCES = [
     {"sentence": "The lighthouse was built in 1847 by", "end": "Helena Marsh", "other": "Tobias Finch"},
     {"sentence": "The first keeper was", "end": "Tobias Finch", "other": "Helena Marsh"},
@@ -36,11 +35,8 @@ SENTENCES = [
 
 class ThroughCache:
     """
-    What changes in HFLM: both of its calls of the model read their prompt through a cache, in chunks.
-
-    Args:
-        options (`dict`): the options of the cache, see [`caches.new_cache`].
-        chunk (`int`): the tokens of a prompt that are read at a time.
+    What changes in HFLM: both of its calls of the model read their prompt through a cache with these `options` (see
+    [`caches.new_cache`]), `chunk` tokens at a time.
     """
 
     def __init__(self, options: dict, chunk: int, **arguments):
@@ -88,23 +84,23 @@ def main():
     arguments = parser("Tasks of lm-eval through the full cache and compressed ones.")
     add = arguments.add_argument
     add("--tasks", nargs="+", help="names of lm-eval tasks (default: two about a lighthouse, which need no Hub)")
-    add("--caches", nargs="+", default=["turboquant:nbits=4/3/2"], metavar="SPEC", help="KIND:OPTION=VALUE/VALUE")
+    add_caches(arguments, "turboquant:nbits=4/3/2")
     add("--chunk", type=int, default=256, help="tokens of a prompt that are read at a time")
     add("--limit", type=int, help="documents of each task (default: all)")
     add("--include-path", help="a folder of tasks of your own, as yaml files")
     add("--max-seq-lengths", type=int, nargs="+", help="tokens of RULER's contexts")
     add("--apply-chat-template", action="store_true", help="put prompts into the model's chat format")
     args = arguments.parse_args()
-    caches = [options for spec in args.caches for options in parse(spec)]
+    caches = parse(*args.caches)
     # Heavy, and installed by few.
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     model, tokenizer = load(args.model)
-    metadata = {"tokenizer": tokenizer.name_or_path} | (
-        {"max_seq_lengths": args.max_seq_lengths} if args.max_seq_lengths else {}
-    )
+    metadata = {"tokenizer": tokenizer.name_or_path}
+    if args.max_seq_lengths:
+        metadata["max_seq_lengths"] = args.max_seq_lengths
     kind, scores = type("HFLM", (ThroughCache, HFLM), {}), {}
     for options in [FULL, *caches]:
         judged = kind(options, args.chunk, pretrained=model, tokenizer=tokenizer, batch_size=1)
@@ -121,11 +117,9 @@ def main():
             for metric, value in metrics.items():
                 if isinstance(value, float) and "stderr" not in metric:
                     scores.setdefault(f"{task}, {metric.removesuffix(',none')}", []).append(f"{value:.3f}")
-    print(conditions(model.device, named(model, args.model), f"prompts in chunks of {args.chunk} tokens"), end=".\n\n")
-    print(
-        table(["", "full cache", *map(label, caches)], [(name, *cells) for name, cells in scores.items()]), end="\n\n"
-    )
-    print(command())
+    rows = [(name, *cells) for name, cells in scores.items()]
+    texts = (f"prompts in chunks of {args.chunk} tokens",)
+    show(model, args.model, texts, table(["", "full cache", *map(label, caches)], rows))
 
 
 if __name__ == "__main__":

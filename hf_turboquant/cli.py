@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from . import __version__
 from .config import KEY_ESTIMATORS, TurboQuantConfig
@@ -21,21 +21,16 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """Help that shows every default."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        default = action.default
-        if default is None or default is False or default == argparse.SUPPRESS:
+        if action.default in (None, False, argparse.SUPPRESS):
             return action.help
-        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
-        return f"{action.help} (default: {shown})"
+        values = action.default if isinstance(action.default, list | tuple) else [action.default]
+        return f"{action.help} (default: {' '.join(map(str, values))})"
 
 
-def run(command: Callable[[], object], program: str | None = None, stopped: str = "Nothing was kept.") -> int:
+def run(command: Callable[[], object], program: str | None = None, stopped: str | None = None) -> int:
     """
-    Runs a command and returns its exit code. Errors that the user can fix, and Ctrl-C, give one line on stderr.
-
-    Args:
-        command (`Callable`): all of it.
-        program (`str`, *optional*): its name, by default the running file's.
-        stopped (`str`): how to go on after Ctrl-C.
+    Runs a command and returns its exit code. Errors that the user can fix, and Ctrl-C, give one line on stderr, with
+    the name of the program, by default the running file's, and how to go on when it was `stopped`.
     """
     code = 2
     try:
@@ -46,7 +41,7 @@ def run(command: Callable[[], object], program: str | None = None, stopped: str 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        message, code = f"stopped. {stopped}", 130
+        message, code = f"stopped. {stopped or 'Nothing was kept.'}", 130
     except ModuleNotFoundError as error:
         wanted = PACKAGES.get(error.name, error.name)
         message = f"this needs the package {error.name!r}. Install it with `python -m pip install {wanted}`."
@@ -64,55 +59,50 @@ def run(command: Callable[[], object], program: str | None = None, stopped: str 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command of `hf-turboquant`: see [`run`]."""
     args = _parser().parse_args(arguments)
-    return run(lambda: args.run(args), "hf-turboquant", **({"stopped": args.stopped} if "stopped" in args else {}))
+    kept = "Give the same command to go on: what --out holds is not measured again." if "out" in args else None
+    return run(lambda: args.run(args), "hf-turboquant", kept)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-turboquant", description="TurboQuant KV caches: see, measure, decide.")
     parser.add_argument("--version", action="version", version=f"hf-turboquant {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    # Arguments that several commands share.
-    shape, place = (argparse.ArgumentParser(add_help=False) for _ in range(2))
-    shape.add_argument("model", metavar="MODEL", help="a Hub name, a local folder or a config.json")
-    shape.add_argument("--batch", type=parse_count, default=1, help="number of sequences, each that long")
-    shape.add_argument("--nbits", type=number, nargs="+", default=[4, 3, 2], help="bits of keys and values")
-    estimator = TurboQuantConfig.key_estimator
-    shape.add_argument("--key-estimator", choices=KEY_ESTIMATORS, default=estimator, help="how keys are stored")
-    shape.add_argument("--json", action="store_true", help="print everything as json")
-    place.add_argument("--dtype", help="such as bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")
-    place.add_argument("--device", help="such as cuda:1 (default: cuda if there is one, else cpu)")
-    contexts = {"type": parse_count, "nargs": "+", "metavar": "TOKENS", "help": "tokens, such as 8192 or 128k"}
 
-    def command(run: Callable, about: str, *parents, **defaults) -> argparse.ArgumentParser:
+    def command(run: Callable, about: str, model: str = "a Hub name, a local folder or a config.json"):
         name = run.__name__.removeprefix("_")
-        found = commands.add_parser(name, help=about, description=about, parents=parents, formatter_class=Formatter)
-        found.set_defaults(run=run, **defaults)
-        return found
+        found = commands.add_parser(name, help=about, description=about, formatter_class=Formatter)
+        found.set_defaults(run=run)
+        found.add_argument("model", metavar="MODEL", help=model)
+        return found.add_argument
 
-    estimate = command(_estimate, "memory of the cache, from the config alone", shape)
-    estimate.add_argument("--budget", type=parse_bytes, metavar="BYTES", help="memory for the cache alone, such as 24G")
-    estimate.add_argument("--contexts", **contexts, default=[8192, 32768, 131072])
-
-    benchmark = command(_benchmark, "speed of a layer's cache in the shape of a model, on this machine", shape, place)
-    benchmark.add_argument(
-        "--generate", type=parse_count, metavar="TOKENS", help="also time generate, with the weights"
-    )
-    benchmark.add_argument("--contexts", **contexts, default=[8192, 32768])
-
-    stopped = "Give the same command to go on: what --out holds is not measured again."
+    estimate = command(_estimate, "memory of the cache, from the config alone")
+    estimate("--budget", type=parse_bytes, metavar="BYTES", help="memory for the cache alone, such as 24G")
+    benchmark = command(_benchmark, "speed of a layer's cache in the shape of a model, on this machine")
+    benchmark("--generate", type=parse_count, metavar="TOKENS", help="also time generate, with the weights")
     about = "quality of compressed caches, measured on a model and a text"
-    evaluate = command(_evaluate, about, place, stopped=stopped)
-    evaluate.add_argument("model", metavar="MODEL", help="a Hub name or a local folder")
-    evaluate.add_argument("--out", default="evaluation", help="folder of results.json and plots; a stopped run goes on")
+    evaluate = command(_evaluate, about, "a Hub name or a local folder")
+    evaluate("--out", default="evaluation", help="folder of results.json and plots; a stopped run goes on")
     for option in dataclasses.fields(Settings)[1:]:
-        evaluate.add_argument(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
+        evaluate(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
+    # Arguments that several commands share.
+    for add, contexts in ((estimate, [8192, 32768, 131072]), (benchmark, [8192, 32768])):
+        tokens = {"type": parse_count, "nargs": "+", "metavar": "TOKENS", "help": "tokens, such as 8192 or 128k"}
+        add("--contexts", default=contexts, **tokens)
+        add("--batch", type=parse_count, default=1, help="number of sequences, each that long")
+        add("--nbits", type=number, nargs="+", default=[4, 3, 2], help="bits of keys and values")
+        estimator = TurboQuantConfig.key_estimator
+        add("--key-estimator", choices=KEY_ESTIMATORS, default=estimator, help="how keys are stored")
+        add("--json", action="store_true", help="print everything as json")
+    for add in (benchmark, evaluate):
+        add("--dtype", help="such as bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")
+        add("--device", help="such as cuda:1 (default: cuda if there is one, else cpu)")
     return parser
 
 
 def _estimate(args) -> None:
     from transformers import logging
 
-    from .estimate import MAX_CONTEXT, Estimate
+    from .estimate import Estimate
     from .evaluation.load import load_config
 
     # Missing kernels do not affect shapes.
@@ -122,50 +112,50 @@ def _estimate(args) -> None:
     states = args.batch * estimate.state_bytes
     rows, longest = {}, {}
     for context in args.contexts:
-        rows[context] = {"bf16": estimate.full_bytes(context, args.batch)}
-        rows[context]["fp8"] = estimate.full_bytes(context, args.batch, fp8=True)
-        for name, option in options.items():
-            rows[context][name] = estimate.memory(context, args.batch, **option).total_bytes - states
-    if args.budget:
-        for name, option in {"bf16": {}, **options}.items():
-            longest[name] = estimate.longest_context(args.budget, args.batch, **option)
-    compressed = estimate.compressed()
+        full, fp8 = (estimate.full_bytes(context, args.batch, fp8=fp8) for fp8 in (False, True))
+        ours = {name: estimate.memory(context, args.batch, **o).total_bytes - states for name, o in options.items()}
+        rows[context] = {"bf16": full, "fp8": fp8, **ours}
+    for name, option in {"bf16": {}, **options}.items() if args.budget else ():
+        longest[name] = estimate.longest_context(args.budget, args.batch, **option)
     if args.json:
-        about = {"model": args.model, "layers": len(estimate.layers), "compressed": compressed, "batch": args.batch}
-        about |= {"state_bytes": states, "kv_bytes": rows, "budget_bytes": args.budget, "longest_context": longest}
-        print(json.dumps(about, indent=1))
-        return
-    print(f"{args.model}: {len(estimate.layers)} layers")
-    kinds = Counter(f"{cost}{': compressed' * (i in compressed)}" for i, cost in enumerate(estimate.layers))
-    for kind, count in kinds.items():
-        print(f"  {count:3} × {kind}")
+        about = {"model": args.model, "layers": len(estimate.layers), "compressed": estimate.compressed()}
+        about |= {"batch": args.batch, "state_bytes": states, "kv_bytes": rows}
+        print(json.dumps({**about, "budget_bytes": args.budget, "longest_context": longest}, indent=1))
+    else:
+        print("\n".join(_lines(args, estimate, rows, longest, states)))
+
+
+def _lines(args, estimate, rows: dict[int, dict[str, int]], longest: dict[str, int], states: int) -> Iterator[str]:
+    """What `estimate` prints for people."""
+    from .estimate import MAX_CONTEXT
+
+    compressed, layers = estimate.compressed(), len(estimate.layers)
+    yield f"{args.model}: {layers} layers"
+    kinds = Counter(f"{cost}{': compressed' * cost.compressed}" for cost in estimate.layers)
+    yield from (f"  {count:3} × {kind}" for kind, count in kinds.items())
     about = f"every byte counted ({args.key_estimator} keys); ×: how many times smaller than bf16"
-    print(f"\nKeys and values at batch {args.batch}, {about}")
-    print("".join(["    context       bf16", *(f"{name:>11}      ×" for name in ("fp8", *options))]))
+    yield f"\nKeys and values at batch {args.batch}, {about}"
+    yield "    context       bf16" + "".join(f"{name:>11}      ×" for name in list(rows[args.contexts[0]])[1:])
     for context, row in rows.items():
         full, *others = row.values()
         cells = (f"{readable(count):>11}{full / count if count else 1:6.1f}×" for count in others)
-        print("".join([f"{context:11,}{readable(full):>11}", *cells]))
+        yield f"{context:11,}{readable(full):>11}{''.join(cells)}"
     if any("linear" in cost.kind or "recurrent" in cost.kind for cost in estimate.layers):
-        print(f"Beside them, whatever the context: {readable(states)} of states that are not compressed")
+        yield f"Beside them, whatever the context: {readable(states)} of states that are not compressed"
     if longest:
         texts = [f"{name} {count:,}" if count < MAX_CONTEXT else f"{name} any" for name, count in longest.items()]
-        print(f"Longest context in {readable(args.budget)}, in tokens: {', '.join(texts)}")
-    for note in _notes(estimate, compressed, *max(rows.items()), states):
-        print(f"Note: {note}")
-
-
-def _notes(estimate, compressed: list[int], context: int, row: dict[str, int], states: int):
+        yield f"Longest context in {readable(args.budget)}, in tokens: {', '.join(texts)}"
     growing = sum(bool(cost.token_bytes) and cost.window is None for cost in estimate.layers)
-    if growing < len(estimate.layers):
-        yield f"{growing} of {len(estimate.layers)} layers hold a KV cache that grows with the context."
+    if growing < layers:
+        yield f"Note: {growing} of {layers} layers hold a KV cache that grows with the context."
     if any(len({dim for _, dim in estimate.layers[index].shapes}) > 1 for index in compressed):
-        yield "keys and values of different widths are latents (MLA): every step dequantises them."
+        yield "Note: keys and values of different widths are latents (MLA): every step dequantises them."
     # The cache's own widths: fp8 takes sliding windows too.
+    context, row = max(rows.items())
     total, ours = row["bf16"] + states, min(count for name, count in row.items() if name.endswith("bits")) + states
     if total < 2 * ours:
         yield (
-            f"this cache can't help much: at {context:,} tokens the whole cache, states included, goes from "
+            f"Note: this cache can't help much: at {context:,} tokens the whole cache, states included, goes from "
             f"{readable(total)} to {readable(ours)} at best."
         )
 
@@ -189,6 +179,7 @@ def _benchmark(args) -> None:
     from transformers import logging
 
     from .evaluation import benchmark, load
+    from .evaluation.caches import FULL, label, new_cache
 
     logging.set_verbosity_error()
     caches = [{"nbits": nbits, "key_estimator": args.key_estimator} for nbits in args.nbits]
@@ -198,7 +189,11 @@ def _benchmark(args) -> None:
     found = benchmark.benchmark(load.load_config(args.model), args.contexts, args.batch, caches, device, dtype)
     if args.generate:
         model, _ = load.load_model(args.model, args.dtype, args.device)
-        found["tokens_per_s"] = {n: benchmark.generation(model, n, args.generate, caches) for n in args.contexts}
+        found["tokens_per_s"] = {context: {} for context in args.contexts}
+        for context, rates in found["tokens_per_s"].items():
+            for options in (FULL, *caches):
+                name, cache = "full" if options is FULL else label(options), new_cache(model.config, options)
+                rates[name] = benchmark.generate_rate(model, cache, context, args.generate)
     if args.json:
         print(json.dumps(found, indent=1))
     else:

@@ -1,5 +1,6 @@
 """`hf-turboquant benchmark`: every time is there, of what it says it is."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -20,8 +21,7 @@ SIZES = {
 @pytest.fixture
 def quick(monkeypatch):
     """Few repetitions of small copies."""
-    median, steps, copy = benchmark.median_ms, benchmark.steps_ms, benchmark.copy_bandwidth
-    monkeypatch.setattr(benchmark, "steps_ms", lambda start, most: steps(start, most, 0.01))
+    median, copy = benchmark.median_ms, benchmark.copy_bandwidth
     monkeypatch.setattr(benchmark, "median_ms", lambda function: median(function, 0.01))
     monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: copy(device, 2**20))
 
@@ -73,20 +73,11 @@ def test_attention_reads_codes(quick, monkeypatch):
     assert layers[-1].tokens.quantized >= 300 - 132 and layers[-1].condition == "attention"
 
 
-def test_steps_start_anew_and_stay_few():
-    calls = []
-
-    def start():
-        calls.append(0)
-
-        def step():
-            calls[-1] += 1
-
-        return step
-
-    assert benchmark.steps_ms(start, 5, seconds=10, repeats=3) < 1
-    # one to compile, one to see how long it takes, and as many as are allowed; Timer itself warms up with some
-    assert len(calls) == 3 and all(7 <= count <= 12 for count in calls)
+def test_calls_take_turns_and_the_first_do_not_count(monkeypatch):
+    order, times_ms = [], iter([(9, 9), (8, 8), (1, 0.5), (2, 1), (5, 3), (4, 1), (3, 1), (6, 5)])
+    monkeypatch.setattr(benchmark, "call_ms", lambda function: function() or next(times_ms))
+    found = benchmark.calls_ms([lambda: order.append("a"), lambda: order.append("b")], 4, skipped=1)
+    assert order == ["a", "b"] * 4 and found == [(3, 1), (4, 1)]
 
 
 def test_time_is_that_of_all_threads_and_not_of_compiling(monkeypatch):
@@ -106,14 +97,20 @@ def test_time_is_that_of_all_threads_and_not_of_compiling(monkeypatch):
 def test_generation_is_timed_without_its_prompt(monkeypatch):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).eval()
-    log, generate, clock = [], model.generate, benchmark.time.perf_counter
-    monkeypatch.setattr(model, "generate", lambda ids, **o: log.append(o["max_new_tokens"]) or generate(ids, **o))
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: log.append("clock") or clock())
+    seconds, forward = [0.0], model.forward
+
+    # a token that the model reads takes a second, and the first step, which compiles, five more
+    @functools.wraps(forward)
+    def slow(input_ids, **options):
+        seconds[0] += input_ids.shape[1] + (5 if seconds[0] == 20 else 0)
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(model, "forward", slow)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: seconds[0])
     cache = DynamicCache(config=model.config)
-    assert benchmark.generate_rate(model, cache, 20, 3) > 0
-    assert log.index(2) < log.index("clock") < log.index(3)
+    assert benchmark.generate_rate(model, cache, 20, 3) == 1
     # each token that is generated but the last was written to the cache once
-    assert cache.get_seq_length() == 20 + 2 + 3
+    assert cache.get_seq_length() == 20 + 1 + 3 and seconds[0] == 20 + 5 + 1 + 3
 
 
 def test_table_and_generation(quick, config, capsys):

@@ -1,11 +1,13 @@
-"""Speed: timing functions, times of one layer's cache in the shape of a model, and of the model itself."""
+"""Speed: the timing functions of all benchmarks, and times of one layer's cache in the shape of a model."""
 
 import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
 
 import torch
 from rich import box
@@ -14,11 +16,10 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.benchmark import Timer
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.streamers import BaseStreamer
 
 from .._supported import cache_name
-from ..cache import TurboQuantCache
 from ..config import TurboQuantConfig
 from ..estimate import Estimate
 from ..layer import TurboQuantLayer
@@ -26,9 +27,25 @@ from .caches import label
 from .load import machine
 
 COLUMNS = ("context", "cache", "attention", "×", "GB/s", "of copy", "step", "×", "prefill")
-# The fastest backend that supports a call is the baseline.
 FLASH, CUDNN, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
-BACKENDS = (None, FLASH, CUDNN, EFFICIENT)
+
+
+class Times(BaseStreamer):
+    """A streamer that records when each token comes."""
+
+    def __init__(self):
+        self.times_s: list[float] = []
+
+    def put(self, value):
+        self.times_s.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+    @property
+    def steps_s(self) -> list[float]:
+        """Times from one new token to the next; the first entry of `times_s` is the prompt."""
+        return [after - before for before, after in pairwise(self.times_s[1:])]
 
 
 def median_ms(function: Callable[[], object], seconds: float = 0.3) -> float:
@@ -39,29 +56,28 @@ def median_ms(function: Callable[[], object], seconds: float = 0.3) -> float:
     return timer.blocked_autorange(min_run_time=seconds).median * 1e3
 
 
-def steps_ms(start: Callable[[], Callable[[], object]], most: int, seconds: float = 0.3, repeats: int = 3) -> float:
-    """
-    Mean time of calling what `start` returns, as the median of `repeats` starts. Every call makes the next one longer,
-    so there are at most `most` of them.
-    """
-    times = []
-    for _ in range(repeats):
-        step = start()
-        step()
-        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-        one = timer.timeit(1).mean
-        times.append(timer.timeit(max(1, min(most, int(seconds / one)))).mean)
-    return statistics.median(times) * 1e3
-
-
 def call_ms(function: Callable[[], object]) -> tuple[float, float]:
-    """Times of one call on an idle GPU: until the GPU has finished, and until the host has launched everything."""
-    torch.cuda.synchronize()
+    """Times of one call on an idle device: until a GPU has finished, and until the host has launched everything."""
+    _wait()
     start = time.perf_counter()
     function()
     launched = time.perf_counter()
-    torch.cuda.synchronize()
+    _wait()
     return (time.perf_counter() - start) * 1e3, (launched - start) * 1e3
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def calls_ms(functions: Iterable[Callable[[], object]], repeats: int, skipped: int) -> list[tuple[float, float]]:
+    """
+    Medians of both times of [`call_ms`] for each function. Calls take turns, because a host's speed varies over time;
+    the first `skipped` of `repeats`, which compile and warm up, don't count.
+    """
+    turns = list(zip(*([call_ms(function) for function in functions] for _ in range(repeats)), strict=True))
+    return [tuple(map(statistics.median, zip(*times[skipped:], strict=True))) for times in turns]
 
 
 def graph_us(functions: Sequence[Callable[[], object]], inner: int = 1, repeats: int = 15) -> float:
@@ -94,24 +110,20 @@ def copy_bandwidth(device: torch.device | str, nbytes: int | None = None) -> flo
     """Bytes per second, read and written, of a copy of `nbytes` on `device`; a GPU must be the current device."""
     on_gpu = torch.device(device).type == "cuda"
     source = torch.randn((nbytes or 2 ** (29 if on_gpu else 27)) // 4, device=device)
-    target = torch.empty_like(source)
-
-    def copy():
-        # A torch kernel, because `copy_` between tensors of one dtype leaves the copy to the driver, which is slower.
-        torch.mul(source, 2.0, out=target)
-
+    # A torch kernel, because `copy_` between tensors of one dtype leaves the copy to the driver, which is slower.
+    copy = partial(torch.mul, source, 2.0, out=torch.empty_like(source))
     return 2 * source.nbytes / (graph_us([copy], inner=4) * 1e-6 if on_gpu else median_ms(copy) * 1e-3)
 
 
-def best_attention_ms(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> float:
-    """Time of the fastest of torch's attention kernels that supports the call."""
+def fastest(measure: Callable[[], float]) -> float:
+    """The shortest time that `measure` finds among torch's attention kernels that support what it calls."""
     times = []
-    for backend in BACKENDS:
+    for backend in (None, FLASH, CUDNN, EFFICIENT):
         try:
             with sdpa_kernel(backend) if backend else nullcontext(), warnings.catch_warnings():
                 # torch warns for each kernel why it does not support the call.
                 warnings.simplefilter("ignore", UserWarning)
-                times.append(median_ms(lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True)))
+                times.append(measure())
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
@@ -119,6 +131,38 @@ def best_attention_ms(query: torch.Tensor, keys: torch.Tensor, values: torch.Ten
             if backend is None:
                 raise
     return min(times)
+
+
+def new_layer(options: dict | None, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
+    """A layer of one of our caches, or without `options` a `DynamicLayer`, as a prefill leaves it."""
+    layer = DynamicLayer() if options is None else TurboQuantLayer(TurboQuantConfig(**options), 0)
+    layer.update(keys, values)
+    if options is not None:
+        # Show the layer a query, as attention would.
+        layer.settle(query)
+    return layer
+
+
+def attended_bytes(layer) -> int:
+    """What attention reads of a layer."""
+    if isinstance(layer, TurboQuantLayer):
+        return sum(buffer.used_nbytes for buffer in layer.tokens.codes.values()) + layer.tokens.exact.nbytes
+    return layer.keys.nbytes + layer.values.nbytes
+
+
+def generate(model, ids: torch.Tensor, tokens: int, times: Times, **options) -> torch.Tensor:
+    """Generates exactly `tokens` tokens for every sequence, greedily; `times` sees them come."""
+    options |= {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), streamer=times, **options)
+
+
+def generate_rate(model, cache, context: int, tokens: int) -> float:
+    """Tokens per second of greedy decoding after a prompt of `context` random tokens, which is not counted."""
+    ids = torch.randint(0, model.config.get_text_config(decoder=True).vocab_size, (1, context), device=model.device)
+    times = Times()
+    generate(model, ids, tokens + 2, times, **{cache_name(model): cache})
+    # The prompt gives the first token, and the first step compiles kernels.
+    return tokens / sum(times.steps_s[1:])
 
 
 @torch.inference_mode()
@@ -134,41 +178,26 @@ def layer_times(shape: dict, context: int, options: dict | None, device: torch.d
     Returns:
         `attention_ms`, `step_ms`, `prefill_ms` and the `bytes` that attention reads.
     """
-    generator = torch.Generator(device=device).manual_seed(0)
 
-    def random(heads: int, tokens: int, dim: int) -> torch.Tensor:
-        return torch.randn(shape["batch"], heads, tokens, dim, generator=generator, device=device).to(dtype)
+    def random(heads: str, tokens: int, dim: str) -> torch.Tensor:
+        return torch.randn(shape["batch"], shape[heads], tokens, shape[dim], device=device, dtype=dtype)
 
-    states = [random(shape["kv_heads"], context, shape[name]) for name in ("key_dim", "value_dim")]
-    query = random(shape["heads"], 1, shape["key_dim"])
-    seen = random(shape["heads"], min(context, 64), shape["key_dim"])
-
-    def filled():
-        layer = DynamicLayer() if options is None else TurboQuantLayer(TurboQuantConfig(**options), 0)
-        layer.update(*states)
-        if options is not None:
-            # Show the layer a query, as attention would.
-            layer.settle(seen)
-        return layer
-
-    def steps():
-        layer = filled()
-        return lambda: scaled_dot_product_attention(query, *layer.update(*token), enable_gqa=True)
-
+    states = [random("kv_heads", context, dim) for dim in ("key_dim", "value_dim")]
     token = [state[:, :, :1].clone() for state in states]
-    prefill_ms = median_ms(filled)
+    query, seen = (random("heads", tokens, "key_dim") for tokens in (1, min(context, 64)))
+    attend = partial(scaled_dot_product_attention, query, enable_gqa=True)
+
+    layer = new_layer(options, seen, *states)
     # By default torch may pick cuDNN, which makes a plan for every new length: most of a step's time on an H100.
     with sdpa_kernel([FLASH, EFFICIENT, SDPBackend.MATH]) if device.type == "cuda" else nullcontext():
-        # Few enough that the context stays about the same.
-        step_ms = steps_ms(steps, max(1, context // 100))
-    layer = filled()
-    keys, values = layer.keys, layer.values
-    if options is None:
-        attention_ms, nbytes = best_attention_ms(query, keys, values), keys.nbytes + values.nbytes
-    else:
-        attention_ms = median_ms(lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True))
-        nbytes = sum(buffer.used_nbytes for buffer in layer.tokens.codes.values()) + layer.tokens.exact.nbytes
-    return {"attention_ms": attention_ms, "step_ms": step_ms, "prefill_ms": prefill_ms, "bytes": nbytes}
+        # Few steps, so that the context stays about the same.
+        ((step_ms, _),) = calls_ms([lambda: attend(*layer.update(*token))], 13, skipped=3)
+    layer = new_layer(options, seen, *states)
+    measure = partial(median_ms, partial(attend, layer.keys, layer.values))
+    attention_ms = fastest(measure) if options is None else measure()
+    prefill_ms = median_ms(lambda: new_layer(options, seen, *states))
+    times = {"attention_ms": attention_ms, "step_ms": step_ms, "prefill_ms": prefill_ms}
+    return {**times, "bytes": attended_bytes(layer)}
 
 
 def layer_shape(config, batch: int) -> dict:
@@ -185,32 +214,6 @@ def layer_shape(config, batch: int) -> dict:
     ((kv_heads, key_dim), (_, value_dim)), _ = shapes.most_common(1)[0]
     heads = config.get_text_config(decoder=True).num_attention_heads
     return {"batch": batch, "heads": heads, "kv_heads": kv_heads, "key_dim": key_dim, "value_dim": value_dim}
-
-
-def generation(model, context: int, tokens: int, caches: list[dict]) -> dict[str, float]:
-    """Tokens per second of `generate`, by cache: see [`generate_rate`]."""
-    made = {"full": DynamicCache(config=model.config)}
-    made |= {label(options): TurboQuantCache(model.config, **options) for options in caches}
-    return {name: generate_rate(model, cache, context, tokens) for name, cache in made.items()}
-
-
-def generate_rate(model, cache, context: int, tokens: int) -> float:
-    """Tokens per second of greedy decoding after a prompt of `context` random tokens, which is not counted."""
-    ids = torch.randint(0, model.config.get_text_config(decoder=True).vocab_size, (1, context + 1), device=model.device)
-    with torch.inference_mode():
-        model(ids[:, :-1], **{cache_name(model): cache}, logits_to_keep=1)
-
-    def generate(ids: torch.Tensor, count: int) -> torch.Tensor:
-        options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
-        # Copy the tokens to the host, to wait for the device.
-        ids = model.generate(ids, attention_mask=torch.ones_like(ids), **{cache_name(model): cache}, **options).cpu()
-        return ids.to(model.device)
-
-    # Read the prompt and compile kernels before the clock starts.
-    ids = generate(ids, 2)
-    start = time.perf_counter()
-    generate(ids, tokens)
-    return tokens / (time.perf_counter() - start)
 
 
 def benchmark(config, contexts: list[int], batch: int, caches: list[dict], device: str, dtype: torch.dtype) -> dict:
@@ -252,9 +255,8 @@ def show(found: dict) -> None:
         full = row if row["options"] is None else full
         name, rate = "full" if row is full else label(row["options"]), row["bytes"] / row["attention_ms"] * 1e3
         attention, step = (f"{full[key] / row[key]:.2f}" for key in ("attention_ms", "step_ms"))
-        cells = [f"{row['context']:,}", name, f"{row['attention_ms']:.3f}", attention, f"{rate / 1e9:.1f}"]
-        cells += [f"{rate / copy:.0%}", f"{row['step_ms']:.3f}", step, f"{row['prefill_ms']:.1f}"]
-        table.add_row(*cells)
+        cells = f"{row['context']:,}", name, f"{row['attention_ms']:.3f}", attention, f"{rate / 1e9:.1f}"
+        table.add_row(*cells, f"{rate / copy:.0%}", f"{row['step_ms']:.3f}", step, f"{row['prefill_ms']:.1f}")
     console.print(table)
     for context, rates in found.get("tokens_per_s", {}).items():
         texts = [f"{name} {rate:.1f}" for name, rate in rates.items()]

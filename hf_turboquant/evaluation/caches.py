@@ -1,9 +1,10 @@
 """The compared caches as plain options: how to make one, what to call it, how many bits it takes."""
 
 import itertools
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from contextlib import contextmanager, suppress
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
@@ -14,6 +15,7 @@ from ..config import TurboQuantConfig
 from ..layer import TurboQuantLayer
 from ..memory import layer_memory
 
+FULL = {"cache": "dynamic"}
 KINDS = ("turboquant", "dynamic", "static", "quanto", "hqq", "fp8")
 # How a label words each option, in this order; options that are not listed follow under their own names.
 _WORDS = {"cache": "{}", "nbits": "{} bits", "key_bits": ", keys {} bits", "key_estimator": "{}", "sketch": "{}"}
@@ -22,33 +24,34 @@ _WORDS |= {"residual_length": ", window {}", "sink_length": ", {} sinks"}
 _CONDITIONS = {"none": "plain", "center": "centred", "attention": "conditioned"}
 
 
-def parse(spec: str) -> list[dict]:
+def parse(*specs: str) -> list[dict]:
     """
     `"turboquant:nbits=4/3,key_estimator=qjl"` -> two sets of options, one for each of the values between slashes.
 
     Raises:
-        `ValueError`: the spec has another form, names an unknown kind of cache, or has options that ours refuses.
+        `ValueError`: a spec has another form, names an unknown kind of cache, or has options that ours refuses.
     """
-    kind, _, rest = spec.partition(":")
-    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
-    if kind not in KINDS or any(not name or not values for name, _, values in pairs):
-        raise ValueError(
-            f"A cache must be given as KIND:OPTION=VALUE/VALUE,..., KIND one of {', '.join(KINDS)}, got {spec!r}. "
-            "Try `turboquant:nbits=4/3,key_estimator=rescaled`."
-        )
-    choices = [[(name, _value(value)) for value in values.split("/")] for name, _, values in pairs]
-    found = [dict(chosen) for chosen in itertools.product(*choices)]
-    for options in found if kind == "turboquant" else ():
-        TurboQuantConfig(**{name: value for name, value in options.items() if "offload" not in name})
-    return [{"cache": kind, **options} for options in found]
+    found = []
+    for spec in specs:
+        kind, _, rest = spec.partition(":")
+        pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+        if kind not in KINDS or any(not name or not values for name, _, values in pairs):
+            raise ValueError(
+                f"A cache must be given as KIND:OPTION=VALUE/VALUE,..., KIND one of {', '.join(KINDS)}, got {spec!r}. "
+                "Try `turboquant:nbits=4/3,key_estimator=rescaled`."
+            )
+        choices = [[(name, _value(value)) for value in values.split("/")] for name, _, values in pairs]
+        found += [{"cache": kind, **dict(chosen)} for chosen in itertools.product(*choices)]
+    for options in found:
+        if options["cache"] == "turboquant":
+            TurboQuantConfig(**{k: v for k, v in options.items() if k != "cache" and "offload" not in k})
+    return found
 
 
-def _value(text: str):
+def _value(text: str) -> int | float | str:
     for convert in (int, float):
-        try:
+        with suppress(ValueError):
             return convert(text)
-        except ValueError:
-            pass
     return text
 
 
@@ -63,17 +66,11 @@ def label(options: dict, chosen: set[str] | None = None) -> str:
     return " ".join(words).replace(" ,", ",").removeprefix(", ")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """
-    The words that describe a cache among those it is compared with.
-
-    Args:
-        head (`str`): what the caches of its group share; empty if `text` is complete.
-        text (`str`): what distinguishes this cache from the others of its group.
-        line (`str`): head and text without bits; caches of one line differ only in bits.
-        bits (`str`): the bits that `line` leaves out: `"4"`, or `"4/2"` if keys and values differ.
-        label (`str`): identifies its results.
+    The words that describe a cache among those it is compared with: `head` is what the caches of its group share (empty
+    if `text` is complete), `text` what distinguishes it from them, `line` both without the `bits`, which are `"4"`, or
+    `"4/2"` if keys and values differ. `label` identifies its results.
     """
 
     head: str
@@ -91,35 +88,27 @@ def rows(caches: list[dict]) -> list[Row]:
         options = {"cache": "turboquant", **options}
         kind = options["cache"], frozenset(options) - {"key_estimator", "sketch", "condition"}
         groups.setdefault(kind, []).append(options)
-    shared = {
-        kind: {name for name in members[0] if all(name in o and o[name] == members[0][name] for o in members)}
-        for kind, members in groups.items()
-    }
+    shared = {kind: dict(set.intersection(*(set(o.items()) for o in members))) for kind, members in groups.items()}
     # Groups get heads only if one of them shares more than kind, bits and estimator.
-    some = any(names - {"cache", "nbits", "key_estimator"} for names in shared.values())
+    some = any(set(names) - {"cache", "nbits", "key_estimator"} for names in shared.values())
     found = []
     for kind, members in groups.items():
-        heads = shared[kind] if some and len(members) > 1 else set()
+        heads = set(shared[kind]) if some and len(members) > 1 else set()
         for options in members:
             own = set(options) - heads
-            bits = own & {"nbits", "key_bits", "value_bits"} - (shared[kind] - {"nbits"})
-            head, line = label(options, heads) if heads else "", label(options, own - bits)
-            line = ", ".join(part for part in (head, line) if part)
+            bits = own & {"nbits", "key_bits", "value_bits"} - (set(shared[kind]) - {"nbits"})
+            head, line = label(options, heads), label(options, own - bits)
             widths = "/".join(str(options[name]) for name in sorted(bits))
-            found.append(Row(head, label(options, own), line, widths, label(options)))
+            found.append(Row(head, label(options, own), ", ".join(filter(None, (head, line))), widths, label(options)))
     return found
 
 
 def new_cache(config, options: dict):
     """
-    An empty cache.
-
-    Args:
-        config (`PreTrainedConfig`): the model's.
-        options (`dict`): `"cache"` (one of `KINDS`, `"turboquant"` if it is missing) and the arguments of that cache.
-            Integer caches by default take groups of `head_dim` along a vector: a scale and a zero point for every
-            vector, which gives as many bits as keys of Algorithm 2 with their two norms. HQQ cannot do that with 3
-            bits: the groups run across tokens, as with `axis_key` and `axis_value` 0.
+    An empty cache for a model's config. `options` are `"cache"` (one of `KINDS`, `"turboquant"` if it is missing) and
+    the arguments of that cache. Integer caches by default take groups of `head_dim` along a vector: a scale and a zero
+    point for every vector, which gives as many bits as keys of Algorithm 2 with their two norms. HQQ cannot do that
+    with 3 bits: the groups run across tokens, as with `axis_key` and `axis_value` 0.
 
     Raises:
         `ValueError`: the options don't fit, the cache cannot hold this model, or a package is missing.
@@ -135,7 +124,7 @@ def new_cache(config, options: dict):
     if kind == "hqq":
         # Axis 0 groups values of different tokens and heads. HQQ packs 3-bit values in tens with padding, which
         # transformers removes correctly along that axis only.
-        usual = 0 if options.get("nbits") == 3 else 1
+        usual = int(options.get("nbits") != 3)
         axes = {name: options.setdefault(name, usual) for name in ("axis_key", "axis_value")}
         if not usual and any(axes.values()):
             raise ValueError(f"HQQ's 3 bits must have `axis_key` and `axis_value` 0, got {axes}. Take 4 or 2 bits.")
@@ -149,12 +138,7 @@ def new_cache(config, options: dict):
 
 @contextmanager
 def named(options: dict):
-    """
-    A context for code that uses a cache with these options, so that errors name the cache.
-
-    Raises:
-        `ValueError`: transformers' cache does not support these tokens.
-    """
+    """A context in which errors name the cache: a `ValueError` if transformers' cache cannot hold the tokens."""
     try:
         yield
     except (AssertionError, ValueError) as error:
@@ -168,13 +152,10 @@ def named(options: dict):
 
 
 def held_bytes(cache) -> int:
-    """Bytes of every tensor in a cache of any kind."""
+    """Bytes that a cache of any kind holds: ours counts its own, in others every tensor counts."""
+    if hasattr(cache, "memory"):
+        return cache.memory().total_bytes
     return sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(vars(layer)))
-
-
-def held_bits(tree) -> int:
-    """Bits of every tensor in a tree of tuples and dicts; floats count two bytes at most, as in a 16-bit model."""
-    return sum(8 * t.numel() * (min(t.itemsize, 2) if t.is_floating_point() else t.itemsize) for t in _tensors(tree))
 
 
 def bits_per_coordinate(cache, with_exact: bool = False) -> float:
@@ -187,37 +168,36 @@ def bits_per_coordinate(cache, with_exact: bool = False) -> float:
     for layer in cache.layers:
         if not getattr(layer, "is_initialized", False):
             continue
+        held = vars(layer)
         if isinstance(layer, TurboQuantLayer):
-            held = layer_memory(layer)
-            bits += 8 * (held.codes_bytes + held.scales_bytes)
-            exact += held.exact_bytes // layer.dtype.itemsize
-            coordinates += (held.full_bytes - held.other_bytes - held.exact_bytes) // layer.dtype.itemsize
+            memory, itemsize = layer_memory(layer), layer.dtype.itemsize
+            bits += 8 * (memory.codes_bytes + memory.scales_bytes)
+            exact += memory.exact_bytes // itemsize
+            coordinates += (memory.full_bytes - memory.other_bytes - memory.exact_bytes) // itemsize
         else:
-            quantized = [vars(layer)[name] for name in ("_quantized_keys", "_quantized_values") if name in vars(layer)]
-            bits += held_bits(quantized)
-            coordinates += sum(_shape(states).numel() for states in quantized)
-            exact += sum(vars(layer)[name].numel() for name in ("keys", "values") if name in vars(layer))
+            quantized = [held[name] for name in ("_quantized_keys", "_quantized_values") if name in held]
+            for t in _tensors(quantized):
+                bits += 8 * t.numel() * (min(t.itemsize, 2) if t.is_floating_point() else t.itemsize)
+            coordinates += sum(map(_count, quantized))
+            exact += sum(held[name].numel() for name in ("keys", "values") if name in held)
     if with_exact or not coordinates:
         bits, coordinates = bits + 16 * exact, coordinates + exact
     return bits / coordinates if coordinates else 16.0
 
 
-def _shape(states) -> torch.Size:
-    """Shape of the states before quantisation: HQQ stores them with a description, fp8 with a scale."""
+def _count(states) -> int:
+    """The number of states before quantisation: HQQ stores them with a description, fp8 with a scale."""
     if not isinstance(states, tuple):
-        return states.shape
-    return torch.Size(states[1]["shape"]) if isinstance(states[1], dict) else states[0].shape
+        return states.numel()
+    return math.prod(states[1]["shape"]) if isinstance(states[1], dict) else states[0].numel()
 
 
 def _tensors(tree):
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, list | tuple):
-        for item in tree:
+    if isinstance(tree, dict | list | tuple):
+        for item in tree.values() if isinstance(tree, dict) else tree:
             yield from _tensors(item)
     elif hasattr(tree, "__tensor_flatten__"):
         # For a wrapper, count the tensors that it holds and not the one that it represents.
-        for name in tree.__tensor_flatten__()[0]:
-            yield from _tensors(getattr(tree, name))
+        yield from _tensors([getattr(tree, name) for name in tree.__tensor_flatten__()[0]])
     elif isinstance(tree, torch.Tensor):
         yield tree

@@ -28,11 +28,10 @@ def distortion(nbits: int, head_dim: int, samples: int = 4096, seed: int = 0) ->
     Returns:
         `measured`; `codebook`, the codebook's expected distortion; `upper_bound` √3 π/2 · 4⁻ᵇ and `lower_bound` 4⁻ᵇ.
     """
-    quantizer = _quantizer(nbits, "mse", head_dim, seed)
     x = _unit_vectors(samples, head_dim, seed)
-    error = x - _decoded(x, quantizer)
+    decoded, quantizer = _through(x, nbits, "mse", seed)
     return {
-        "measured": error.square().sum(-1).mean().item(),
+        "measured": (x - decoded).square().sum(-1).mean().item(),
         "codebook": quantizer.codebook.distortion,
         "upper_bound": math.sqrt(3) * math.pi / 2 * 4.0**-nbits,
         "lower_bound": 4.0**-nbits,
@@ -51,22 +50,19 @@ def inner_product(
     """
     products = products_error = squares = 0.0
     for seed in range(seeds):
-        quantizer = _quantizer(nbits, estimator, head_dim, seed, sketch)
         x, q = (_unit_vectors(samples, head_dim, 2 * seed + i) for i in range(2))
-        exact, estimated = q @ x.T, q @ _decoded(x, quantizer).T
+        exact, estimated = q @ x.T, q @ _through(x, nbits, estimator, seed, sketch)[0].T
         products += (exact * estimated).sum().item()
         squares += exact.square().sum().item()
         products_error += (estimated - exact).square().mean().item()
     return {"slope": products / squares, "variance": head_dim * products_error / seeds}
 
 
-def _quantizer(nbits: int, estimator: str, head_dim: int, seed: int, sketch: str = "orthogonal") -> Quantizer:
+def _through(x: torch.Tensor, nbits: int, estimator: str, seed: int, sketch: str = "orthogonal"):
+    """Vectors of shape `[tokens, head_dim]` as codes give them back, and their quantiser."""
     config = TurboQuantConfig(nbits=nbits, key_estimator=estimator, sketch=sketch, rotation="haar", seed=seed)
-    return Quantizer.create(config, "keys", 0, head_dim)
-
-
-def _decoded(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    return (decode(*encode(x[None, None], quantizer), quantizer) @ quantizer.dual)[0, 0]
+    quantizer = Quantizer.create(config, "keys", 0, x.shape[-1])
+    return (decode(*encode(x[None, None], quantizer), quantizer) @ quantizer.dual)[0, 0], quantizer
 
 
 def _unit_vectors(count: int, head_dim: int, seed: int) -> torch.Tensor:

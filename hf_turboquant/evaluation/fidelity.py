@@ -34,11 +34,11 @@ class LayerInputs(NamedTuple):
 class _RecordingLayer(TurboQuantLayer):
     """Keeps the states and the query of the first prefill, which the layer's handles see anyway."""
 
-    query = None
+    seen = None
 
     def observe(self, query, attention_mask):
-        if query is not None and self.query is None:
-            self.query, self.seen = query.detach(), self.pending
+        if query is not None and self.seen is None and self.pending is not None:
+            self.seen = LayerInputs(self.layer_idx, query.detach(), *self.pending.values())
         super().observe(query, attention_mask)
 
 
@@ -46,22 +46,20 @@ class _RecordingLayer(TurboQuantLayer):
 def capture(model, ids: torch.Tensor) -> list[LayerInputs]:
     """
     Captures queries, keys and values of all layers that a `TurboQuantCache` compresses, for ids of shape `[1, tokens]`.
-
-    Raises:
-        `ValueError`: the queries cannot be seen.
+    A `ValueError` if the queries cannot be seen.
     """
     cache = TurboQuantCache(model.config, condition="attention")
     for index, layer in enumerate(cache.layers):
         if type(layer) is TurboQuantLayer:
             cache.layers[index] = _RecordingLayer(cache.options, index)
     model(ids.to(model.device), **{cache_name(model): cache}, logits_to_keep=1)
-    recorded = [layer for layer in cache.layers if isinstance(layer, _RecordingLayer)]
-    if not recorded or any(layer.query is None for layer in recorded):
+    recorded = [layer.seen for layer in cache.layers if isinstance(layer, _RecordingLayer)]
+    if not recorded or None in recorded:
         raise ValueError(
             "Fidelity needs layers of full attention whose queries can be seen, got none. Load the model with "
             "`attn_implementation='sdpa'`, or leave this part out."
         )
-    return [LayerInputs(layer.layer_idx, layer.query, *layer.seen.values()) for layer in recorded]
+    return recorded
 
 
 @torch.inference_mode()
@@ -101,19 +99,20 @@ def compare(config, inputs: LayerInputs, options: dict, length: int) -> dict[str
     exact, exact_output = _attend(query, keys, values)
     logits, output = _attend(query, held_keys, held_values)
     coded = slice(first, last)
-    found = _agreement("", exact[..., coded], logits[..., coded])
-    found |= _agreement("all_", exact[..., : read + 1], logits[..., : read + 1])
-    found |= _agreement("key_", asking @ keys[:, :, coded].mT, asking @ held_keys[:, :, coded].mT, centred=False)
+    by_key = [asking @ states[:, :, coded].mT for states in (keys, held_keys)]
+    found = _agreement("", _centred(exact[..., coded]), _centred(logits[..., coded]))
+    found |= _agreement("all_", _centred(exact[..., : read + 1]), _centred(logits[..., : read + 1]))
+    found |= _agreement("key_", *by_key)
     return found | {"output_error": ((output - exact_output).norm() / exact_output.norm()).item()}
 
 
-def _agreement(name: str, exact, logits, centred: bool = True) -> dict[str, float]:
-    if centred:
-        exact, logits = (x - x.mean(-1, keepdim=True) for x in (exact, logits))
-    return {
-        f"{name}cosine": torch.cosine_similarity(exact, logits, dim=-1).mean().item(),
-        f"{name}top1": (exact.argmax(-1) == logits.argmax(-1)).float().mean().item(),
-    }
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    return logits - logits.mean(-1, keepdim=True)
+
+
+def _agreement(name: str, exact: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
+    cosine = torch.cosine_similarity(exact, logits, dim=-1).mean().item()
+    return {f"{name}cosine": cosine, f"{name}top1": (exact.argmax(-1) == logits.argmax(-1)).float().mean().item()}
 
 
 def _attend(query, keys, values) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ import argparse
 import math
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,12 +54,12 @@ def _option(default, about: str, **how):
     return field(default=default, metadata={"help": about, **how})
 
 
-_TEXT = "a text file, hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub, or `reference`: Python's own reference"
-_SPECS = (
-    "KIND:OPTION=VALUE/VALUE, or `estimators`, those of the papers; the default adds what transformers has installed"
-)
 CACHES = ("turboquant:nbits=4/3/2,key_estimator=qjl/rescaled",)
-_SEVERAL, _TOKENS = {"nargs": "+"}, {"type": parse_count, "metavar": "TOKENS"}
+_TEXT = "a text file, hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub, or `reference`: Python's own reference"
+_SPECS = "KIND:OPTION=VALUE/VALUE, or `estimators`, those of the papers; the default adds what transformers has"
+
+_HALF = "quality: count blocks from here on (default: half a window)"
+_TOKENS = {"type": parse_count, "metavar": "TOKENS"}
 
 
 @dataclass(frozen=True)
@@ -75,37 +76,29 @@ class Settings:
 
     model: str
     text: str = _option("reference", _TEXT)
-    caches: Sequence = _option(CACHES, _SPECS, metavar="SPEC", **_SEVERAL)
-    parts: Sequence[str] = _option(PARTS, "what to measure", metavar="PART", **_SEVERAL)
+    caches: Sequence = _option(CACHES, _SPECS, metavar="SPEC", nargs="+")
+    parts: Sequence[str] = _option(PARTS, "what to measure", metavar="PART", nargs="+")
     window: int = _option(1024, "quality: tokens in a window", **_TOKENS)
     windows: int = _option(1, "quality: number of windows", type=parse_count)
     batch: int = _option(1, "quality: windows that share a cache", type=parse_count)
     block: int = _option(64, "quality: tokens fed at a time", **_TOKENS)
     prefill: int | None = _option(None, "quality: tokens of the first block (default: half a window)", **_TOKENS)
-    score_from: int | None = _option(
-        None,
-        "quality: count blocks from here on (default: half a window)",
-        type=partial(parse_count, least=0),
-        metavar="TOKENS",
-    )
-    needle_lengths: Sequence[int] = _option((256, 512, 1024), "tokens of the haystacks", **_SEVERAL, **_TOKENS)
+    score_from: int | None = _option(None, _HALF, type=partial(parse_count, least=0), metavar="TOKENS")
+    needle_lengths: Sequence[int] = _option((256, 512, 1024), "tokens of the haystacks", nargs="+", **_TOKENS)
     needle_depths: Sequence[float] = _option(
-        (0.0, 0.5, 1.0), "where the needles are, 0 to 1", type=float, metavar="DEPTH", **_SEVERAL
+        (0.0, 0.5, 1.0), "where the needles are, 0 to 1", type=float, metavar="DEPTH", nargs="+"
     )
-    fidelity_lengths: Sequence[int] = _option((512, 1024), "tokens of context", **_SEVERAL, **_TOKENS)
+    fidelity_lengths: Sequence[int] = _option((512, 1024), "tokens of context", nargs="+", **_TOKENS)
 
     def __post_init__(self):
-        caches = []
-        for named in self.caches:
-            for spec in PRESETS.get(named, [named]) if isinstance(named, str) else [named]:
-                caches += parse(spec) if isinstance(spec, str) else [spec]
-        object.__setattr__(self, "caches", caches)
+        if all(isinstance(spec, str) for spec in self.caches):
+            specs = (spec for named in self.caches for spec in PRESETS.get(named, [named]))
+            object.__setattr__(self, "caches", parse(*specs))
         for name in ("prefill", "score_from"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.window // 2)
-        for part in self.parts:
-            if part not in PARTS:
-                raise ValueError(f"--parts must be of {', '.join(PARTS)}, got {part!r}.")
+        for part in set(self.parts) - set(PARTS):
+            raise ValueError(f"--parts must be of {', '.join(PARTS)}, got {part!r}.")
         if any(not 0 <= depth <= 1 for depth in self.needle_depths):
             raise ValueError(f"--needle-depths must be from 0 (first) to 1 (last), got {self.needle_depths}.")
         names = [label(options) for options in self.caches]
@@ -118,18 +111,12 @@ class Settings:
             )
 
     def check(self, config, text: str) -> None:
-        """
-        Raises:
-            `ValueError`: the text is empty, a context is longer than the model can read, or a cache does not fit it.
-        """
+        """A `ValueError` if the text is empty, a context longer than the model can read, or a cache does not fit it."""
         if not text.strip():
             raise ValueError(f"The text must hold words, got an empty one from {self.text}. Give another --text.")
-        lengths = {
-            "quality": [self.window],
-            "needle": [length + 32 for length in self.needle_lengths],
-            "fidelity": self.fidelity_lengths,
-        }
-        longest = max((max(lengths[part]) for part in self.parts if part in lengths), default=0)
+        needles = max(self.needle_lengths) + 32
+        lengths = {"quality": self.window, "needle": needles, "fidelity": max(self.fidelity_lengths)}
+        longest = max(lengths.get(part, 0) for part in self.parts)
         limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit and longest > limit:
             raise ValueError(
@@ -143,12 +130,9 @@ class Settings:
 def baselines(config) -> list[dict]:
     """transformers' own quantised caches that are installed and support this model."""
     found = []
-    for spec in ("quanto:nbits=4/2", "hqq:nbits=4/2", "fp8"):
-        for options in parse(spec):
-            try:
-                new_cache(config, options)
-            except ValueError:
-                continue
+    for options in parse("quanto:nbits=4/2", "hqq:nbits=4/2", "fp8"):
+        with suppress(ValueError):
+            new_cache(config, options)
             found.append(options)
     return found
 
@@ -156,10 +140,7 @@ def baselines(config) -> list[dict]:
 def read_text(source: str) -> str:
     """
     Reads a text file, `hub:DATASET:CONFIG:SPLIT:COLUMN` (the last three are optional), or `reference`: the reference of
-    the Python language, which is part of every Python.
-
-    Raises:
-        `ValueError`: the text cannot be read.
+    the Python language, which is part of every Python. A `ValueError` if the text cannot be read.
     """
     if source == "reference":
         return "\n".join(topics.values())
@@ -182,12 +163,7 @@ def read_text(source: str) -> str:
 
 
 def place(dtype: str | None = None, device: str | None = None) -> tuple[str, torch.dtype]:
-    """
-    Device and dtype; the defaults suit this machine.
-
-    Raises:
-        `ValueError`: there is no such dtype, or no such device.
-    """
+    """Device and dtype, by default those that suit this machine; a `ValueError` if there is no such one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"), None)
     try:
@@ -218,12 +194,7 @@ def load_config(name: str):
 
 
 def load_model(name: str, dtype: str | None = None, device: str | None = None):
-    """
-    Loads a causal language model in evaluation mode, and its tokenizer.
-
-    Raises:
-        `ValueError`: there is no model of that name, or no such dtype.
-    """
+    """A causal language model in evaluation mode, and its tokenizer; a `ValueError` if there is no such model."""
     device, found = place(dtype, device)
     if Path(name).is_file():
         raise ValueError(f"MODEL must be a Hub name or a folder with weights, got the file {name!r}.")

@@ -1,6 +1,7 @@
 """Needle in a haystack: a fact is hidden in a long text, and a question at its end is answered through the cache."""
 
 import random
+from functools import partial
 
 import torch
 
@@ -16,10 +17,7 @@ QUESTION = "\n\nThe secret code of the lighthouse is"
 def haystack(tokenizer, text: str, length: int, depth: float, code: str) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Token ids, each of shape `[1, tokens]`: `length` tokens of the text with the needle at `depth` (0 first, 1 last),
-    and the question.
-
-    Raises:
-        `ValueError`: the text is too short.
+    and the question. A `ValueError` if the text is too short.
     """
     needle, question, hay = (
         tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
@@ -37,28 +35,23 @@ def haystack(tokenizer, text: str, length: int, depth: float, code: str) -> tupl
 
 
 @torch.inference_mode()
-def find_needle(model, tokenizer, text: str, options: dict, length: int, depth: float, seed: int = 0) -> dict:
+def find_needle(model, tokenizer, text: str, options: dict, length: int, depth: float) -> dict:
     """
-    One cell of the grid: the haystack is read at once, the question through the cache, and the answer is greedy.
-
-    Args:
-        options (`dict`): the options of the cache, see [`caches.new_cache`].
-        length (`int`), depth (`float`): the length of the haystack, and where in it the needle is.
-        seed (`int`): the seed of the secret code, which differs from cell to cell.
+    One cell of the grid, through a cache with `options` (see [`caches.new_cache`]): the haystack, see [`haystack`], is
+    read at once, the question through the cache, and the answer is greedy. The code differs from cell to cell.
 
     Returns:
         `{"expected", "answer", "exact"}`: the code, what the model wrote, and whether they are the same.
     """
-    code = str(random.Random(f"{seed} {length} {depth}").randrange(10_000, 100_000))
+    code = str(random.Random(f"0 {length} {depth}").randrange(10_000, 100_000))
     context, inputs = (ids.to(model.device) for ids in haystack(tokenizer, text, length, depth, code))
-    cache = new_cache(model.config, options)
-    with named(options):
-        model(context, **{cache_name(model): cache}, logits_to_keep=1)
+    read = partial(model, **{cache_name(model): new_cache(model.config, options)}, logits_to_keep=1)
     answer, written = [], ""
-    # A token holds at least one digit; one more token for a leading space.
-    while len(answer) < len(code) + 1 and len(written.strip()) < len(code):
-        with named(options):
-            inputs = model(inputs, **{cache_name(model): cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
-        answer.append(inputs.item())
-        written = tokenizer.decode(answer)
+    with named(options):
+        read(context)
+        # A token holds at least one digit; one more token for a leading space.
+        while len(answer) < len(code) + 1 and len(written.strip()) < len(code):
+            inputs = read(inputs).logits[:, -1:].argmax(-1)
+            answer.append(inputs.item())
+            written = tokenizer.decode(answer)
     return {"expected": code, "answer": written, "exact": written.strip() == code}

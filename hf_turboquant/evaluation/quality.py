@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .._supported import cache_name
-from .caches import bits_per_coordinate, held_bytes, named, new_cache
+from .caches import FULL, bits_per_coordinate, held_bytes, named, new_cache
 
 
 @dataclass
@@ -71,12 +71,7 @@ class Full(NamedTuple):
 
 
 def split_windows(tokenizer, text: str, length: int, count: int) -> torch.Tensor:
-    """
-    The first `count` windows of the text, as token ids of shape `[count, length]`.
-
-    Raises:
-        `ValueError`: the text is too short.
-    """
+    """The first windows of a text, ids of shape `[count, length]`; a `ValueError` if the text is too short."""
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) < count * length:
         raise ValueError(
@@ -87,21 +82,20 @@ def split_windows(tokenizer, text: str, length: int, count: int) -> torch.Tensor
 
 
 @torch.inference_mode()
-def _predict(model, cache, ids, block=32, prefill=None, score_from=0, advance=lambda tokens: None) -> Iterator[tuple]:
+def _predict(model, cache, ids, block=32, prefill=None, score_from=0) -> Iterator[tuple]:
     """Reads `ids` block by block; yields log-probabilities and next tokens of every scored block."""
     starts = [0, *range(block if prefill is None else prefill, ids.shape[1], block)]
     for start, stop in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
         # The window's last token has no next one.
         targets = ids[:, start + 1 : stop + 1]
         logits = model(ids[:, start:stop], **{cache_name(model): cache}).logits[:, : targets.shape[1]]
-        advance(ids[:, start:stop].numel())
         if start >= score_from:
             yield logits.float().log_softmax(-1), targets
 
 
 def read_full(model, ids: torch.Tensor, **blocks) -> Full:
     """Reads windows, ids of shape `[batch, length]`, through the full cache; for `blocks` see [`measure`]."""
-    cache, quality, kept = new_cache(model.config, {"cache": "dynamic"}), Quality(), []
+    cache, quality, kept = new_cache(model.config, FULL), Quality(), []
     for log_probs, targets in _predict(model, cache, ids, **blocks):
         quality.add(log_probs, log_probs, targets, bits=16.0)
         kept.append(log_probs.cpu())
@@ -110,38 +104,30 @@ def read_full(model, ids: torch.Tensor, **blocks) -> Full:
 
 def compare(model, ids: torch.Tensor, options: dict | Callable, full: Full, **blocks) -> Quality:
     """Reads the windows that `full` is of through another cache; for `options` and `blocks` see [`measure`]."""
-    cache = options(model.config) if callable(options) else new_cache(model.config, options)
+    cache = options() if callable(options) else new_cache(model.config, options)
     quality = Quality()
     with named({} if callable(options) else options):
         predicted = _predict(model, cache, ids, **blocks)
         for expected, (log_probs, targets) in zip(full.log_probs, predicted, strict=True):
             bits = bits_per_coordinate(cache, with_exact=True)
             quality.add(expected.to(log_probs.device), log_probs, targets, bits)
-    counted = cache.memory().total_bytes if hasattr(cache, "memory") else held_bytes(cache)
-    quality.compression_ratio, quality.total_bits = full.nbytes / counted, bits_per_coordinate(cache)
+    quality.compression_ratio, quality.total_bits = full.nbytes / held_bytes(cache), bits_per_coordinate(cache)
     return quality
 
 
 def measure(model, windows: torch.Tensor, configurations: list[dict | Callable], batch: int = 4, **blocks):
     """
-    Compares compressed caches with the full one on the same text.
+    Compares compressed caches with the full one on the same text: a [`Quality`] of the full one, then one for each.
 
     Windows of the text are fed in small blocks that attend to the cache, so that all predictions but those of the first
-    block depend on it. The full cache's predictions of a batch are kept in host memory: four bytes for every scored
-    token and word of the vocabulary.
+    block depend on it. Host memory holds the full cache's predictions of a batch, four bytes a word and scored token.
 
     Args:
-        model: a causal language model.
         windows (`torch.Tensor`): token ids of shape `[windows, length]`.
-        configurations (`list[dict | Callable]`): options of the caches, see [`caches.new_cache`]; or functions that
-            make any other cache from the model's config.
+        configurations (`list[dict | Callable]`): options of the caches, see [`caches.new_cache`], or what makes one.
         batch (`int`): windows fed at a time; they share a cache, its conditioning and its constants.
         blocks: `block` (`int`, 32), tokens fed at a time; `prefill` (`int`, `block`), tokens of the first block;
-            `score_from` (`int`, 0), position of the first block whose predictions count; `advance` (`Callable`),
-            called with the number of tokens done, after every block of every cache.
-
-    Returns:
-        A [`Quality`] for the full cache, then one for each configuration.
+            `score_from` (`int`, 0), position of the first block whose predictions count.
     """
     total = None
     for ids in windows.to(model.device).split(batch):

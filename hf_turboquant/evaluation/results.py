@@ -15,27 +15,25 @@ class Results:
         conditions (`dict`): everything that the results depend on, as json represents it.
 
     Raises:
-        `ValueError`: the folder holds results under other conditions.
+        `ValueError`: the folder holds results under other conditions, or a file that is not of this command.
     """
 
     def __init__(self, folder: Path, conditions: dict):
         self.path = Path(folder) / "results.json"
-        self.conditions = json.loads(json.dumps(conditions))
-        self.units: dict[str, dict] = {}
-        if self.path.exists():
-            self._resume(f"Give another --out, or remove {self.path}.")
-
-    def _resume(self, advice: str) -> None:
+        self.conditions, self.units = json.loads(json.dumps(conditions)), {}
+        if not self.path.exists():
+            return
+        advice = f"Give another --out, or remove {self.path}."
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            conditions, self.units = dict(found["conditions"]), dict(found["results"])
+            before, self.units = dict(found["conditions"]), dict(found["results"])
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{self.path} must hold results of this command, and cannot be read. {advice}") from None
         for name, now in self.conditions.items():
-            before = conditions.get(name)
             # Without results, there is nothing that must have the same conditions.
-            if self.units and before != now:
-                raise ValueError(f"{self.path} holds results of other conditions: {name} {before}, now {now}. {advice}")
+            if self.units and before.get(name) != now:
+                other = f"{name} {before.get(name)}, now {now}"
+                raise ValueError(f"{self.path} holds results of other conditions: {other}. {advice}")
 
     def get(self, name: str, compute: Callable[[], dict]) -> dict:
         """Returns the saved result of that name, or computes and saves it."""
@@ -54,6 +52,5 @@ class Results:
             # Renamed only when complete: a run that dies here leaves the previous file.
             os.replace(new, self.path)
         except OSError as error:
-            raise ValueError(
-                f"--out must be a folder that can be written to, got {self.path.parent}: {error.strerror}."
-            ) from None
+            folder = f"got {self.path.parent}: {error.strerror}."
+            raise ValueError(f"--out must be a folder that can be written to, {folder}") from None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
 
 from rich import box
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from ..conditioning import head_dim
 from . import claims, fidelity, needle, plots, quality
-from .caches import label, rows
+from .caches import FULL, label, rows
 from .load import Settings, machine
 from .results import Results
 
@@ -24,13 +25,9 @@ ESTIMATORS = (("mse", "orthogonal"), ("rescaled", "orthogonal"), ("qjl", "gaussi
 
 def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console: Console | None = None) -> Results:
     """
-    Measures everything that `settings` asks for and that `out` does not hold yet; writes `results.json` and plots.
-
-    Args:
-        model, tokenizer: a causal language model in evaluation mode.
-        text (`str`): the text to predict and to hide needles in.
-        out (`Path`): the folder of the results.
-        console (`Console`, *optional*): where tables and progress go.
+    Measures everything that `settings` asks for and that the folder `out` does not hold yet, with a causal language
+    model in evaluation mode, on a text to predict and to hide needles in; writes `results.json` and plots, and prints
+    tables and progress to `console`.
 
     Raises:
         `ValueError`: see [`Settings.check`] and [`Results`].
@@ -38,36 +35,28 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
     console = console or Console()
     settings.check(model.config, text)
     conditions = {**asdict(settings), "dtype": str(model.dtype).removeprefix("torch."), **machine(model.device)}
+    parts = {part: list(_UNITS[part](model, tokenizer, text, settings)) for part in settings.parts}
+    # Only after text and settings have been checked.
+    results = Results(out, conditions)
+    results.save()
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("")
-        work = [
-            (f"{part}: {name}", cost, compute)
-            for part in settings.parts
-            for name, cost, compute in _UNITS[part](model, tokenizer, text, settings, partial(progress.advance, task))
-        ]
-        # Only after text and settings have been checked.
-        results = Results(out, conditions)
-        results.save()
-        work, done = [unit for unit in work if unit[0] not in results.units], 0
-        progress.update(task, total=sum(cost for _, cost, _ in work))
-        for name, cost, compute in work:
+        task = progress.add_task("", total=sum(map(len, parts.values())))
+        for name, compute in ((f"{part}: {name}", compute) for part in parts for name, compute in parts[part]):
             progress.update(task, description=name)
             results.get(name, compute)
-            done += cost
-            progress.update(task, completed=done)
-    for part in settings.parts:
+            progress.advance(task)
+    for part in parts:
         console.print(_TABLES[part](results.units, settings))
-    for path in plots.draw(results, settings, Path(out), model.config):
+    for path in plots.draw(results.units, settings, Path(out), model.config):
         console.print(f"plot: {path}", soft_wrap=True, highlight=False)
     return results
 
 
-# The units of each part: a name, the approximate number of tokens of work, and a function that measures it.
+# The units of each part: a name, and a function that measures it.
 
 
-def _quality_units(model, tokenizer, text, settings, advance):
-    names = "block", "prefill", "score_from"
-    blocks = {name: getattr(settings, name) for name in names} | {"advance": advance}
+def _quality_units(model, tokenizer, text, settings):
+    blocks = {name: getattr(settings, name) for name in ("block", "prefill", "score_from")}
     windows = quality.split_windows(tokenizer, text, settings.window, settings.windows)
     batches = windows.to(model.device).split(settings.batch)
 
@@ -81,51 +70,47 @@ def _quality_units(model, tokenizer, text, settings, advance):
         found = found.quality if options is None else quality.compare(model, batches[index], options, found, **blocks)
         return {**asdict(found), "kls": _rounded(found.kls)}
 
-    for index, ids in enumerate(batches):
+    for index in range(len(batches)):
         for options in (None, *settings.caches):
             name = f"window {index * settings.batch}, {label(options) if options else 'full cache'}"
-            yield name, ids.numel(), partial(measure, index, options)
+            yield name, partial(measure, index, options)
 
 
-def _needle_units(model, tokenizer, text, settings, advance):
-    for options in [{"cache": "dynamic"}, *settings.caches]:
+def _needle_units(model, tokenizer, text, settings):
+    for options in [FULL, *settings.caches]:
         for length in settings.needle_lengths:
             for depth in settings.needle_depths:
                 find = partial(needle.find_needle, model, tokenizer, text, options, length, depth)
-                yield f"{label(options)}, {length} tokens, depth {depth}", length, find
+                yield f"{label(options)}, {length} tokens, depth {depth}", find
 
 
-def _fidelity_units(model, tokenizer, text, settings, advance):
-    captured = []
+def _fidelity_units(model, tokenizer, text, settings):
+    @lru_cache
+    def captured() -> list[fidelity.LayerInputs]:
+        ids = quality.split_windows(tokenizer, text, max(settings.fidelity_lengths), 1)
+        return fidelity.capture(model, ids)
 
     def compare(options, length) -> dict:
-        if not captured:
-            ids = quality.split_windows(tokenizer, text, max(settings.fidelity_lengths), 1)
-            captured.extend(fidelity.capture(model, ids))
-        found = [fidelity.compare(model.config, layer, options, length) for layer in captured]
-        layers = {"layer": [layer.layer_idx for layer in captured]}
+        found = [fidelity.compare(model.config, layer, options, length) for layer in captured()]
+        layers = {"layer": [layer.layer_idx for layer in captured()]}
         return layers | {name: _rounded(layer[name] for layer in found) for name in found[0]}
 
     for options in settings.caches:
         for length in settings.fidelity_lengths:
-            yield f"{label(options)}, {length} tokens", length, partial(compare, options, length)
+            yield f"{label(options)}, {length} tokens", partial(compare, options, length)
 
 
-def _claims_units(model, tokenizer, text, settings, advance):
-    width = head_dim(model.config)
+def _claims_units(model, tokenizer, text, settings):
     for nbits in WIDTHS:
         for dim in DIMENSIONS:
-            yield f"distortion, {nbits} bits, dimension {dim}", 50, partial(claims.distortion, nbits, dim)
+            yield f"distortion, {nbits} bits, dimension {dim}", partial(claims.distortion, nbits, dim)
         for estimator, sketch in ESTIMATORS:
-            measure = partial(claims.inner_product, estimator, nbits, width, sketch)
-            yield f"inner product, {nbits} bits, {estimator} {sketch}", 50, measure
+            measure = partial(claims.inner_product, estimator, nbits, head_dim(model.config), sketch)
+            yield f"inner product, {nbits} bits, {estimator} {sketch}", measure
 
 
 def _rounded(numbers: Iterable[float]) -> list[float]:
     return [float(f"{number:.4g}") for number in numbers]
-
-
-_UNITS = {"quality": _quality_units, "needle": _needle_units, "fidelity": _fidelity_units, "claims": _claims_units}
 
 
 def _quality_table(units: dict, settings: Settings) -> Table:
@@ -143,7 +128,7 @@ def _quality_table(units: dict, settings: Settings) -> Table:
 
 
 def _needle_table(units: dict, settings: Settings) -> Table:
-    title = f"Needle: exact answers at {len(settings.needle_depths)} depths"
+    title = f"Needle: exact answers at depths {', '.join(f'{depth:.0%}' for depth in settings.needle_depths)}"
     table = _table(title, "cache", *(f"{length:,} tokens" for length in settings.needle_lengths))
 
     def cells(name: str):
@@ -151,9 +136,10 @@ def _needle_table(units: dict, settings: Settings) -> Table:
             [units[f"needle: {name}, {length} tokens, depth {depth}"]["exact"] for depth in settings.needle_depths]
             for length in settings.needle_lengths
         ]
-        yield [f"{sum(exact)}/{len(exact)}" for exact in grid]
+        marks = ("".join("✗✓"[found] for found in exact) for exact in grid)
+        yield [f"{mark} {sum(exact)}/{len(exact)}" for mark, exact in zip(marks, grid, strict=True)]
 
-    return _add_caches(table, [{"cache": "dynamic"}, *settings.caches], cells)
+    return _add_caches(table, [FULL, *settings.caches], cells)
 
 
 def _fidelity_table(units: dict, settings: Settings) -> Group:
@@ -196,15 +182,13 @@ def _claims_table(units: dict, settings: Settings) -> Group:
 
 def _add_caches(table: Table, caches: list[dict], cells: Callable[[str], Iterable]) -> Table:
     """Adds rows for every cache, given its label; caches that share options get a common head that states them."""
-    head = ""
-    for row in rows(caches):
-        if row.head != head:
-            head = row.head
-            table.add_section()
-            if head:
-                table.add_row(f"[bold]{head}[/bold]")
-        for line in cells(row.label):
-            table.add_row(" " * bool(head) + row.text, *line)
+    for head, members in groupby(rows(caches), lambda row: row.head):
+        table.add_section()
+        if head:
+            table.add_row(f"[bold]{head}[/bold]")
+        for row in members:
+            for line in cells(row.label):
+                table.add_row(" " * bool(head) + row.text, *line)
     return table
 
 
@@ -215,4 +199,5 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+_UNITS = {"quality": _quality_units, "needle": _needle_units, "fidelity": _fidelity_units, "claims": _claims_units}
 _TABLES = {"quality": _quality_table, "needle": _needle_table, "fidelity": _fidelity_table, "claims": _claims_table}

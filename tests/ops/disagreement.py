@@ -3,25 +3,41 @@
 from dataclasses import dataclass, replace
 
 import torch
-from benchmark_quantize import Case as Timed
 
+from hf_turboquant import TurboQuantConfig
 from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
-class Case(Timed):
+class Case:
     """
-    One configuration: `pieces` are the lengths of successive appends; `per_head` gives every head its own mean, scale
-    and transform.
+    Keys or values of one configuration: `conditioned` gives every head its own mean and scale, `per_head` its own
+    transform as well; `pieces` are the lengths of successive appends.
     """
 
+    role: str = "keys"
+    nbits: int = 4
+    estimator: str = "qjl"
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    conditioned: bool = False
     heads: int = 3
+    sketch: str = "orthogonal"
+    rotation: str = "haar"
     per_head: bool = False
     pieces: tuple[int, ...] = (1, 126, 1, 1, 3, 200, 1)
 
     def quantizer(self, device) -> Quantizer:
-        quantizer = Timed.quantizer(replace(self, conditioned=self.conditioned or self.per_head), device)
+        role = self.role.removesuffix("s")
+        options = {f"{role}_bits": self.nbits, f"{role}_estimator": self.estimator}
+        config = TurboQuantConfig(sketch=self.sketch, rotation=self.rotation, **options)
+        quantizer = Quantizer.create(config, self.role, 0, self.head_dim, device)
+        if self.conditioned or self.per_head:
+            generator = torch.Generator().manual_seed(1)
+            factors = 0.5 + torch.rand(self.heads, 1, self.head_dim, generator=generator).to(device)
+            mean = torch.randn(self.heads, 1, self.head_dim, generator=generator).to(device)
+            quantizer = replace(quantizer, mean=mean, scale=factors)
         if self.per_head:
             rotations = quantizer.transform.roll(1, -1).repeat(self.heads, 1, 1).contiguous()
             for head in range(self.heads):

@@ -14,7 +14,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from benchmark_attention import check, random_states, relative_error
+from layer_states import check, random_states, relative_error
 
 from hf_turboquant.config import TurboQuantConfig
 from hf_turboquant.ops import reference

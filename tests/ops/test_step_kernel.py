@@ -11,7 +11,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from benchmark_attention import relative_error
+from layer_states import relative_error
 
 from hf_turboquant import TurboQuantConfig, ops
 from hf_turboquant.arena import describe, new_arena, open_arena
