@@ -26,7 +26,7 @@ def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, q
         frequencies = None if layer.frequencies is None else tuple(layer.frequencies)
         short = key_states.shape[2] < HORIZON
         # Kernels are the same for every capacity, and requests have many.
-        config = replace(layer.config, max_cache_len=layer.config.max_cache_len and 1)
+        config = replace(layer.config, max_cache_len=1) if layer.config.max_cache_len else layer.config
         _compile(type(layer), config, frequencies, shapes, dtypes, groups, short, masked, key_states.device)
 
 

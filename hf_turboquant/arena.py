@@ -23,10 +23,16 @@ def describe(config: TurboQuantConfig, layer_idx: int, key_states: torch.Tensor,
 
     It is a string because `torch.compile` then guards on it before it reuses code compiled for another arena.
     """
-    batch, heads = key_states.shape[:2]
-    dims = {"keys": key_states.shape[3], "values": value_states.shape[3]}
-    dtypes = {role: str(x.dtype).removeprefix("torch.") for role, x in (("keys", key_states), ("values", value_states))}
-    return json.dumps([asdict(config), layer_idx, batch, heads, dims, dtypes])
+    dims, dtypes = (key_states.shape[3], value_states.shape[3]), (key_states.dtype, value_states.dtype)
+    return _describe(config, layer_idx, *key_states.shape[:2], dims, dtypes)
+
+
+@lru_cache(maxsize=1024)
+def _describe(config: TurboQuantConfig, layer_idx: int, batch: int, heads: int, dims: tuple, dtypes: tuple) -> str:
+    names = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    roles = "keys", "values"
+    by_role = dict(zip(roles, dims, strict=True)), dict(zip(roles, names, strict=True))
+    return json.dumps([asdict(config), layer_idx, batch, heads, *by_role])
 
 
 def head_dims(description: str) -> dict[str, int]:

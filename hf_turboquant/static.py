@@ -101,7 +101,10 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def _open(self) -> None:
         """Makes views of the arena that hold no tokens yet."""
-        self.states = open_arena(self.arena, self.description)
+        if self.states is None:
+            # Views that serve outside of inference mode too.
+            with torch.inference_mode(False):
+                self.states = open_arena(self.arena, self.description)
         codes = {role: buffer.snapshot() for role, buffer in self.states.codes.items()}
         sinks, ring = self.config.sink_length, self.config.held_length
         exact = SlotBuffer.over(self.states.exact, block=1, length=0, sinks=sinks, ring=ring)
@@ -235,8 +238,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         """Writes mean and scale to the arena; `None` stands for zero and one, which change nothing."""
         held = self.states.quantizers["keys"]
         if held.mean is not None:
-            held.mean.copy_(torch.zeros_like(held.mean) if mean is None else mean)
-            held.scale.copy_(torch.ones_like(held.scale) if scale is None else scale)
+            held.mean.zero_() if mean is None else held.mean.copy_(mean)
+            held.scale.fill_(1) if scale is None else held.scale.copy_(scale)
 
     @torch.compiler.disable(reason=_NOT_COMPILED)
     def measure(self) -> None:
@@ -340,7 +343,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         if description != self.description:
             # Another batch size or dtype needs other memory.
             arena = new_arena(description, self.device)
-            self.arena, self.description, held = arena, description, self.tokens
+            self.arena, self.states, self.description, held = arena, None, description, self.tokens
             self._open()
             keys = before.quantizers["keys"]
             self._condition(keys.mean, keys.scale)

@@ -560,6 +560,7 @@ def test_requests_of_many_lengths_leave_nothing(monkeypatch):
     assert ("hf_turboquant.arena", "_layout") in tables()
     # the same with less room, which is full soon
     monkeypatch.setattr(arena, "_layout", lru_cache(maxsize=20)(arena._Layout))
+    monkeypatch.setattr(arena, "_describe", lru_cache(maxsize=20)(arena._describe.__wrapped__))
     monkeypatch.setattr(conditioning, "_turns", lru_cache(maxsize=4)(conditioning._turns.__wrapped__))
     config, seen = LlamaConfig(**{**SHAPE, "num_hidden_layers": 2}), []
     for request in range(40):
