@@ -166,7 +166,9 @@ print(out.tolist())
     [((7,), 0), ((20,), 0), ((150,), 0), ((100, 60), 0), ((300,), -60), ((150,), -100), ((150,), -147)],
 )
 @pytest.mark.parametrize(
-    "options", [{}, {"residual_length": 0, "sink_length": 0}, {"condition": "none"}, {"nbits": 2.5}], ids=str
+    "options",
+    [{}, {"residual_length": 0, "sink_length": 0}, {"condition": "none"}, {"nbits": 2.5}, {"nbits": 8}],
+    ids=str,
 )
 def test_every_length(lengths, crop, options, tmp_path):
     """Empty codes, full and half blocks, a ring that has turned, a ring with a hole after a crop."""

@@ -236,14 +236,14 @@ def test_memory_before_tokens_is_no_prompt(first):
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("window", [128, 16, 0])
-def test_compiled_steps_after_a_short_prompt(window, monkeypatch):
+@pytest.mark.parametrize("window, nbits", [(128, 4), (16, 4), (0, 4), (16, 8)])
+def test_compiled_steps_after_a_short_prompt(window, nbits, monkeypatch):
     """They wait, learn and go on as uncompiled ones; no graph is made for it, and the host looks once a layer."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 2})).eval()
     found = []
     for options in ({}, compiled("aot_eager")):
-        cache = TurboQuantCache(model.config, max_cache_len=300, residual_length=window)
+        cache = TurboQuantCache(model.config, max_cache_len=300, residual_length=window, nbits=nbits)
         found.append(generate(model, cache, tokens=150, prompt=20, **options))
         assert all(
             layer.condition == "attention" and layer.conditioning.found.tokens == 256 - 7 + 4 for layer in cache.layers
@@ -253,7 +253,7 @@ def test_compiled_steps_after_a_short_prompt(window, monkeypatch):
     fetched = []
     measured = LayerStates.measured
     monkeypatch.setattr(LayerStates, "measured", lambda states: fetched.append(states) or measured(states))
-    cache = TurboQuantCache(model.config, max_cache_len=300, residual_length=window, backend="triton")
+    cache = TurboQuantCache(model.config, max_cache_len=300, residual_length=window, nbits=nbits, backend="triton")
     counts = []
     with torch.no_grad():
         model(torch.randint(3, 99, (1, 120)), **{cache_name(model): cache})
