@@ -227,7 +227,7 @@ def test_the_host_waits_in_the_first_layer_alone(monkeypatch):
     model = LlamaForCausalLM(config).eval()
     waits = []
     known = hf_turboquant.layer.learned
-    monkeypatch.setattr(hf_turboquant.layer, "learned", lambda found: waits.append(found) or known(found))
+    monkeypatch.setattr(hf_turboquant.conditioning, "learned", lambda found: waits.append(found) or known(found))
     for prompt, expected in ((100, 0), (200, 1), (700, 0)):
         cache = TurboQuantCache(config, residual_length=8)
         waits.clear()

@@ -44,7 +44,7 @@ def coarse_condition(*args):
 @pytest.fixture(scope="module", autouse=True)
 def exact_arithmetic():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_turboquant.layer, "condition", coarse_condition)
+        patch.setattr(hf_turboquant.conditioning, "condition", coarse_condition)
         patch.setattr(hf_turboquant.config, "LEARNED_TOKENS", LEARNED_TOKENS)
         patch.setattr(hf_turboquant.conditioning, "MIN_TOKENS", MIN_TOKENS)
         patch.setattr(hf_turboquant.layer, "MAX_WAITING_TOKENS", MAX_WAITING_TOKENS)

@@ -507,7 +507,7 @@ def test_small_window(row):
         if ours in compressed:
             length = theirs.get_seq_length()
             assert ours.get_seq_length() == length and isinstance(ours, type(theirs))
-            for buffer in ours.codes.values():
+            for buffer in ours.tokens.codes.values():
                 assert buffer.length == length - sum(SMALL_WINDOW.values()) > 0
         else:
             assert type(ours) is type(theirs)

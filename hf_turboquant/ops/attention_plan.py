@@ -334,7 +334,8 @@ class Kernels:
         self._combine: dict[tuple, Launcher] = {}
         self._device, self._wave = device, None
         self._static = static
-        self._mask_dtype = mask_dtype or query_dtype
+        # As masks are launched with: a kernel for another dtype would be compiled once more.
+        self._mask_dtype = torch.uint8 if mask_dtype == torch.bool else mask_dtype or query_dtype
 
     def _launcher(self, constants: dict) -> Launcher:
         return Launcher(prepare_kernel, constants, num_warps=self._prepare_warps, num_stages=1, **self.overlap)

@@ -105,6 +105,87 @@ for _ in range(2):
 )
 
 
+SAME = (
+    PROGRAM.split("launch.COMPILED, plan")[0]
+    + """
+from types import SimpleNamespace
+
+from triton.runtime.jit import JITFunction
+
+from hf_turboquant import ahead
+from hf_turboquant.static import TurboQuantStaticLayer
+
+
+class Found(Compiled):
+    n_regs, metadata = 128, SimpleNamespace(shared=40_000)
+
+    def run(self, *args):
+        pass
+
+    def _init_handles(self):
+        pass
+
+
+def special(parameter, value):
+    \"""What Triton compiles an argument for.\"""
+    if isinstance(value, tuple):
+        return tuple(special(parameter, item) for item in value)
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.data_ptr() % 16 == 0
+    if isinstance(value, torch.dtype):
+        return str(value), True
+    if type(value) is float and not parameter.is_constexpr:
+        return "float"
+    if type(value) is not int or parameter.is_constexpr:
+        return repr(value)
+    return "integer" if parameter.do_not_specialize else (value == 1, value % 16 == 0)
+
+
+def compile(self, *args, grid=None, warmup=False, **options):
+    given = dict(zip(self.arg_names, args)) | options
+    parameters = {parameter.name: parameter for parameter in self.params}
+    of = lambda name: parameters.get(name, SimpleNamespace(is_constexpr=True))
+    seen.add((self.__name__, *((name, special(of(name), value)) for name, value in given.items())))
+    return Found(self)
+
+
+JITFunction.warmup = JITFunction.run = compile
+launch.launch = plan.launch = lambda *args: None
+gpu = {"regs_per_multiprocessor": 2**16, "warp_size": 32, "shared_memory_per_multiprocessor": 2**17}
+torch.cuda.get_device_properties = lambda device: SimpleNamespace(**gpu, multi_processor_count=132)
+attention.supports = quantize.supports = statistics.supports = lambda *args: None
+static, masked = sys.argv[1] == "static", sys.argv[2] == "masked"
+kind, room = (TurboQuantStaticLayer, {"max_cache_len": 8192}) if static else (TurboQuantLayer, {})
+config, dtypes = TurboQuantConfig(backend="triton", nbits=3, **room), (torch.bfloat16,) * 3
+frequencies = tuple(10_000 ** (-i / 32) for i in range(32))
+new = lambda heads, tokens: torch.zeros(1, tokens, heads, 64, dtype=torch.bfloat16).transpose(1, 2)
+ones = lambda tokens: torch.ones(1, 1, 1, tokens, dtype=torch.bool)
+ahead._compile(kind, config, frequencies, (2, 64, 64), dtypes, 4, False, masked, torch.device("cpu"))
+known, count = set(seen), len(seen)
+layer = kind(config, 3)
+layer.frequencies = list(frequencies)
+layer.update(new(2, 3000), new(2, 3000))
+layer.settle(new(8, 3000), ones(3000) if masked else None)
+for step in range(2):
+    states = layer.update(new(2, 1), new(2, 1))[0].states
+    ops.attention(new(8, 1), states, scaling=0.1, attention_mask=ones(8192) if static else None)
+print(json.dumps([count, sorted(map(str, seen - known))]))
+"""
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU tells by itself")
+@pytest.mark.parametrize("masked", ["masked", "plain"])
+@pytest.mark.parametrize("kind", ["growing", "static"])
+def test_prompt_and_steps_compile_nothing_but_what_was_compiled_ahead(kind, masked):
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", SAME, kind, masked], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    count, more = json.loads(done.stdout)
+    assert count >= 8 and more == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU tells by itself")
 @pytest.mark.parametrize("estimator", ["qjl", "rescaled"])
 def test_launches_have_all_arguments(estimator):

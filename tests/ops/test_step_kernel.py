@@ -274,7 +274,7 @@ def test_plans_are_for_the_buffers_that_they_were_made_for():
         states = grow(layer, keys, values, start, stop)[0].states
         out = ops.attention(query, states, scaling=0.125)
         assert relative_error(out, reference.attention(query.float(), states, scaling=0.125)) < 2e-3
-        return dict(layer.plans)
+        return dict(layer.tokens.plans)
 
     layer.update(keys[:, :, :200], values[:, :, :200])
     first = attend(layer, 200, 201)
@@ -284,20 +284,20 @@ def test_plans_are_for_the_buffers_that_they_were_made_for():
     # a copy has buffers of its own, and writes to none of the original's
     twin = copy.deepcopy(layer)
     before = [tensor.clone() for role in ROLES for tensor in contents(layer.tokens.read(), role)]
-    assert not twin.plans and not pickle.loads(pickle.dumps(layer)).plans
+    assert not twin.tokens.plans and not pickle.loads(pickle.dumps(layer)).tokens.plans
     assert not set(attend(twin, 210, 215).values()) & set(first.values())
     assert all(map(torch.equal, before, (tensor for role in ROLES for tensor in contents(layer.tokens.read(), role))))
     # new blocks, then new buffers; what is kept is for the new ones alone
     plans = attend(layer, 202, 330)
     assert not set(plans.values()) & set(first.values())
     layer.reorder_cache(torch.tensor([0]))
-    assert not layer.plans
+    assert not layer.tokens.plans
     attend(layer, 330, 332)
     layer.crop(-20)
     attend(layer, 312, 320)
     assert all(plan.fits(layer.tokens.read()) for plan in layer.plans.values())
     layer.reset()
-    assert not layer.plans
+    assert not layer.tokens.plans
 
 
 @pytest.mark.parametrize("backend", ["kernels", "reference"])
