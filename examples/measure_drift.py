@@ -31,7 +31,7 @@ def informed(model, ids: torch.Tensor, options: dict) -> TurboQuantCache:
     cache.crop(1 - ids.shape[1])
     for layer in cache.layers:
         # The last token goes another way, because a layer that loses all of them forgets the statistics too.
-        layer.length = 0
+        layer.tokens.crop(0)
     return cache
 
 

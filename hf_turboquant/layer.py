@@ -241,8 +241,8 @@ class TurboQuantLayer(DynamicLayer):
             self.step.settle()
         if self.pending is None:
             return
-        self._observe(query, attention_mask)
         with self._all_or_nothing():
+            self._observe(query, attention_mask)
             self._store(self.pending, *self.observed)
         self.pending = self.observed = None
         if self.is_offloaded:
@@ -257,7 +257,6 @@ class TurboQuantLayer(DynamicLayer):
         if query is not None:
             compile_ahead(self, self.pending["keys"], self.pending["values"], query, valid is not None)
             self.conditioning.add_query(query, valid, self.pending["keys"].shape[1], kv_len)
-        # After an error the same query may come again: it counts once.
         self.observed = (valid,)
 
     def _defers(self) -> bool:
@@ -345,11 +344,11 @@ class TurboQuantLayer(DynamicLayer):
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Within this context, an error leaves the tokens and what is known of them as they were."""
-        tokens, conditioning = self.tokens.snapshot(), copy(self.conditioning)
+        tokens, conditioning, observed = self.tokens.snapshot(), copy(self.conditioning), self.observed
         try:
             yield
         except BaseException:
-            self.tokens, self.conditioning = tokens, conditioning
+            self.tokens, self.conditioning, self.observed = tokens, conditioning, observed
             raise
 
     def _in_one_dtype(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

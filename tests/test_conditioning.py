@@ -226,7 +226,7 @@ def test_the_host_waits_in_the_first_layer_alone(monkeypatch):
     config.num_hidden_layers = 5
     model = LlamaForCausalLM(config).eval()
     waits = []
-    known = hf_turboquant.layer.learned
+    known = hf_turboquant.conditioning.learned
     monkeypatch.setattr(hf_turboquant.conditioning, "learned", lambda found: waits.append(found) or known(found))
     for prompt, expected in ((100, 0), (200, 1), (700, 0)):
         cache = TurboQuantCache(config, residual_length=8)
@@ -296,7 +296,7 @@ def test_crop_to_nothing_forgets_what_was_learned(removed, capacity):
         list(feed(each, [10, 160, *[1] * 20], query, keys - 40, values))
     assert layer.condition == fresh.condition == "attention"
     assert torch.equal(layer.keys.dequantize(), fresh.keys.dequantize())
-    assert torch.equal(layer.tokens.quantizers["keys"].mean, fresh.quantizers["keys"].mean)
+    assert torch.equal(layer.tokens.quantizers["keys"].mean, fresh.tokens.quantizers["keys"].mean)
 
 
 def test_padding_does_not_count():

@@ -516,7 +516,7 @@ def test_running_out_of_memory_anywhere_changes_nothing(case):
         retried = fingerprint(layer)
         at += 1
     clean = fingerprint(layer)
-    assert failures >= (case != "crop") and at < 500
+    assert failures >= (case != "crop") and at < 1000
     assert clean[0] == retried[0] and clean[2].keys() == retried[2].keys()
     assert all(torch.equal(tensor, retried[2][name]) for name, tensor in clean[2].items())
 

@@ -295,7 +295,7 @@ def test_plans_are_for_the_buffers_that_they_were_made_for():
     attend(layer, 330, 332)
     layer.crop(-20)
     attend(layer, 312, 320)
-    assert all(plan.fits(layer.tokens.read()) for plan in layer.plans.values())
+    assert all(plan.fits(layer.tokens.read()) for plan in layer.tokens.plans.values())
     layer.reset()
     assert not layer.tokens.plans
 
@@ -394,7 +394,7 @@ def test_each_role_has_its_own_dtype(dtypes, query_dtype, capacity):
         assert held.dtype == torch.cat(all_given, dim=2).dtype
         assert torch.equal(held[:, :, -8:], torch.cat(all_given, dim=2)[:, :, -8:])
         codes, _ = reference.codes_of(layer.tokens.codes[role], layer.tokens.quantizers[role], 0, 32)
-        same = codes == reference.codes_of(expected.codes[role], expected.quantizers[role], 0, 32)[0]
+        same = codes == reference.codes_of(expected.tokens.codes[role], expected.tokens.quantizers[role], 0, 32)[0]
         assert same.float().mean() > 0.99
 
 
