@@ -46,7 +46,7 @@ class TurboQuantLayer(DynamicLayer):
         self.layer_idx = layer_idx
         # Of the rotary embedding of the keys, if the model's config defines one: see `conditioning.condition`.
         self.frequencies: list[float] | None = None
-        # Shared by the layers of a cache: see `_differ`.
+        # Shared by the layers of a cache: see `Conditioning.differ`.
         self.verdict: dict[str, int] = {}
         super().__init__()
         self.reset()
