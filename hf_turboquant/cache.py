@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 
 from .conditioning import known_head_dims, rotary_frequencies
 from .config import PRESETS, TurboQuantConfig, check_names
-from .hybrid import TurboQuantHybridLayer
+from .hybrid import TurboQuantHybridLayer, TurboQuantStaticHybridLayer
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
 from .packing import can_pack
@@ -93,6 +93,8 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
                 self.layers[index] = self._layer(index)
             elif type(layer) is LinearAttentionAndFullAttentionLayer and index not in self.skipped:
                 self.layers[index] = TurboQuantHybridLayer(self.options, index, layer.number_of_states)
+            elif type(layer) is LinearAttentionAndStaticFullAttentionLayer and index not in self.skipped:
+                self.layers[index] = TurboQuantStaticHybridLayer(self.options, index, layer.number_of_states)
             if isinstance(self.layers[index], TurboQuantLayer):
                 self.layers[index].frequencies = rotary_frequencies(config, index)
                 self.layers[index].verdict = self.verdict
@@ -347,11 +349,13 @@ def _log_unpackable(dim: int) -> None:
 
 def _in_full_precision(layer: TurboQuantLayer) -> DynamicLayer | StaticLayer:
     """The layer of transformers for what `layer` would have held, with its recurrent states if it has any."""
-    if isinstance(layer, TurboQuantStaticLayer):
-        return StaticLayer(layer.max_cache_len)
-    if not isinstance(layer, TurboQuantHybridLayer):
-        return DynamicLayer()
-    plain = LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+    static = isinstance(layer, TurboQuantStaticLayer)
+    if not isinstance(layer, (TurboQuantHybridLayer, TurboQuantStaticHybridLayer)):
+        return StaticLayer(layer.max_cache_len) if static else DynamicLayer()
+    kind, states = LinearAttentionAndFullAttentionLayer, {"number_of_states": layer.number_of_states}
+    if static:
+        kind, states["max_cache_len"] = LinearAttentionAndStaticFullAttentionLayer, layer.max_cache_len
+    plain = kind(**states)
     recurrent = vars(LinearAttentionLayer(layer.number_of_states))
     vars(plain).update({name: value for name, value in vars(layer).items() if name in recurrent})
     return plain
@@ -360,16 +364,9 @@ def _in_full_precision(layer: TurboQuantLayer) -> DynamicLayer | StaticLayer:
 def _static_layers(config: PreTrainedConfig | None, max_cache_len: int) -> list:
     if config is None:
         raise ValueError("`max_cache_len` needs the model's `config` to know its layers, got none. Use `model.config`.")
-    layers = StaticCache(config=config, max_cache_len=max_cache_len).layers
-    hybrids = [i for i, layer in enumerate(layers) if type(layer) is LinearAttentionAndStaticFullAttentionLayer]
-    if hybrids:
-        raise ValueError(
-            f"`max_cache_len` must not be given for a model with attention and a recurrent part in one layer, got one "
-            f"with such layers: {_ranges(hybrids)}. Leave it out: the cache then grows with its tokens."
-        )
     return [
         StaticSlidingLayer(max_cache_len, layer.max_cache_len) if type(layer) is StaticSlidingWindowLayer else layer
-        for layer in layers
+        for layer in StaticCache(config=config, max_cache_len=max_cache_len).layers
     ]
 
 

@@ -10,6 +10,7 @@ from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 from transformers.utils import ModelOutput
 
 from .cache import TurboQuantCache
+from .hybrid import TurboQuantStaticHybridLayer
 from .layer import TurboQuantLayer
 from .static import StaticSlidingLayer, TurboQuantStaticLayer
 
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 # The first kind counts tokens in device memory alone; the memory of the second at least keeps its address.
 COUNTED_ON_DEVICE = TurboQuantStaticLayer, StaticLayer
-STATIC = *COUNTED_ON_DEVICE, StaticSlidingLayer, LinearAttentionLayer
+STATIC = *COUNTED_ON_DEVICE, StaticSlidingLayer, LinearAttentionLayer, TurboQuantStaticHybridLayer
 
 
 def fingerprint(model, cache: Cache) -> tuple:
@@ -30,7 +31,9 @@ def fingerprint(model, cache: Cache) -> tuple:
 
 
 def _tensors(layer) -> list[torch.Tensor]:
-    held = layer.arena if isinstance(layer, TurboQuantStaticLayer) else vars(layer)
+    held = vars(layer)
+    if isinstance(layer, TurboQuantStaticLayer):
+        held = [held.get(name) for name in ("arena", "conv_states", "recurrent_states")]
     return [leaf for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor)]
 
 

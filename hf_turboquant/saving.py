@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedConfig, cache_utils
 
 from .conditioning import NOT_CONDITIONED, Learned, learned
 from .config import TurboQuantConfig
-from .hybrid import TurboQuantHybridLayer
+from .hybrid import TurboQuantHybridLayer, TurboQuantStaticHybridLayer
 from .layer import TurboQuantLayer
 from .static import StaticSlidingLayer, TurboQuantStaticLayer
 from .tokens import ROLES
@@ -35,7 +35,7 @@ FIRST_TOKENS |= {"batch_size", "num_heads", "k_head_dim", "v_head_dim"}
 # Only our layers and those of transformers can be saved; layers that models define may keep anything.
 _THEIRS = {*cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values(), *cache_utils.STATIC_LAYER_TYPE_MAPPING.values()}
 _THEIRS = {kind for kind in _THEIRS if kind.__module__ == cache_utils.__name__}
-_OURS = {TurboQuantLayer, TurboQuantStaticLayer, TurboQuantHybridLayer, StaticSlidingLayer}
+_OURS = {TurboQuantLayer, TurboQuantStaticLayer, TurboQuantHybridLayer, TurboQuantStaticHybridLayer, StaticSlidingLayer}
 SAVED_LAYERS = {kind.__name__: kind for kind in _THEIRS | _OURS}
 # What each outcome of conditioning adds to the keys' quantiser.
 CONDITIONED = {"none": set(), "center": {"mean"}, "attention": {"mean", "scale"}}

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     DynamicCache,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -44,11 +46,16 @@ LINEAR = dict(
     moe_intermediate_size=32, shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=4,
     linear_key_head_dim=16, linear_value_head_dim=16,
 )  # fmt: skip
+MAMBA2 = dict(
+    mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=16, mamba_expand=2, mamba_chunk_size=16,
+    mamba_d_ssm=128,
+)  # fmt: skip
 KINDS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "turboquant": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="turboquant")),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, **SLIDING)),
     "qwen3-next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SHAPE, **LINEAR)),
+    "falcon-h1": lambda: FalconH1ForCausalLM(FalconH1Config(**SHAPE, **MAMBA2)),
 }
 OPTIONS = {"nbits": 3, "residual_length": 16}
 NEW = 24

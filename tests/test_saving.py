@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     DynamicCache,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -57,6 +59,20 @@ FAMILIES = {
             num_experts_per_tok=1,
             moe_intermediate_size=32,
             shared_expert_intermediate_size=32,
+            **TINY,
+        ),
+    ),
+    # both parts in each layer
+    "falcon_h1": (
+        FalconH1ForCausalLM,
+        FalconH1Config(
+            num_hidden_layers=2,
+            mamba_n_heads=8,
+            mamba_d_head=16,
+            mamba_n_groups=2,
+            mamba_d_state=16,
+            mamba_d_ssm=128,
+            mamba_chunk_size=16,
             **TINY,
         ),
     ),

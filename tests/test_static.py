@@ -11,6 +11,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -28,6 +30,7 @@ from transformers.generation import CompileConfig
 
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, arena, conditioning, ops
 from hf_turboquant._supported import cache_name
+from hf_turboquant.hybrid import TurboQuantStaticHybridLayer
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.states import LayerStates
 from hf_turboquant.static import TurboQuantStaticLayer
@@ -41,6 +44,10 @@ LINEAR = dict(
     layer_types=["linear_attention", "full_attention"] * 2, num_experts=4, num_experts_per_tok=2,
     moe_intermediate_size=32, shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=4,
     linear_key_head_dim=16, linear_value_head_dim=16,
+)  # fmt: skip
+MAMBA2 = dict(
+    mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=16, mamba_expand=2, mamba_chunk_size=16,
+    mamba_d_ssm=128,
 )  # fmt: skip
 PROMPT, NEW = 150, 30
 
@@ -290,6 +297,7 @@ def models():
     yield "gemma3", Gemma3ForCausalLM, Gemma3TextConfig(**SHAPE, **SLIDING)
     yield "softcap", Gemma2ForCausalLM, Gemma2Config(**SHAPE, **SLIDING, attn_implementation="turboquant")
     yield "qwen3-next", Qwen3NextForCausalLM, Qwen3NextConfig(**SHAPE, **LINEAR)
+    yield "falcon-h1", FalconH1ForCausalLM, FalconH1Config(**SHAPE, **MAMBA2)
 
 
 @pytest.fixture(scope="module", params=list(models()), ids=lambda case: case[0])
@@ -535,11 +543,26 @@ def test_what_no_graph_can_take_runs_uncompiled_or_says_so():
     generate(narrow, TurboQuantCache(narrow.config, max_cache_len=PROMPT + NEW), disable_compile=True)
 
 
-def test_a_hybrid_layer_is_refused():
-    from transformers import FalconH1Config
-
-    with pytest.raises(ValueError, match="recurrent part in one layer"):
-        TurboQuantCache(FalconH1Config(num_hidden_layers=2), max_cache_len=300)
+def test_a_hybrid_layer_has_both_parts():
+    model = FalconH1ForCausalLM(FalconH1Config(**SHAPE, **MAMBA2)).eval()
+    cache = TurboQuantCache(model.config, max_cache_len=300)
+    assert {type(layer) for layer in cache.layers} == {TurboQuantStaticHybridLayer}
+    assert cache.is_compileable and cache.get_max_length() == 300
+    expected = generate(model, cache)
+    recurrent = cache.layers[0].conv_states[0].data_ptr()
+    twin = copy.deepcopy(cache)
+    for each in (cache, twin):
+        # the memory of both parts is kept, and nothing that it held
+        each.reset()
+        assert each.get_seq_length() == 0 and torch.equal(generate(model, each), expected)
+    assert cache.layers[0].conv_states[0].data_ptr() == recurrent
+    rows = torch.tensor([1, 0])
+    cache.reorder_cache(rows)
+    cache.batch_select_indices(torch.tensor([0]))
+    for held, before in ((cache, twin),):
+        keys = [each.layers[0].keys.dequantize() for each in (held, before)]
+        assert torch.equal(keys[0], keys[1][1:])
+        assert torch.equal(held.layers[0].recurrent_states[0], before.layers[0].recurrent_states[0][1:])
 
 
 def tables():
