@@ -11,7 +11,6 @@ graph that rotates through several caches, so that nothing is found in L2; the b
 import argparse
 import subprocess
 from functools import partial
-from importlib import import_module
 
 import torch
 import triton
@@ -19,7 +18,6 @@ from report import DEVICE, add_caches, conditions, head, line, parse_for_gpu
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-import hf_turboquant.ops.attention  # noqa: F401
 from hf_turboquant.cli import Formatter, run
 from hf_turboquant.evaluation.benchmark import (
     FLASH,
@@ -31,10 +29,8 @@ from hf_turboquant.evaluation.benchmark import (
     new_layer,
 )  # fmt: skip
 from hf_turboquant.evaluation.caches import label
+from hf_turboquant.ops import attend as kernels
 from hf_turboquant.ops import reference
-
-# The module: the package exports a function of the same name.
-kernels = import_module("hf_turboquant.ops.attention")
 
 # Name: batch, query heads, KV heads, head_dim, kv_len.
 SHAPES = {

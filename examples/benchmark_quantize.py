@@ -8,7 +8,6 @@ Time the kernel that quantises and appends, and the one that dequantises. `tests
 import argparse
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from itertools import product
 
 import torch
@@ -19,11 +18,10 @@ from hf_turboquant.cli import Formatter, run
 from hf_turboquant.evaluation.benchmark import calls_ms, copy_bandwidth, graph_us
 from hf_turboquant.evaluation.caches import label
 from hf_turboquant.evaluation.load import parse_count
+from hf_turboquant.ops import encode as kernels
+from hf_turboquant.ops.decode import dequantize
 from hf_turboquant.quantizer import Quantizer
 
-# `ops.quantize` is the function; the module of the same name holds the kernel.
-kernels = import_module("hf_turboquant.ops.quantize")
-dequantize = import_module("hf_turboquant.ops.dequantize").dequantize
 # Tokens in front of new ones.
 LENGTH = 1061
 

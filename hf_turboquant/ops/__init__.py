@@ -12,10 +12,10 @@ from . import reference
 
 try:
     # Imported before the functions below, which replace these submodules as attributes of the package.
-    from . import attention as attention_kernels
-    from . import dequantize as dequantize_kernels
+    from . import attend as attention_kernels
+    from . import decode as dequantize_kernels
+    from . import encode as quantize_kernels
     from . import launch
-    from . import quantize as quantize_kernels
     from . import statistics as statistics_kernels
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "triton":

@@ -1,18 +1,14 @@
 """Random states of a layer for the kernels that read them, and the same attention in plain torch."""
 
-from importlib import import_module
-
 import torch
 import torch.nn.functional as F
 
 from hf_turboquant.config import TurboQuantConfig
+from hf_turboquant.ops import attend as kernels
 from hf_turboquant.ops import attention_plan as plan
 from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
 from hf_turboquant.states import LayerStates
-
-# The module: the package exports a function of the same name.
-kernels = import_module("hf_turboquant.ops.attention")
 
 
 def random_states(

@@ -6,7 +6,6 @@ Tolerance: at most twice the error of torch's own attention in the same dtype on
 
 import dataclasses
 import importlib.util
-from importlib import import_module
 
 import pytest
 import torch
@@ -17,11 +16,10 @@ if importlib.util.find_spec("triton") is None:
 from layer_states import check, random_states, relative_error
 
 from hf_turboquant.config import TurboQuantConfig
+from hf_turboquant.ops import attend as kernels
 from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
 
-# the module: the package exports a function of the same name
-kernels = import_module("hf_turboquant.ops.attention")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 # without inline assembly, and on a GPU with it; the interpreter has no assembly

@@ -2,7 +2,6 @@
 
 import importlib.util
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
@@ -13,10 +12,9 @@ if importlib.util.find_spec("triton") is None:
 from layer_states import random_states, relative_error
 
 from hf_turboquant import ops
+from hf_turboquant.ops import decode as kernels
 from hf_turboquant.ops import reference
 
-# the module: the package exports a function of the same name
-kernels = import_module("hf_turboquant.ops.dequantize")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

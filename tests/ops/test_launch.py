@@ -11,17 +11,13 @@ import torch
 PROGRAM = """
 import json
 import sys
-from importlib import import_module
 
 import torch
 
 from hf_turboquant import TurboQuantConfig, ops
 from hf_turboquant.layer import TurboQuantLayer
+from hf_turboquant.ops import attend, attention_plan as plan, encode, launch, statistics
 
-attention, quantize, statistics, plan, launch = (
-    import_module(f"hf_turboquant.ops.{name}")
-    for name in ("attention", "quantize", "statistics", "attention_plan", "launch")
-)
 assert not launch.INTERPRETED
 seen = set()
 
@@ -55,7 +51,7 @@ def compile(self, *args):
 
 
 launch.COMPILED, plan.Launcher.compile, plan.Kernels.wave = Everything(), compile, property(lambda self: 264)
-attention.supports = quantize.supports = statistics.supports = lambda *args: None
+attend.supports = encode.supports = statistics.supports = lambda *args: None
 layer = TurboQuantLayer(TurboQuantConfig(backend="triton", condition="none", key_estimator=sys.argv[1]), 0)
 tokens, query = torch.randn(2, 2, 600, 64).half(), torch.randn(2, 8, 1, 64).half()
 layer.update(tokens, tokens)
@@ -92,7 +88,7 @@ def fail(*args):
 
 
 JITFunction.warmup, launch.launch, plan.launch = warmup, fail, fail
-attention.supports = quantize.supports = statistics.supports = lambda *args: None
+attend.supports = encode.supports = statistics.supports = lambda *args: None
 kind, capacity = (TurboQuantStaticLayer, 4096) if sys.argv[1] == "static" else (TurboQuantLayer, None)
 config = TurboQuantConfig(backend="triton", max_cache_len=capacity)
 half = (torch.float16,) * 3
@@ -153,7 +149,7 @@ JITFunction.warmup = JITFunction.run = compile
 launch.launch = plan.launch = lambda *args: None
 gpu = {"regs_per_multiprocessor": 2**16, "warp_size": 32, "shared_memory_per_multiprocessor": 2**17}
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(**gpu, multi_processor_count=132)
-attention.supports = quantize.supports = statistics.supports = lambda *args: None
+attend.supports = encode.supports = statistics.supports = lambda *args: None
 static, masked = sys.argv[1] == "static", sys.argv[2] == "masked"
 kind, room = (TurboQuantStaticLayer, {"max_cache_len": 8192}) if static else (TurboQuantLayer, {})
 config, dtypes = TurboQuantConfig(backend="triton", nbits=3, **room), (torch.bfloat16,) * 3

@@ -1,7 +1,6 @@
 """The kernels that condition keys against the torch reference: in Triton's interpreter without a GPU, else on it."""
 
 import importlib.util
-from importlib import import_module
 
 import pytest
 import torch
@@ -13,9 +12,9 @@ from hf_turboquant import TurboQuantConfig, ops
 from hf_turboquant.conditioning import MIN_ENERGY, MIN_TOKENS, _turns, condition, learned
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
+from hf_turboquant.ops import statistics as kernels
 from hf_turboquant.quantizer import Quantizer
 
-kernels = import_module("hf_turboquant.ops.statistics")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import pickle
-from importlib import import_module
 
 import pytest
 import torch
@@ -16,13 +15,12 @@ from layer_states import relative_error
 from hf_turboquant import TurboQuantConfig, ops
 from hf_turboquant.arena import describe, new_arena, open_arena
 from hf_turboquant.layer import TurboQuantLayer
-from hf_turboquant.ops import reference
+from hf_turboquant.ops import attend as attention_kernels
+from hf_turboquant.ops import attention_plan, reference
+from hf_turboquant.ops import encode as quantize_kernels
 from hf_turboquant.quantizer import Quantizer
 from hf_turboquant.static import TurboQuantStaticLayer
 
-attention_kernels, attention_plan, quantize_kernels = (
-    import_module(f"hf_turboquant.ops.{name}") for name in ("attention", "attention_plan", "quantize")
-)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 HEADS = 2

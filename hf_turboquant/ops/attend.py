@@ -17,8 +17,8 @@ from .attention_plan import (
     kernels_for,
     scratch_of,
 )
+from .encode import token_sides
 from .launch import DTYPES, INTERPRETED, is_only_compiling, on_other_device, stream_of
-from .quantize import token_sides
 
 LOG2E = 1.4426950408889634
 
