@@ -116,7 +116,9 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
         if index in self.skipped:
             return DynamicLayer()
         kind = TurboQuantLayer if self.options.max_cache_len is None else TurboQuantStaticLayer
-        return kind(self.options, index)
+        layer = kind(self.options, index)
+        layer.verdict = self.verdict
+        return layer
 
     def _next_layer(self) -> DynamicLayer:
         return self._layer(len(self.layers))

@@ -63,6 +63,7 @@ class TurboQuantLayer(DynamicLayer):
     def reset(self) -> None:
         """Forgets all tokens and frees their memory."""
         self.is_initialized = False
+        self.verdict.clear()
         self.tokens = Tokens({}, {}, None, 0, self.config.backend)
         # What keys are conditioned by.
         self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
@@ -84,7 +85,17 @@ class TurboQuantLayer(DynamicLayer):
     @property
     def condition(self) -> str | None:
         """What conditioning found: see [`conditioning.Learned.condition`]. `None` as long as keys wait for it."""
+        self._store_deferred()
         return self.conditioning.condition
+
+    def __getstate__(self) -> dict:
+        # Otherwise each copy would quantise the prompt again.
+        self._store_deferred()
+        return dict(vars(self))
+
+    def _store_deferred(self) -> None:
+        if self.observed is not None:
+            self.settle()
 
     @property
     def keys(self) -> torch.Tensor | None:

@@ -66,8 +66,8 @@ def layer_memory(layer) -> MemoryReport:
     """The report of one layer of a cache, of any kind."""
     # A compressed layer has its tokens in buffers. Its own tensors are recurrent states and tokens not yet stored; the
     # arena and what conditioning knows are left out.
-    if getattr(layer, "observed", None) is not None:
-        layer.settle()
+    if isinstance(layer, TurboQuantLayer):
+        layer._store_deferred()
     held = _tensor_bytes({name: value for name, value in vars(layer).items() if name not in ("arena", "provisional")})
     if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:
         return MemoryReport(other_bytes=held, full_bytes=held)
@@ -104,8 +104,11 @@ def _smaller_from(layer: TurboQuantLayer, token_bytes: int, constants: int) -> i
         return tokens if tokens <= room else 0
     tensors = [(t, buffer.block) for buffer in layer.tokens.codes.values() for t in buffer.tensors.values()]
     code_bytes = sum(math.prod((*t.shape[:2], *t.shape[3:])) * t.itemsize / block for t, block in tensors)
-    exact = layer.config.sink_length + layer.config.residual_length
-    return exact + math.ceil((constants + BLOCK * code_bytes) / (token_bytes - code_bytes))
+    config = layer.config
+    saved = math.ceil((constants + BLOCK * code_bytes) / (token_bytes - code_bytes))
+    # Until keys are conditioned, all tokens are exact.
+    waits = 0 if config.condition == "none" else config.sink_length + config.held_length + 1
+    return max(config.sink_length + config.residual_length + saved, waits)
 
 
 def _tensor_bytes(tree) -> int:

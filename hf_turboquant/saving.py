@@ -105,6 +105,9 @@ def load_cache(cls, folder: str | Path, config: PreTrainedConfig | None, device:
             _new_layer(options, index, **_decode(state, tensors, device))
             for index, state in enumerate(header["layers"])
         ]
+    for layer in cache.layers:
+        if isinstance(layer, TurboQuantLayer):
+            layer.verdict = layer.conditioning.verdict = cache.verdict
     if cache.model_fields is not None:
         cache.layer_class_to_replicate = None
     if config is not None:
@@ -163,6 +166,8 @@ def _tokens(layer: TurboQuantLayer) -> dict:
     """The arguments of `_restore`."""
     held, conditioning = layer.tokens, layer.conditioning
     length, quantized, sinks = held.length, held.quantized, min(held.sinks, held.length)
+    # Steps over a static capacity don't lengthen what is known of padding.
+    conditioning.add_mask(None, held.exact["keys"].shape[0], length)
     # A static layer knows before the first code how it would be conditioned.
     provisional = learned(getattr(layer, "provisional", NOT_CONDITIONED))
     found = None if conditioning.waits else learned(conditioning.found)

@@ -114,6 +114,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def __getstate__(self) -> dict:
         # Copies of views would not be views of the copied arena.
+        self._store_deferred()
         return {name: value for name, value in vars(self).items() if name not in _VIEWS}
 
     def __setstate__(self, state: dict) -> None:
@@ -285,8 +286,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the next update's mask (for a step, the whole capacity), and the position of the first column."""
-        if self.observed is not None:
-            self.settle()
+        self._store_deferred()
         if not self.has_tokens or query_length > self.step_tokens:
             self.measure()
             self._check_room(query_length)

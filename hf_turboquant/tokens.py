@@ -184,6 +184,7 @@ class Tokens:
         """The same with exact tokens in these dtypes, by role."""
         twin = self.snapshot()
         twin.exact.to(dtypes)
+        twin.checked = None
         return twin
 
     def emptied(self, ring: int, window: int) -> "Tokens":

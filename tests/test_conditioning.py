@@ -1,6 +1,7 @@
 """What the first tokens teach the quantiser of keys, and that nothing but their precision changes."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from hf_turboquant._supported import cache_name
 from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, learned, rotary_frequencies, valid_tokens
 from hf_turboquant.config import LEARNED_TOKENS
 from hf_turboquant.layer import MAX_WAITING_TOKENS, TurboQuantLayer
+from hf_turboquant.memory import layer_memory
 from hf_turboquant.quantizer import Quantizer
 from hf_turboquant.static import STEP_TOKENS, TurboQuantStaticLayer
 
@@ -477,3 +479,56 @@ def test_frequencies_come_from_the_config():
     assert rotary_frequencies(GPT2Config(), 0) is None
     cache = TurboQuantCache(llama, nbits=4)
     assert cache.layers[3].frequencies == rotary_frequencies(llama, 3)
+
+
+@pytest.fixture
+def deferring(monkeypatch):
+    """Prompts are quantised at the next update, as on a GPU."""
+    monkeypatch.setattr(TurboQuantLayer, "_defers", lambda layer: True)
+
+
+def test_a_deferred_prompt_is_stored_before_anybody_looks(deferring):
+    def new():
+        layer = new_layer()
+        list(feed(layer, [200], *skewed_states(200)))
+        assert layer.observed is not None and layer.tokens.length == 0
+        return layer
+
+    assert "conditioned by 196 tokens" in repr(new()) and new().condition == "attention"
+    for copied in (copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))):
+        layer = new()
+        twin = copied(layer)
+        # neither keeps the prompt in full precision
+        assert layer.pending is None and twin.pending is None and twin.tokens.quantized == 200 - 4 - 128
+    report = layer_memory(new())
+    assert report.other_bytes == 0 and report.codes_bytes > 0
+
+
+def test_all_layers_of_a_cache_follow_one_verdict(deferring, tmp_path):
+    query, keys, values = skewed_states(300)
+    cache = TurboQuantCache(residual_length=8)
+    for layer in range(2):
+        list(feed_cache(cache, layer, query[:, :, :100], keys[:, :, :100], values[:, :, :100]))
+    cache.save_pretrained(tmp_path / "saved")
+    loaded = TurboQuantCache.from_pretrained(tmp_path / "saved")
+    for each in (cache, loaded):
+        for layer in each.layers:
+            assert layer.verdict is layer.conditioning.verdict is each.verdict
+    # what was found of one text says nothing about the next, whichever layer looks first
+    alike = values[:, :, :1].expand(-1, -1, 300, -1)
+    for number, (states, expected) in enumerate(((alike, None), (values, "attention"))):
+        cache.reset()
+        for layer in range(2):
+            list(feed_cache(cache, layer, query, keys, states))
+        assert [cache.layers[layer].condition for layer in ((0, 1), (1, 0))[number]] == [expected] * 2
+
+
+def feed_cache(cache, layer, query, keys, values):
+    """A first prompt of one layer, and its attention."""
+    yield sdpa(query, *cache.update(keys, values, layer), enable_gqa=True)
+
+
+def test_a_sequence_is_smaller_no_sooner_than_keys_are_conditioned():
+    layer = new_layer(residual_length=16)
+    layer.update(*(torch.randn(8, 2, 60, 64) for _ in range(2)))
+    assert layer_memory(layer).smaller_from == 4 + LEARNED_TOKENS + 1

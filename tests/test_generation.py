@@ -532,3 +532,8 @@ def test_a_turn_over_a_given_cache_replays_the_graph_of_the_last_one():
         conversations.append(ids)
     assert torch.equal(*conversations)
     assert len(graphs) == 1
+
+
+def test_a_request_of_one_token_keeps_no_prompt(llama, graphs):
+    ours(llama, prompt(), max_new_tokens=1)
+    assert [layer.pending for layer in generation._kept[llama][1].layers] == [None] * 2

@@ -390,3 +390,15 @@ def test_reset_frees_everything():
     # another batch is fine after a reset
     layer.update(*states(50, batch=1))
     assert layer.get_seq_length() == 50
+
+
+def test_a_step_after_wider_ones_is_widened_too():
+    keys, values = states(150)
+    layer = TurboQuantLayer(options(residual_length=16), 0)
+    layer.update(keys[:, :, :140].bfloat16(), values[:, :, :140].bfloat16())
+    # in turns, as where autocast begins and ends
+    for at in range(140, 150):
+        dtype = torch.bfloat16 if at % 2 == 0 else torch.float32
+        held = layer.update(keys[:, :, at : at + 1].to(dtype), values[:, :, at : at + 1].to(dtype))
+        newest = held[0].states.newest[0].dtype
+        assert newest == layer.tokens.exact["keys"].dtype == (torch.bfloat16 if at == 140 else torch.float32)

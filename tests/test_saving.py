@@ -533,3 +533,16 @@ def test_layers_of_another_kind(family, tmp_path):
         TurboQuantCache.from_pretrained(tmp_path / "saved", config=config)
     with pytest.raises(ValueError, match="its number of layers is"):
         TurboQuantCache.from_pretrained(tmp_path / "saved", config=CONFIG)
+
+
+def test_steps_after_padding_can_be_saved(tmp_path):
+    model = make_model("llama")
+    cache = TurboQuantCache(model.config, max_cache_len=256)
+    mask = torch.ones(2, 50, dtype=torch.long)
+    mask[0, :7] = 0
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, cache_name(model): cache}
+    model.generate(tokens(50), attention_mask=mask, **options)
+    assert cache.layers[0].conditioning.valid is not None
+    cache.save_pretrained(tmp_path / "saved")
+    loaded = TurboQuantCache.from_pretrained(tmp_path / "saved", config=model.config)
+    assert loaded.layers[0].conditioning.valid.shape == (2, 53) and same(loaded, cache)
