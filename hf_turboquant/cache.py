@@ -195,16 +195,18 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
                 f"The prompt must go on from the {held:,} tokens that the cache holds, got one that is no longer. Give "
                 "the whole text so far, or `reset()` the cache for another."
             )
-        ours = [layer for layer in self.layers if isinstance(layer, TurboQuantStaticLayer)]
-        first = ours[0] if ours and not torch.compiler.is_compiling() else None
+        if self.options.max_cache_len is None or torch.compiler.is_compiling():
+            return super().get_mask_sizes(query_length, layer_idx)
+        first = next((layer for layer in self.layers if isinstance(layer, TurboQuantStaticLayer)), None)
         waits = first is not None and first.has_tokens and first.conditioning.waits
         if waits and self.layers[layer_idx] is not first:
             first.get_mask_sizes(query_length)
         sizes = super().get_mask_sizes(query_length, layer_idx)
         if waits and not first.conditioning.waits:
             # `generate` asks about one layer before a compiled step, whose layers cannot ask by themselves.
-            for layer in ours[1:]:
-                layer.make_room(query_length)
+            for layer in self.layers:
+                if isinstance(layer, TurboQuantStaticLayer) and layer is not first:
+                    layer.make_room(query_length)
         return sizes
 
     @property
