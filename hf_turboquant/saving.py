@@ -223,7 +223,7 @@ def _restore(layer, length, quantized, stored, found, provisional, learned, quer
     conditioning, provisional = layer.conditioning, Learned(*provisional)
     if found is not None:
         conditioning.finish(Learned(*found))
-        layer._start_coding()
+        layer.tokens = layer.tokens.emptied(layer.config.residual_length)
     held = layer.tokens
     recent = length - min(sinks, length) - quantized
     fits = room is None or (length <= room and quantized <= held.codes["keys"].capacity)

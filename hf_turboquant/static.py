@@ -8,7 +8,7 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 
 from . import ops
 from .arena import describe, new_arena, open_arena
-from .conditioning import NOT_CONDITIONED, Conditioning, Learned
+from .conditioning import NOT_CONDITIONED, Learned
 from .config import TurboQuantConfig
 from .handle import handles
 from .layer import TurboQuantLayer
@@ -84,23 +84,22 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the memory, or reuses the previous sequence's; states have shape `[batch, heads, T, D]`."""
-        device, description = key_states.device, describe(self.config, self.layer_idx, key_states, value_states)
-        if self.arena is None or (self.description, self.arena.device) != (description, device):
-            # Free the old memory first.
-            self.arena = self.states = self.description = None
-            self.arena, self.description = new_arena(description, device), description
-        self._open()
-        self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
-        self.conditioning.found = NOT_CONDITIONED if self.config.condition == "none" else None
+        super().lazy_initialization(key_states, value_states)
         self.provisional = NOT_CONDITIONED
         self._write_lengths()
         self._condition(None, None)
-        self.dtype, self.device = key_states.dtype, device
-        self.is_initialized = True
         ops.warm(self.states)
 
-    def _open(self) -> None:
-        """Makes views of the arena that hold no tokens yet."""
+    def _new_tokens(self, states: dict[str, torch.Tensor]) -> Tokens:
+        description = describe(self.config, self.layer_idx, states["keys"], states["values"])
+        if self.arena is None or (self.description, self.arena.device) != (description, self.device):
+            # Free the old memory first.
+            self.arena = self.states = self.description = None
+            self.arena, self.description = new_arena(description, self.device), description
+        return self._opened()
+
+    def _opened(self) -> Tokens:
+        """Views of the arena, of which no token counts yet."""
         if self.states is None:
             # Views that serve outside of inference mode too.
             with torch.inference_mode(False):
@@ -109,8 +108,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         sinks, ring = self.config.sink_length, self.config.held_length
         exact = SlotBuffer.over(self.states.exact, block=1, length=0, sinks=sinks, ring=ring)
         window = ring if self.conditioning.waits else self.config.residual_length
-        self.tokens = Tokens(self.states.quantizers, codes, exact, window, self.config.backend)
-        self.tokens.quantized = 0
+        tokens = Tokens(self.states.quantizers, codes, exact, window, self.config.backend, fixed=True)
+        tokens.quantized = 0
+        return tokens
 
     def __getstate__(self) -> dict:
         # Copies of views would not be views of the copied arena.
@@ -122,7 +122,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.tokens = Tokens({}, {}, None, 0, self.config.backend)
         if self.is_initialized:
             torch._dynamo.mark_static_address(self.arena)
-            self._open()
+            self.tokens = self._opened()
             self.measure()
 
     def update(
@@ -142,7 +142,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     @torch.compiler.disable(reason=_NOT_COMPILED)
     def _plain_update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
-        as_held = self._check(key_states, value_states)
+        states = {"keys": key_states, "values": value_states}
+        as_held = self.tokens.check(states, self.device, self.layer_idx)
         self.settle()
         tokens = key_states.shape[2]
         if tokens > self.step_tokens or not self.has_tokens:
@@ -151,7 +152,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             return super().update(key_states, value_states)
         self.find_room(tokens)
         if not as_held:
-            self._in_one_dtype({"keys": key_states, "values": value_states})
+            self._in_one_dtype(states)
         ops.append(self.states, key_states.detach(), value_states.detach())
         self.count(tokens)
         self._outdate()
@@ -221,19 +222,20 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         super()._store(states, valid)
         if self.conditioning.waits and self.tokens.length > self.tokens.sinks:
             # Whoever replays steps without telling may fill the slots: condition now by the tokens known so far.
-            _, self.provisional = self._conditioned({role: self.tokens.whole(role) for role in ROLES})
+            states = {role: self.tokens.whole(role) for role in ROLES}
+            keys, self.provisional = self.conditioning.apply(self.tokens.quantizers["keys"], states)
+            self._condition(keys.mean, keys.scale)
         self._write_lengths()
 
-    def _conditioned(self, states: dict[str, torch.Tensor]):
-        quantizers, found = super()._conditioned(states)
-        self._condition(quantizers["keys"].mean, quantizers["keys"].scale)
-        return self.tokens.quantizers, found
+    def _learn(self, states: dict[str, torch.Tensor], coming: int = 0) -> bool:
+        done = super()._learn(states, coming)
+        if done:
+            keys, self.tokens.quantizers = self.tokens.quantizers["keys"], self.states.quantizers
+            self._condition(keys.mean, keys.scale)
+        return done
 
     def _defers(self) -> bool:
         return self.defers and super()._defers()
-
-    def _start_coding(self) -> None:
-        self.tokens = self.tokens.emptied(self.tokens.exact.ring, self.config.residual_length)
 
     def _condition(self, mean: torch.Tensor | None, scale: torch.Tensor | None) -> None:
         """Writes mean and scale to the arena; `None` stands for zero and one, which change nothing."""
@@ -344,7 +346,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             # Another batch size or dtype needs other memory.
             arena = new_arena(description, self.device)
             self.arena, self.states, self.description, held = arena, None, description, self.tokens
-            self._open()
+            self.tokens = self._opened()
             keys = before.quantizers["keys"]
             self._condition(keys.mean, keys.scale)
             self.tokens.length, self.tokens.quantized = held.length, held.quantized

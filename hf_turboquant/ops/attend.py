@@ -123,27 +123,23 @@ class AttentionPlan:
 
     def __init__(self, query, states: LayerStates, options: AttentionOptions, mask_kind: tuple, portable):
         keys, values = states.quantizers["keys"], states.quantizers["values"]
-        codes = [buffer.tensors for buffer in states.codes.values()]
         self.stream = stream_of(query.device)
         # Keeps the buffers alive whose addresses it holds.
-        self.quantizers, self.exact, (self.key_codes, self.value_codes) = states.quantizers, states.exact, codes
+        self.quantizers, self.exact = states.quantizers, states.exact
+        self.key_codes, self.value_codes = (states.codes[role].tensors for role in ("keys", "values"))
         batch, heads, query_length, _ = query.shape
         # The layout that the model needs: heads next to each other.
         width = heads * values.head_dim
         self.out_shape = batch, heads, query_length, values.head_dim
         self.out_strides = query_length * width, values.head_dim, width, 1
-        scales = codes[0]["scales"]
-        kv_heads = scales.shape[1]
-        self.pairs = pairs = batch * kv_heads
-        groups = heads // kv_heads
-        rows = groups * query_length
+        kv_heads = self.key_codes["scales"].shape[1]
+        self.sizes = query_length, heads // kv_heads, kv_heads
+        self.pairs, self.rows = batch * kv_heads, heads // kv_heads * query_length
+        self.blocks = -(-states.quantized // BLOCK)
+        portable = is_portable(query.device) if portable is None else portable
+        matrices = constants_of(keys).query_matrices(keys, portable)
         # With a static capacity the kernels read the lengths from device memory, and these are upper bounds.
         static = states.counters is not None
-        self.blocks = -(-states.quantized // BLOCK)
-        key_constants, value_constants = constants_of(keys), constants_of(values)
-        key_states, value_states = states.exact["keys"], states.exact["values"]
-        portable = is_portable(query.device) if portable is None else portable
-        matrices = key_constants.query_matrices(keys, portable)
         self.kernels = kernels = kernels_for(
             query.device,
             portable,
@@ -155,58 +151,66 @@ class AttentionPlan:
             # The last query sees everything.
             options.is_causal and query_length > 1,
             options.softcap is not None,
-            rows <= ROWS // 2,
+            self.rows <= ROWS // 2,
             static,
         )
-        self.row_tiles = row_tiles = -(-rows // kernels.rows)
+        self.row_tiles = -(-self.rows // kernels.rows)
+        self.rotations = self.pairs * self.row_tiles
         # A call has the splits of the codes, then those of the exact tokens.
-        slots, held = min(states.sink_length + states.ring, key_states.shape[2]), key_states.shape[2]
-        self.exact_tiles = exact_tiles = max(-(-slots // EXACT_TILE), int(static))
-        self.code_splits = count_splits(kernels.wave, pairs * row_tiles, self.blocks, CODED_SPLITS[-1])
-        splits = self.code_splits + exact_tiles
-        scratch = NewScratch(query.device) if static else scratch_of(query.device)
-        partial = scratch.get("partial", pairs * rows * splits * values.head_dim)
-        stats = scratch.get("stats", pairs * rows * splits * 2)
-        operands = scratch.get("operands", pairs * rows * kernels.operand_bytes)
-        constants = scratch.get("constants", pairs * rows * 8)
-        factors = [x if x is not None else key_constants.neutral[i] for i, x in enumerate((keys.scale, keys.mean))]
-        key_planes = _planes(codes[0]) + (codes[0].get("residual_norms", scales),)
-        of_keys = operands, constants, *key_planes, key_constants.tables
-        sizes = query_length, groups, kv_heads
-        (_, *units), (_, *sketch_units) = key_constants.hosted[0], key_constants.hosted[-1]
-        units = key_constants.scale, key_constants.offset, *map(float, chain(*zip(units, sketch_units, strict=True)))
-        self.prepare, sides, self.rotations = kernels.prepare, (None, None), pairs * row_tiles
-        programs = self.rotations * (1 + exact_tiles)
+        self.slots = min(states.sink_length + states.ring, states.exact["keys"].shape[2])
+        self.exact_tiles = max(-(-self.slots // EXACT_TILE), int(static))
+        self.code_splits = count_splits(kernels.wave, self.rotations, self.blocks, CODED_SPLITS[-1])
+        self.chunks = -(-self.blocks // kernels.score_blocks)
+        self.prepare, sides = kernels.prepare, (None, None)
+        programs = self.rotations * (1 + self.exact_tiles)
         if states.newest is not None:
             sides, specifications, key, _ = token_sides(states, dict(zip(states.exact, states.newest, strict=True)))
             self.prepare = kernels.append((*key, _aligned(states)), specifications, states.ring > 0)
-            programs += 2 * pairs
-        self.prepare_grid, self.attend_grid = (programs, 1, 1), (self.code_splits * row_tiles, pairs, 1)
-        self.combine_grid = pairs * rows, -(-values.head_dim // COMBINE_COLUMNS), 1
+            programs += 2 * self.pairs
         self.attend, self.combine = kernels.attend, kernels.combine(self.code_splits, options.sinks is not None)
-        dual = value_constants.dual_operator(values, kernels.dual_dtype)
-        # For each launch, the arguments that stay the same from call to call, as tensors and as addresses.
+        self.prepare_grid, self.attend_grid = (programs, 1, 1), (self.code_splits * self.row_tiles, self.pairs, 1)
+        self.combine_grid = self.pairs * self.rows, -(-values.head_dim // COMBINE_COLUMNS), 1
+        self._fix(query.stride()[:3], states, sides, matrices, NewScratch if static else scratch_of)
+        # Whether everything is compiled: launches then take addresses.
+        self.compiled = False
+
+    def _fix(self, strides: tuple, states: LayerStates, sides: tuple, matrices: torch.Tensor, kind) -> None:
+        """For each launch, the arguments that stay the same from call to call, as tensors and as addresses."""
+        keys, values = states.quantizers["keys"], states.quantizers["values"]
+        key_constants, value_constants = constants_of(keys), constants_of(values)
+        scales, held = self.key_codes["scales"], states.exact["keys"].shape[2]
+        splits = self.code_splits + self.exact_tiles
+        scratch, rows = kind(matrices.device), self.pairs * self.rows
+        partial = scratch.get("partial", rows * splits * values.head_dim)
+        stats = scratch.get("stats", rows * splits * 2)
+        operands = scratch.get("operands", rows * self.kernels.operand_bytes)
+        constants = scratch.get("constants", rows * 8)
+        factors = [x if x is not None else key_constants.neutral[i] for i, x in enumerate((keys.scale, keys.mean))]
+        key_planes = _planes(self.key_codes) + (self.key_codes.get("residual_norms", scales),)
+        of_keys = operands, constants, *key_planes, key_constants.tables
+        (_, *units), (_, *sketch_units) = key_constants.hosted[0], key_constants.hosted[-1]
+        units = key_constants.scale, key_constants.offset, *map(float, chain(*zip(units, sketch_units, strict=True)))
+        dual = value_constants.dual_operator(values, self.kernels.dual_dtype)
+        exact = states.sink_length, states.ring, self.slots, held
         self.fixed_prepare = self.prepare.fix(
-            (*sides, states.counters, matrices, *factors, operands, constants, key_states, value_states, partial, stats)
-            + (*query.stride()[:3], *sizes, *map(len, factors), states.sink_length, states.ring, slots, held)
-            + (states.codes["keys"].capacity // BLOCK, row_tiles, pairs, splits, self.code_splits, *units)
+            (*sides, states.counters, matrices, *factors, operands, constants, *states.exact.values(), partial, stats)
+            + (*strides, *self.sizes, *map(len, factors), *exact, states.codes["keys"].capacity // BLOCK)
+            + (self.row_tiles, self.pairs, splits, self.code_splits, *units)
         )
         self.fixed_attend = self.attend.fix(
-            (states.counters, *of_keys, *_planes(codes[1]), value_constants.tables, partial, stats, *sizes)
-            + (states.sink_length, scales.shape[2], codes[1]["scales"].shape[2], row_tiles, splits, self.code_splits)
+            (states.counters, *of_keys, *_planes(self.value_codes), value_constants.tables, partial, stats)
+            + (*self.sizes, states.sink_length, scales.shape[2], self.value_codes["scales"].shape[2])
+            + (self.row_tiles, splits, self.code_splits)
         )
         self.fixed_combine = self.combine.fix(
-            (partial, stats, dual, dual if values.mean is None else values.mean, rows, *sizes)
+            (partial, stats, dual, dual if values.mean is None else values.mean, self.rows, *self.sizes)
             + (1 if values.mean is None else len(values.mean), splits, self.code_splits)
             + (*self.out_strides[:3], value_constants.scale)
         )
-        self.chunks = -(-self.blocks // kernels.score_blocks)
-        self.fixed_scores = kernels.scores.fix(
-            (*of_keys, key_states, *query.stride()[:3], *sizes, states.sink_length, states.ring, slots, held)
-            + (scales.shape[2], row_tiles, exact_tiles)
+        self.fixed_scores = self.kernels.scores.fix(
+            (*of_keys, states.exact["keys"], *strides, *self.sizes, *exact)
+            + (scales.shape[2], self.row_tiles, self.exact_tiles)
         )
-        # Whether everything is compiled: launches then take addresses.
-        self.compiled = False
 
     def fits(self, states: LayerStates) -> bool:
         """Whether these are the same buffers and the codes fill the same blocks."""
