@@ -165,8 +165,7 @@ def _tokens(layer: TurboQuantLayer) -> dict:
     # Steps over a static capacity don't lengthen what is known of padding.
     conditioning.add_mask(None, held.exact["keys"].shape[0], held.length)
     # A static layer knows before the first code how it would be conditioned.
-    found = getattr(layer, "provisional", NOT_CONDITIONED) if conditioning.waits else conditioning.found
-    known = learned(found)
+    known = learned(getattr(layer, "provisional", NOT_CONDITIONED) if conditioning.waits else conditioning.found)
     return {
         "length": held.length,
         "quantized": held.quantized,

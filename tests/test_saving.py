@@ -326,10 +326,16 @@ def test_a_saved_cache_is_replaced_and_nothing_else_is(tmp_path, monkeypatch):
         patch.setattr(saving, "save_file", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             cache.save_pretrained(folder)
+        with pytest.raises(OSError, match="disk full"):
+            cache.save_pretrained(tmp_path / "another")
     assert TurboQuantCache.from_pretrained(folder).get_seq_length() == 50
     cache.save_pretrained(folder)
     assert TurboQuantCache.from_pretrained(folder).get_seq_length() == 80
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+    # whoever may read the folder may read the file
+    folder.chmod(0o750)
+    cache.save_pretrained(folder)
+    assert (folder / saving.FILE).stat().st_mode & 0o777 == 0o640
     (tmp_path / "empty").mkdir()
     cache.save_pretrained(tmp_path / "empty")
     assert TurboQuantCache.from_pretrained(tmp_path / "empty").get_seq_length() == 80
@@ -457,6 +463,8 @@ CORRUPTIONS = {
     "exact tokens gone": (in_tensor(EXACT, lambda t: t[:, :, 1:].contiguous()), "'values'.*'exact'.* to fit"),
     "exact values that are integers": (in_tensor(EXACT, lambda t: t.int()), "must be torch.float32 .* to fit"),
     "mean of other heads": (in_tensor(MEAN, lambda t: t[:1].contiguous()), r"\['mean'\] must be torch.float32 \[2, "),
+    "queries of another shape": (in_tokens("query_energy", f"$tensor {MEAN}"), "'query_energy'. must be .* .2, 32. to"),
+    "padding of another shape": (in_tokens("valid", f"$tensor {MEAN}"), "'valid'. must be torch.bool .2, 150. to fit"),
     "tensor renamed": (unsigned(lambda x: x.update(odd=x.pop(SCALES))), "must be as it was written"),
     "tensor of another dtype": (unsigned(lambda x: x.update({MEAN: x[MEAN].view(torch.int32)})), "as it was written"),
     "tensor missing": (
@@ -499,6 +507,8 @@ def test_a_cache_of_an_older_format_is_replaced(saved, tmp_path):
     cache = filled(150)
     cache.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [saving.FILE]
+    # as after a crash before the old description was removed
+    (tmp_path / "cache.json").write_text("{}")
     assert same(TurboQuantCache.from_pretrained(tmp_path), cache)
 
 
