@@ -72,7 +72,7 @@ def turboquant_attention_forward(
         elif key.states.training is not None or ops.trains(query):
             # Codes have no gradients.
             states = key.states.measured()
-            key, value = states.dequantize("keys"), states.dequantize("values")
+            key, value = (ops.dequantize_all(states, role) for role in ("keys", "values"))
             attention_mask = None if attention_mask is None else attention_mask[..., : states.kv_len]
     if position_bias is not None:
         attention_mask = create_position_bias_mask(position_bias, attention_mask, is_causal, query, key)

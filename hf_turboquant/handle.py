@@ -56,7 +56,8 @@ class QuantizedStates(torch.Tensor):
 
     def dequantize(self) -> torch.Tensor:
         """The keys or values as a plain tensor."""
-        plain = self.states.dequantize(self.role)
+        exact = isinstance(self.states, ExactStates)
+        plain = self.states.exact[self.role] if exact else ops.dequantize_all(self.states, self.role)
         if plain.shape == self.shape:
             return plain
         batch, heads, kv_len, head_dim = plain.shape

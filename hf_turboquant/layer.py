@@ -249,7 +249,7 @@ class TurboQuantLayer(DynamicLayer):
         if self.step is not None and self.step.newest is not None:
             # No attention has read it: the next token may not wait where the caller may write.
             self.attended = False
-            self.step.settle()
+            ops.settle(self.step)
         if self.pending is None:
             return
         with self._all_or_nothing():
@@ -311,7 +311,7 @@ class TurboQuantLayer(DynamicLayer):
         states = self.tokens.read_step((key_states, value_states))
         # Offloaded tensors move before attention reads them, so the token must be stored now.
         if self.is_offloaded:
-            states.settle()
+            ops.settle(states)
         self.tokens.count(states)
         self.step, self.attended = states, True
         return handles(states)

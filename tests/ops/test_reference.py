@@ -21,7 +21,9 @@ def layer_states(tokens=300, batch=2, heads=2, key_dim=64, value_dim=32, seed=0,
 
 def dense(query, states, scaling, mask=None, is_causal=False, softcap=None, sinks=None):
     groups = query.shape[1] // states.exact["keys"].shape[1]
-    keys, values = (states.dequantize(role).repeat_interleave(groups, dim=1).double() for role in ("keys", "values"))
+    keys, values = (
+        ops.dequantize_all(states, role).repeat_interleave(groups, dim=1).double() for role in ("keys", "values")
+    )
     logits = query.double() @ keys.mT * scaling
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     if is_causal:
