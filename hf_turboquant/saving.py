@@ -204,8 +204,8 @@ def _restore(layer: TurboQuantLayer, saved: dict) -> None:
     like, known = [saved["stored"][role]["exact"][0] for role in ROLES], Learned(*saved["learned"])
     layer.lazy_initialization(*like)
     conditioning, length, quantized = layer.conditioning, saved["length"], saved["quantized"]
-    room = layer.config.max_cache_len or length
-    if not (length <= room and 0 <= quantized <= max(length - layer.tokens.sinks, 0)):
+    fits, room = 0 <= quantized <= max(length - layer.tokens.sinks, 0), layer.config.max_cache_len
+    if not fits or (room is not None and (length > room or quantized > layer.tokens.codes["keys"].capacity)):
         raise ValueError(f"length must fit the rest of layer {layer.layer_idx}, got {length}, {quantized} quantised")
     if not saved["waits"]:
         conditioning.finish(known)
