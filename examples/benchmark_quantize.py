@@ -48,10 +48,7 @@ class Layer:
     def quantize(self) -> None:
         for buffer in self.buffers:
             buffer.length = LENGTH
-        if len(self.states) == 2:
-            kernels.quantize_pair(self.states, self.quantizers, self.buffers)
-        else:
-            kernels.quantize(self.states[0], self.quantizers[0], self.buffers[0])
+        kernels.quantize(*zip(self.states, self.quantizers, self.buffers, strict=True))
 
     def dequantize(self) -> None:
         for buffer, quantizer, state in zip(self.buffers, self.quantizers, self.states, strict=True):

@@ -161,7 +161,8 @@ class Tokens:
         self.exact.reserve(min(after, self.sinks + self.window), limit=self.sinks + self.exact.ring)
         if last > first:
             leaving = {role: self._leaving(states[role], role, first, last) for role in ROLES}
-            ops.quantize_pair(leaving, self.quantizers, self.codes, self.backend)
+            parts = ((new, self.quantizers[role], self.codes[role]) for role, new in leaving.items())
+            ops.quantize(*parts, backend=self.backend)
         for start, stop in ((before, min(after, self.sinks)), (max(before, self.sinks, last), after)):
             if start < stop:
                 for role in ROLES:
