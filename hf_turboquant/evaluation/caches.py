@@ -4,7 +4,6 @@ import itertools
 import math
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
@@ -55,52 +54,24 @@ def _value(text: str) -> int | float | str:
     return text
 
 
-def label(options: dict, chosen: set[str] | None = None) -> str:
-    """The name of a cache, or of its `chosen` options, in tables and results: `"turboquant 4 bits qjl, window 32"`."""
+def label(options: dict) -> str:
+    """The name of a cache in tables and results: `"turboquant 4 bits qjl, window 32"`."""
     options = {"cache": "turboquant", **options}
-    words = []
-    for name in [*_WORDS, *(name for name in options if name not in _WORDS)]:
-        if name in options and (chosen is None or name in chosen):
-            value = _CONDITIONS.get(options[name], options[name]) if name == "condition" else options[name]
-            words.append(_WORDS.get(name, f", {name} {{}}").format(value))
-    return " ".join(words).replace(" ,", ",").removeprefix(", ")
+    if "condition" in options:
+        options["condition"] = _CONDITIONS.get(options["condition"], options["condition"])
+    names = [*_WORDS, *(name for name in options if name not in _WORDS)]
+    words = [_WORDS.get(name, f", {name} {{}}").format(options[name]) for name in names if name in options]
+    return " ".join(words).replace(" ,", ",")
 
 
-class Row(NamedTuple):
-    """
-    The words that describe a cache among those it is compared with: `head` is what the caches of its group share (empty
-    if `text` is complete), `text` what distinguishes it from them, `line` both without the `bits`, which are `"4"`, or
-    `"4/2"` if keys and values differ. `label` identifies its results.
-    """
-
-    head: str
-    text: str
-    line: str
-    bits: str
-    label: str
-
-
-def rows(caches: list[dict]) -> list[Row]:
-    """A [`Row`] for each of the caches, in groups, so that tables state shared options once."""
-    groups: dict[tuple, list[dict]] = {}
+def lines(caches: list[dict]) -> dict[str, list[dict]]:
+    """The caches that differ in nothing but their bits, for a line of a plot, by the words that they share."""
+    groups: dict[frozenset, list[dict]] = {}
     for options in caches:
-        # Compressing only keys and only values are separate comparisons, though both give bits for both.
-        options = {"cache": "turboquant", **options}
-        kind = options["cache"], frozenset(options) - {"key_estimator", "sketch", "condition"}
-        groups.setdefault(kind, []).append(options)
-    shared = {kind: dict(set.intersection(*(set(o.items()) for o in members))) for kind, members in groups.items()}
-    # Groups get heads only if one of them shares more than kind, bits and estimator.
-    some = any(set(names) - {"cache", "nbits", "key_estimator"} for names in shared.values())
-    found = []
-    for kind, members in groups.items():
-        heads = set(shared[kind]) if some and len(members) > 1 else set()
-        for options in members:
-            own = set(options) - heads
-            bits = own & {"nbits", "key_bits", "value_bits"} - (set(shared[kind]) - {"nbits"})
-            head, line = label(options, heads), label(options, own - bits)
-            widths = "/".join(str(options[name]) for name in sorted(bits))
-            found.append(Row(head, label(options, own), ", ".join(filter(None, (head, line))), widths, label(options)))
-    return found
+        others = frozenset(option for option in options.items() if option[0] not in ("nbits", "key_bits", "value_bits"))
+        groups.setdefault(others, []).append(options)
+    shared = ({k: v for k, v in first.items() if all(o.get(k) == v for o in rest)} for first, *rest in groups.values())
+    return dict(zip(map(label, shared), groups.values(), strict=True))
 
 
 def new_cache(config, options: dict):

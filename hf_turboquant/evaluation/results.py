@@ -35,11 +35,11 @@ class Results:
                 other = f"{name} {before.get(name)}, now {now}"
                 raise ValueError(f"{self.path} holds results of other conditions: {other}. {advice}")
 
-    def get(self, name: str, compute: Callable[[], dict]) -> dict:
-        """Returns the saved result of that name, or computes and saves it."""
+    def get(self, name: str, compute: Callable[..., dict], *arguments) -> dict:
+        """Returns the saved result of that name, or computes it from `arguments` and saves it."""
         if name not in self.units:
             # Through json, so that a resumed run sees the same as this one.
-            self.units[name] = json.loads(json.dumps(compute()))
+            self.units[name] = json.loads(json.dumps(compute(*arguments)))
             self.save()
         return self.units[name]
 
