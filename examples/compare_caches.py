@@ -17,9 +17,9 @@ from rich.table import Table
 
 import hf_turboquant
 from hf_turboquant._supported import cache_name
-from hf_turboquant.cli import number, run
+from hf_turboquant.cli import run
 from hf_turboquant.evaluation.benchmark import Times
-from hf_turboquant.evaluation.caches import held_bytes, label, new_cache, parse
+from hf_turboquant.evaluation.caches import held_bytes, label, new_cache, parse, parse_value
 from hf_turboquant.evaluation.load import read_text
 from hf_turboquant.memory import readable
 
@@ -45,7 +45,7 @@ def main():
     arguments.add_argument("--question", default=QUESTION, help="asked below the document")
     arguments.add_argument("--max-new-tokens", type=int, default=32, help="most tokens of an answer")
     which = arguments.add_mutually_exclusive_group()
-    which.add_argument("--nbits", type=number, default=4, help="bits of the cache beside the full one")
+    which.add_argument("--nbits", type=parse_value, default=4, help="bits of the cache beside the full one")
     which.add_argument("--caches", nargs="+", metavar="SPEC", help="others than these two; the first is the measure")
     args = arguments.parse_args()
     caches = parse(*(args.caches or ("dynamic", f"turboquant:nbits={args.nbits}")))

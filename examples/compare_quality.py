@@ -15,14 +15,13 @@ Exact tokens matter most in a short context: ours keep a full window, the intege
 block of 64 is longer than the short windows: as with the integers, it sees itself exactly and the rest in codes.
 """
 
-import sys
 from pathlib import Path
 
 from load_model import load, parser
 from report import add_caches, show, table
 
 from hf_turboquant.cli import run
-from hf_turboquant.evaluation.caches import label, new_cache, parse
+from hf_turboquant.evaluation.caches import label, parse, usable
 from hf_turboquant.evaluation.load import read_text
 from hf_turboquant.evaluation.quality import Quality, measure, split_windows
 
@@ -37,18 +36,6 @@ CACHES = (
     "quanto:nbits=4/2,residual_length=128/32,q_group_size=64,axis_key=0/-1",
     "hqq:nbits=4/2,residual_length=128/32,q_group_size=64",
 )
-
-
-def usable(config, caches: list[dict]) -> dict[str, dict]:
-    """Options of the caches that are installed and support the model, by name."""
-    found = {}
-    for options in caches:
-        try:
-            new_cache(config, options)
-            found[label(options)] = options
-        except ValueError as error:
-            print(f"{label(options)} is left out: {error}", file=sys.stderr)
-    return found
 
 
 def rows(qualities: dict[str, Quality]) -> str:
@@ -85,7 +72,7 @@ def main():
     blocks = {"block": 64, "batch": args.batch, "prefill": half, "score_from": half}
     for source in args.model or [None]:
         model, tokenizer = load(source, "float32")
-        caches = usable(model.config, parse(*(args.caches or CACHES)))
+        caches = {label(options): options for options in usable(model.config, parse(*(args.caches or CACHES)))}
         for text in args.text:
             windows = split_windows(tokenizer, read_text(text), args.length, args.windows)
             full, *qualities = measure(model, windows, list(caches.values()), **blocks)

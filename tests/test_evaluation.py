@@ -60,7 +60,9 @@ def test_the_cache_arrives_without_the_old_name(tiny, monkeypatch):
     for run_model in (
         lambda: quality.measure(tiny, ids, [{"nbits": 2}], block=20),
         lambda: fidelity.capture(tiny, ids),
-        lambda: benchmark.generate_rate(tiny, TurboQuantCache(tiny.config), 20, 2),
+        lambda: benchmark.generate(
+            tiny, ids[:, :20], 3, benchmark.Times(), **{cache_name(tiny): TurboQuantCache(tiny.config)}
+        ),
     ):
         arrived.clear()
         run_model()

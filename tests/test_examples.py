@@ -257,7 +257,7 @@ def test_compare_quality(run, monkeypatch, tmp_path):
             raise ValueError("not installed")
 
     # the rest is measured where quanto or HQQ are missing
-    monkeypatch.setattr(compare_quality, "new_cache", refuse)
+    monkeypatch.setattr("hf_turboquant.evaluation.caches.new_cache", refuse)
     file = tmp_path / "log.txt"
     # enough different tokens to condition keys by
     file.write_text("".join(f"Line {i} says that nothing happened at {i * 7 % 24} o'clock.\n" for i in range(99)))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -39,7 +40,7 @@ def parse(*specs: str) -> list[dict]:
                 f"A cache must be given as KIND:OPTION=VALUE/VALUE,..., KIND one of {', '.join(KINDS)}, got {spec!r}. "
                 "Try `turboquant:nbits=4/3,key_estimator=rescaled`."
             )
-        choices = [[(name, _value(value)) for value in values.split("/")] for name, _, values in pairs]
+        choices = [[(name, parse_value(value)) for value in values.split("/")] for name, _, values in pairs]
         found += [{"cache": kind, **dict(chosen)} for chosen in itertools.product(*choices)]
     for options in found:
         if options["cache"] == "turboquant":
@@ -47,7 +48,8 @@ def parse(*specs: str) -> list[dict]:
     return found
 
 
-def _value(text: str) -> int | float | str:
+def parse_value(text: str) -> int | float | str:
+    """`"4"` -> 4, `"2.5"` -> 2.5, and a word as it is."""
     for convert in (int, float):
         with suppress(ValueError):
             return convert(text)
@@ -105,6 +107,18 @@ def new_cache(config, options: dict):
     except (ImportError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers' {kind} cache must fit this model and be installed: {reason}") from None
+
+
+def usable(config, caches: list[dict]) -> list[dict]:
+    """Those of the caches that are installed and support the model; stderr says why others are left out."""
+    found = []
+    for options in caches:
+        try:
+            new_cache(config, options)
+            found.append(options)
+        except ValueError as error:
+            print(f"{label(options)} is left out: {error}", file=sys.stderr)
+    return found
 
 
 @contextmanager
