@@ -138,7 +138,7 @@ def request(model, ids: torch.Tensor, args, cache: str, **options) -> list[float
     times = Times()
     torch.cuda.synchronize()
     start = time.perf_counter()
-    generate(model, ids, args.loop, times, prefill_chunk_size=args.chunk, **options)
+    generate(model, ids, args.loop, times, **options)
     return [times.times_s[1] - start, *times.steps_s]
 
 
@@ -226,7 +226,6 @@ def arguments() -> argparse.Namespace:
     mode = partial(parser.add_mutually_exclusive_group().add_argument, type=parse_count, nargs="?")
     mode("--static", const=64, help="time this many compiled steps (bare: 64)")
     mode("--loop", const=200, help="time requests of so many tokens (bare: 200)")
-    add("--chunk", help="with --loop, tokens of a piece of the prefill")
     add("--largest-batch", help="find the largest batch at this context")
     args = parse_for_gpu(parser)
     args.mode = "loop" if args.loop else "static" if args.static else "eager"

@@ -14,7 +14,7 @@ from . import __version__
 from .config import KEY_ESTIMATORS, TurboQuantConfig
 from .estimate import MAX_CONTEXT, Estimate
 from .evaluation import load
-from .evaluation.caches import parse, parse_value, usable
+from .evaluation.caches import parse_value
 from .memory import readable
 
 # What to install for a module: those of `evaluate` together, and those whose package has another name.
@@ -158,7 +158,7 @@ def _evaluate(args) -> None:
     text, config = load.read_text(settings.text), load.load_config(args.model)
     load.place(args.dtype, args.device)
     if args.caches == load.CACHES:
-        settings = replace(settings, caches=[*settings.caches, *usable(config, parse(*load.BASELINES))])
+        settings = replace(settings, caches=settings.caches + load.baselines(config))
     settings.check(config, text)
     run.Results(args.out, asdict(settings))
     run.evaluate(*load.load_model(args.model, args.dtype, args.device), text, settings, args.out)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import sys
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -107,18 +106,6 @@ def new_cache(config, options: dict):
     except (ImportError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers' {kind} cache must fit this model and be installed: {reason}") from None
-
-
-def usable(config, caches: list[dict]) -> list[dict]:
-    """Those of the caches that are installed and support the model; stderr says why others are left out."""
-    found = []
-    for options in caches:
-        try:
-            new_cache(config, options)
-            found.append(options)
-        except ValueError as error:
-            print(f"{label(options)} is left out: {error}", file=sys.stderr)
-    return found
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import argparse
 import math
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,8 +55,6 @@ def _option(default, about: str, **how):
 
 
 CACHES = ("turboquant:nbits=4/3/2,key_estimator=qjl/rescaled",)
-# What transformers has, compared by default.
-BASELINES = ("quanto:nbits=4/2", "hqq:nbits=4/2", "fp8")
 _TEXT = "a text file, hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub, or `reference`: Python's own reference"
 _SPECS = "KIND:OPTION=VALUE/VALUE, or `estimators`, those of the papers; the default adds what transformers has"
 
@@ -126,6 +125,16 @@ class Settings:
             )
         for options in self.caches:
             new_cache(config, options)
+
+
+def baselines(config) -> list[dict]:
+    """transformers' own quantised caches that are installed and support this model."""
+    found = []
+    for options in parse("quanto:nbits=4/2", "hqq:nbits=4/2", "fp8"):
+        with suppress(ValueError):
+            new_cache(config, options)
+            found.append(options)
+    return found
 
 
 def read_text(source: str) -> str:

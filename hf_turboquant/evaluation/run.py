@@ -71,14 +71,12 @@ def _quality(model, tokenizer, text, settings, results, track) -> Iterable:
     for index, name in track(list(product(range(len(batches)), names))):
         results.get(f"quality: window {index * settings.batch}, {name}", measure, index, names[name])
     title = f"Quality: {settings.windows} × {settings.window:,} tokens, scored from {settings.score_from:,}"
-    table, found = (
-        _table(title, "cache", "bits", "perplexity", "KL", "KL p99", "top-1", "smaller"),
-        quality.total(results.units),
-    )
+    columns = "cache", "bits", "all bits", "perplexity", "KL", "KL p99", "top-1", "smaller"
+    table, found = _table(title, *columns), quality.total(results.units)
     for name in names:
         q = found[name]
-        cells = f"{q.total_bits:.2f}", f"{q.perplexity:.2f}", f"{q.kl:.4f}", f"{q.kl_p99:.3f}", f"{q.agreement:.3f}"
-        table.add_row(name, *cells, f"{q.compression_ratio:.2f}")
+        cells = f"{q.total_bits:.2f}", f"{q.bits:.2f}", f"{q.perplexity:.2f}", f"{q.kl:.4f}", f"{q.kl_p99:.3f}"
+        table.add_row(name, *cells, f"{q.agreement:.3f}", f"{q.compression_ratio:.2f}")
     return [table]
 
 
