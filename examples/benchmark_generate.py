@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from report import DEVICE, add_caches, conditions, head, line, parse_for_gpu
+from report import DEVICE, add_caches, conditions, line, parse_for_gpu, table
 from rich.progress import track
 from torch.autograd import DeviceType
 from torch.nn.attention import sdpa_kernel
@@ -253,7 +253,7 @@ def main():
         torch.cuda.empty_cache()
         print(f"copy bandwidth {args.bandwidth / 1e9:.0f} GB/s, of which the ideals are made\n")
     work, columns = {"eager": decode, "static": decode_static, "loop": loop}[args.mode], COLUMNS[args.mode]
-    print(head("batch × context", "cache", *columns), flush=True)
+    print(table(["batch × context", "cache", *columns]), flush=True)
     # Without the math backend, which would be an unfair baseline. cuDNN is the fastest at prefills, but makes a plan
     # for every length, which takes 40 ms in each step.
     with sdpa_kernel([CUDNN, FLASH, EFFICIENT] if args.static else [FLASH, EFFICIENT]):
