@@ -1,6 +1,5 @@
 """
-Ask a question about a document through several caches: compare the answers, and what the caches hold. Sizes are
-relative to the first.
+Ask a question about a document through several caches: compare the answers, and sizes with that of the first cache.
 
     python examples/compare_caches.py
     python examples/compare_caches.py --caches dynamic turboquant:nbits=4/2 quanto:nbits=4

@@ -74,8 +74,7 @@ def main():
     place = arguments.add_mutually_exclusive_group()
     place.add_argument("--save", type=Path, metavar="DIR", help="folder to save its cache to")
     place.add_argument("--load", type=Path, metavar="DIR", help="folder of a saved cache to ask about")
-    about = "may be given several times (default: three about a lighthouse, with --save none)"
-    arguments.add_argument("--question", action="append", help=about)
+    arguments.add_argument("--question", action="append", help="may be given several times; with --save none is needed")
     arguments.add_argument("--max-new-tokens", type=int, default=48, help="most tokens of an answer")
     args = arguments.parse_args()
     if args.load and not (args.load / CACHE).is_dir():

@@ -2,7 +2,7 @@
 Generate text through the cache of your choice, with the arguments of transformers' script of this name.
 
     python examples/run_generation.py
-    python examples/run_generation.py --cache turboquant:nbits=3 --prompt "Once upon a time" --temperature 0.7
+    python examples/run_generation.py --cache turboquant --nbits 3 --prompt "Once upon a time" --temperature 0.7
     python examples/run_generation.py --cache turboquant:key_bits=8,value_bits=4 --prompt_file report.txt
     python examples/run_generation.py --model_name_or_path Qwen/Qwen3-0.6B --prompt_file report.txt --question "Why?"
 """
@@ -39,8 +39,11 @@ def parse_args():
     add("--use_cpu", action="store_true", help="even where there is a GPU")
     add("--fp16", action="store_true", help="weights in float16")
     add("--cache", default="turboquant", metavar="SPEC", help="KIND:OPTION=VALUE,..., such as turboquant:nbits=3")
+    add("--nbits", help="bits per coordinate of keys and values of --cache turboquant")
     args = parser.parse_args()
-    args.cache, *others = parse(args.cache)
+    if args.nbits is not None and args.cache != "turboquant":
+        parser.error("--nbits belongs to --cache turboquant; with other options give it as turboquant:nbits=...")
+    args.cache, *others = parse(args.cache if args.nbits is None else f"turboquant:nbits={args.nbits}")
     if others:
         parser.error("--cache must be one cache, without slashes between values")
     if args.num_return_sequences > args.num_beams and not args.temperature:

@@ -82,19 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     estimate = command(_estimate, "memory of the cache, from the config alone")
     estimate("--budget", type=load.parse_bytes, metavar="BYTES", help="memory for the cache alone, such as 24G")
     benchmark = command(_benchmark, "speed of a layer's cache in the shape of a model, on this machine")
-    about = "quality of compressed caches, measured on a model and a text"
-    evaluate = command(_evaluate, about, "a Hub name or a local folder")
+    evaluate = command(_evaluate, "quality of compressed caches on a model and a text", "a Hub name or a folder")
     evaluate("--out", default="evaluation", help="folder of results.json and plots; a stopped run goes on")
     for option in fields(load.Settings)[1:]:
         evaluate(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
     # Arguments that several commands share.
     for add, contexts in ((estimate, [8192, 32768, 131072]), (benchmark, [8192, 32768])):
-        tokens = {"type": load.parse_count, "nargs": "+", "metavar": "TOKENS", "help": "tokens, such as 8192 or 128k"}
-        add("--contexts", default=contexts, **tokens)
+        add("--contexts", type=load.parse_count, nargs="+", default=contexts, metavar="TOKENS", help="such as 128k")
         add("--batch", type=load.parse_count, default=1, help="number of sequences, each that long")
         add("--nbits", type=parse_value, nargs="+", default=[4, 3, 2], help="bits of keys and values")
-        estimator = TurboQuantConfig.key_estimator
-        add("--key-estimator", choices=KEY_ESTIMATORS, default=estimator, help="how keys are stored")
+        add("--key-estimator", choices=KEY_ESTIMATORS, default=TurboQuantConfig.key_estimator, help="kind of keys")
         add("--json", action="store_true", help="print everything as json")
     for add in (benchmark, evaluate):
         add("--dtype", help="such as bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")
@@ -143,10 +140,8 @@ def _estimate(args) -> None:
     context, row = max(rows.items())
     total, best = row["bf16"] + states, min(row[name] for name in options) + states
     if total < 2 * best:
-        about = (
-            f"at {context:,} tokens the whole cache, states included, goes from {readable(total)} to {readable(best)}"
-        )
-        print(f"Note: this cache can't help much: {about} at best.")
+        print(f"Note: this cache can't help much: at {context:,} tokens, states included, it goes from", end=" ")
+        print(f"{readable(total)} to {readable(best)} at best.")
 
 
 def _evaluate(args) -> None:

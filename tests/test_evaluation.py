@@ -19,7 +19,7 @@ from hf_turboquant import TurboQuantCache, cli
 from hf_turboquant._supported import cache_name
 from hf_turboquant.estimate import Estimate
 from hf_turboquant.evaluation import benchmark, caches, claims, fidelity, load, needle, plots, quality, run
-from hf_turboquant.evaluation.results import Results
+from hf_turboquant.evaluation.run import Results
 
 TINY = {
     "vocab_size": 97,
@@ -31,6 +31,15 @@ TINY = {
     "head_dim": 16,
     "initializer_range": 0.125,
 }
+_ALL_CODES = "condition=none,residual_length=32,sink_length=0"
+# every estimator of the papers: only keys, only values (the other in 8 bits), then both with exact tokens
+ESTIMATORS = [
+    f"turboquant:key_bits=4/3/2,value_bits=8,key_estimator=mse/rescaled,{_ALL_CODES}",
+    f"turboquant:key_bits=4/3/2,value_bits=8,key_estimator=qjl,sketch=orthogonal/gaussian,{_ALL_CODES}",
+    f"turboquant:key_bits=8,key_estimator=rescaled,value_bits=4/3/2,value_estimator=mse/rescaled,{_ALL_CODES}",
+    "turboquant:nbits=4/3/2,key_estimator=mse/rescaled,condition=none/center",
+    "turboquant:nbits=4/3/2,key_estimator=qjl,condition=none",
+]
 TEXT = "".join(f"Line {i} of the log says that nothing happened at {i * 7 % 24} o'clock.\n" for i in range(200))
 
 
@@ -90,7 +99,7 @@ def named(*specs):
 
 
 def test_caches_that_differ_in_bits_share_a_line():
-    many = named(*load.PRESETS["estimators"])
+    many = named(*ESTIMATORS)
     found = caches.lines(many)
     assert len(found) == 11 and all(len(members) == 3 for members in found.values())
     # every cache is on one line, and its words tell it from all others
@@ -122,7 +131,7 @@ def test_caches_that_differ_in_bits_share_a_line():
             ],
             4,
         ),
-        (load.PRESETS["estimators"], 11),
+        (ESTIMATORS, 11),
     ],
 )
 def test_plots_of_few_and_many_caches(tiny, tmp_path, specs, lines):

@@ -71,10 +71,11 @@ def test_compare_caches(run):
 
 
 MISTAKES = [
-    ("run_generation --cache turboquant:nbits=9", "`nbits` must be 2, 2.5, 3, 3.5, 4 or 8, got 9"),
+    ("run_generation --nbits 9", "`nbits` must be 2, 2.5, 3, 3.5, 4 or 8, got 9"),
     ("run_generation --prompt_file nowhere.txt", "got nowhere.txt: No such file"),
     ("run_generation --prompt Hi --prompt_file nowhere.txt", "not allowed with argument --prompt"),
     ("run_generation --num_return_sequences 3", "needs as many --num_beams"),
+    ("run_generation --cache dynamic --nbits 3", "--nbits belongs to --cache turboquant"),
     ("run_generation --cache turboquant:nbits=4/3", "--cache must be one cache"),
     ("compare_caches --caches turboquant:nbits=9", "`nbits` must be"),
     ("compare_caches --caches turboquant:nbit=4", "Did you mean `nbits`?"),

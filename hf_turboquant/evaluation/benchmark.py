@@ -178,15 +178,14 @@ def layer_times(shape: dict, context: int, options: dict | None, device: torch.d
     prefill = partial(new_layer, options, seen, *states)
 
     layer = prefill()
+    measure = partial(median_ms, partial(attend, layer.keys, layer.values))
+    attention_ms, nbytes = fastest(measure) if options is None else measure(), attended_bytes(layer)
     # By default torch may pick cuDNN, which makes a plan for every new length: most of a step's time on an H100.
     with sdpa_kernel([FLASH, EFFICIENT, SDPBackend.MATH]) if device.type == "cuda" else nullcontext():
         # Few steps, so that the context stays about the same.
         ((step_ms, _),) = calls_ms([lambda: attend(*layer.update(*token))], 13, skipped=3)
-    layer = prefill()
-    measure = partial(median_ms, partial(attend, layer.keys, layer.values))
-    attention_ms = fastest(measure) if options is None else measure()
     times = {"attention_ms": attention_ms, "step_ms": step_ms, "prefill_ms": median_ms(prefill)}
-    return {**times, "bytes": attended_bytes(layer)}
+    return {**times, "bytes": nbytes}
 
 
 def benchmark(config, contexts: list[int], batch: int, caches: list[dict], device: str, dtype: torch.dtype) -> dict:

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from ..cache import TurboQuantCache
@@ -165,11 +166,9 @@ def _count(states) -> int:
 
 
 def _tensors(tree):
-    if isinstance(tree, dict | list | tuple):
-        for item in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(item)
-    elif hasattr(tree, "__tensor_flatten__"):
-        # For a wrapper, count the tensors that it holds and not the one that it represents.
-        yield from _tensors([getattr(tree, name) for name in tree.__tensor_flatten__()[0]])
-    elif isinstance(tree, torch.Tensor):
-        yield tree
+    for leaf in tree_leaves(tree):
+        if hasattr(leaf, "__tensor_flatten__"):
+            # For a wrapper, count the tensors that it holds and not the one that it represents.
+            yield from _tensors([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+        elif isinstance(leaf, torch.Tensor):
+            yield leaf

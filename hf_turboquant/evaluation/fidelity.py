@@ -91,8 +91,6 @@ def compare(config, inputs: LayerInputs, options: dict, length: int) -> dict[str
         if isinstance(layer, TurboQuantLayer):
             layer.settle(query[:, :, :read])
         held = layer.update(keys[:, :, read:], values[:, :, read:])
-    if isinstance(layer, TurboQuantLayer):
-        held = layer.keys, layer.values
     held = [states.dequantize() if isinstance(states, QuantizedStates) else states for states in held]
     query, asking = query[:, :, read:].float(), keys[:, :, last - 1 : last].float()
     keys, values, held_keys, held_values = (states.float() for states in (keys, values, *held))

@@ -1,6 +1,8 @@
-"""All parts of an evaluation in one run: progress, resuming, tables and plots."""
+"""All parts of an evaluation in one run: progress, results to resume from, tables and plots."""
 
-from collections.abc import Iterable
+import json
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import lru_cache, partial
 from itertools import product
@@ -15,12 +17,61 @@ from ..conditioning import head_dim
 from . import claims, fidelity, needle, plots, quality
 from .caches import FULL, label
 from .load import Settings, machine
-from .results import Results
 
 # For the claims: bits, dimensions of the distortion, and estimators of keys with their sketch.
 WIDTHS = (4, 3, 2)
 DIMENSIONS = (64, 128, 256)
 ESTIMATORS = (("mse", "orthogonal"), ("rescaled", "orthogonal"), ("qjl", "gaussian"), ("qjl", "orthogonal"))
+
+
+class Results:
+    """
+    Results by name, saved after each new one.
+
+    Args:
+        folder (`Path`): holds `results.json`; made if it is missing.
+        conditions (`dict`): everything that the results depend on, as json represents it.
+
+    Raises:
+        `ValueError`: the folder holds results under other conditions, or a file that is not of this command.
+    """
+
+    def __init__(self, folder: Path, conditions: dict):
+        self.path = Path(folder) / "results.json"
+        self.conditions, self.units = json.loads(json.dumps(conditions)), {}
+        if not self.path.exists():
+            return
+        advice = f"Give another --out, or remove {self.path}."
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            before, self.units = dict(found["conditions"]), dict(found["results"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.path} must hold results of this command, and cannot be read. {advice}") from None
+        for name, now in self.conditions.items():
+            # Without results, there is nothing that must have the same conditions.
+            if self.units and before.get(name) != now:
+                other = f"{name} {before.get(name)}, now {now}"
+                raise ValueError(f"{self.path} holds results of other conditions: {other}. {advice}")
+
+    def get(self, name: str, compute: Callable[..., dict], *arguments) -> dict:
+        """Returns the saved result of that name, or computes it from `arguments` and saves it."""
+        if name not in self.units:
+            # Through json, so that a resumed run sees the same as this one.
+            self.units[name] = json.loads(json.dumps(compute(*arguments)))
+            self.save()
+        return self.units[name]
+
+    def save(self) -> None:
+        """Writes everything; a `ValueError` if the folder cannot be written to."""
+        new, content = self.path.with_suffix(".new"), {"conditions": self.conditions, "results": self.units}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            # Renamed only when complete: a run that dies here leaves the previous file.
+            os.replace(new, self.path)
+        except OSError as error:
+            folder = f"got {self.path.parent}: {error.strerror}."
+            raise ValueError(f"--out must be a folder that can be written to, {folder}") from None
 
 
 def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console: Console | None = None) -> Results:
