@@ -87,7 +87,7 @@ def _draw_memory(axis, config, contexts=(2048, 8192, 32768, 131072), widths=(4, 
 def fidelity_figure(units: dict, settings) -> Figure:
     """Error of the attention's output, layer by layer, at the longest context."""
     length = max(settings.fidelity_lengths)
-    figure, axis = figure_and_axes(width=10, height=4.4 + 0.25 * len(settings.caches))
+    figure, axis = figure_and_axes(width=7, height=4 + 0.25 * len(settings.caches))
     for style, options in zip(STYLES(), settings.caches, strict=False):
         unit = units[f"fidelity: {label(options)}, {length} tokens"]
         axis.plot(unit["layer"], unit["output_error"], label=label(options), markersize=4, **style)
