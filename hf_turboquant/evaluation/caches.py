@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -76,6 +76,20 @@ def lines(caches: list[dict]) -> dict[str, list[dict]]:
     return dict(zip(map(label, shared), groups.values(), strict=True))
 
 
+class IntegerCache(QuantizedCache):
+    """transformers' cache of integers or fp8, in whose errors `name` stands."""
+
+    name = ""
+
+    def update(self, *states, **arguments):
+        try:
+            return super().update(*states, **arguments)
+        except (AssertionError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            advice = "Take another `q_group_size`, other axes, or lengths that fit them."
+            raise ValueError(f"transformers' {self.name} cannot hold these tokens: {reason}. {advice}") from None
+
+
 def new_cache(config, options: dict):
     """
     An empty cache for a model's config. `options` are `"cache"` (one of `KINDS`, `"turboquant"` if it is missing) and
@@ -84,9 +98,10 @@ def new_cache(config, options: dict):
     with 3 bits: the groups run across tokens, as with `axis_key` and `axis_value` 0.
 
     Raises:
-        `ValueError`: the options don't fit, the cache cannot hold this model, or a package is missing.
+        `ValueError`: the options don't fit, the cache cannot hold this model, or a package is missing. Its `update`
+            raises one if transformers' cache cannot hold the tokens.
     """
-    options = dict(options)
+    name, options = label(options), dict(options)
     kind = options.pop("cache", "turboquant")
     if kind == "turboquant":
         return TurboQuantCache(config, **options)
@@ -102,26 +117,13 @@ def new_cache(config, options: dict):
         if not usual and any(axes.values()):
             raise ValueError(f"HQQ's 3 bits must have `axis_key` and `axis_value` 0, got {axes}. Take 4 or 2 bits.")
     try:
-        theirs = {"dynamic": DynamicCache, "static": StaticCache}.get(kind, partial(QuantizedCache, kind))
-        return theirs(config=config, **options)
+        theirs = {"dynamic": DynamicCache, "static": StaticCache}.get(kind, partial(IntegerCache, kind))
+        cache = theirs(config=config, **options)
+        cache.name = name
+        return cache
     except (ImportError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers' {kind} cache must fit this model and be installed: {reason}") from None
-
-
-@contextmanager
-def named(options: dict):
-    """A context in which errors name the cache: a `ValueError` if transformers' cache cannot hold the tokens."""
-    try:
-        yield
-    except (AssertionError, ValueError) as error:
-        if options.get("cache", "turboquant") == "turboquant":
-            raise
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(
-            f"transformers' {label(options)} cannot hold these tokens: {reason}. Take another `q_group_size`, other "
-            "axes, or lengths that fit them."
-        ) from None
 
 
 def held_bytes(cache) -> int:

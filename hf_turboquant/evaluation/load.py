@@ -3,8 +3,8 @@
 import argparse
 import math
 import platform
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -173,8 +173,8 @@ def machine(device: torch.device | str) -> dict[str, str]:
 
 def load_config(name: str):
     """The config of a Hub name, a local folder or a `config.json`; a `ValueError` if transformers finds none."""
-    what = "a name on the Hub, a local folder or a config.json that transformers knows"
-    return _found(what, name, lambda: AutoConfig.from_pretrained(name))
+    with _finding("a name on the Hub, a local folder or a config.json that transformers knows", name):
+        return AutoConfig.from_pretrained(name)
 
 
 def load_model(name: str, dtype: str | None = None, device: str | None = None):
@@ -182,17 +182,15 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
     device, found = place(dtype, device)
     if Path(name).is_file():
         raise ValueError(f"MODEL must be a Hub name or a folder with weights, got the file {name!r}.")
-
-    def load():
+    with _finding("a causal language model on the Hub or in a local folder", name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=found, device_map=device)
         return model.eval(), AutoTokenizer.from_pretrained(name)
 
-    return _found("a causal language model on the Hub or in a local folder", name, load)
 
-
-def _found(what: str, name: str, load: Callable):
+@contextmanager
+def _finding(what: str, name: str):
     try:
-        return load()
+        yield
     except (ModuleNotFoundError, torch.OutOfMemoryError):
         raise
     # Config, weights and tokenizer can fail in any way.

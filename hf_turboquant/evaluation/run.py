@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..conditioning import head_dim
 from . import claims, fidelity, needle, plots, quality
-from .caches import FULL, label
+from .caches import FULL, label, new_cache
 from .load import Settings, machine
 
 # For the claims: bits, dimensions of the distortion, and estimators of keys with their sketch.
@@ -114,8 +114,9 @@ def _quality(model, tokenizer, text, settings, results, track) -> Iterable:
         return quality.read_full(model, batches[index], **blocks)
 
     def measure(index: int, options: dict | None) -> dict:
-        found = full(index)
-        found = found.quality if options is None else quality.compare(model, batches[index], options, found, **blocks)
+        found = full(index).quality
+        if options is not None:
+            found = quality.compare(model, batches[index], new_cache(model.config, options), full(index), **blocks)
         return {**asdict(found), "kls": _rounded(found.kls)}
 
     names = {"full cache": None, **{label(options): options for options in settings.caches}}
