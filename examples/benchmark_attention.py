@@ -18,6 +18,7 @@ from report import DEVICE, add_caches, conditions, line, parse_for_gpu, table
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from hf_turboquant import ops
 from hf_turboquant.cli import Formatter, run
 from hf_turboquant.evaluation.benchmark import (
     FLASH,
@@ -31,6 +32,7 @@ from hf_turboquant.evaluation.benchmark import (
 from hf_turboquant.evaluation.caches import label
 from hf_turboquant.ops import attend as kernels
 from hf_turboquant.ops import reference
+from hf_turboquant.states import AttentionOptions
 
 # Name: batch, query heads, KV heads, head_dim, kv_len.
 SHAPES = {
@@ -75,11 +77,11 @@ def baseline_us(shape, query: torch.Tensor) -> float:
 
 def errors(query: torch.Tensor, layer, mask: torch.Tensor | None) -> tuple[float, float]:
     """Relative errors of the kernels and of torch in the query's dtype, both against the fp32 reference."""
-    states, options = layer.keys.states, {"scaling": query.shape[-1] ** -0.5, "attention_mask": mask}
-    truth = reference.attention(query.float(), states, **options)
-    keys, values = (states.dequantize(role).to(query.dtype) for role in ("keys", "values"))
+    states, options = layer.keys.states, AttentionOptions(query.shape[-1] ** -0.5, mask)
+    truth = reference.attention(query.float(), states, options)
+    keys, values = (ops.dequantize_all(states, role).to(query.dtype) for role in ("keys", "values"))
     plain = scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True)
-    ours = kernels.attention(query, states, **options)
+    ours = kernels.attention(query, states, options)
     return tuple(((out.float() - truth).norm() / truth.norm()).item() for out in (ours, plain))
 
 
@@ -90,8 +92,8 @@ def compare(name: str, options: dict, best_us: float, copy: float, query: torch.
     error, plain = errors(query, layers[0], mask)
     if not error <= 2 * plain:
         raise AssertionError(f"{name} {label(options)}: error {error:.1e}, and torch's is {plain:.1e}")
-    attend = partial(kernels.attention, query, scaling=query.shape[-1] ** -0.5, attention_mask=mask)
-    calls = [partial(attend, layer.keys.states) for layer in layers]
+    how = AttentionOptions(query.shape[-1] ** -0.5, mask)
+    calls = [partial(kernels.attention, query, layer.keys.states, how) for layer in layers]
     for call in calls:
         call()
 

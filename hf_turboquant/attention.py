@@ -54,26 +54,13 @@ def turboquant_attention_forward(
     Returns:
         The output, of shape `[batch, query_length, num_attention_heads, head_dim]`, and the probabilities or `None`.
     """
-    for name in _SELECTIONS:
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"`attn_implementation='turboquant'` does not know the `{name}` that {type(module).__name__} attends "
-                "with. Load the model with another, such as 'eager'."
-            )
+    _refuse_selections(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query_length = query.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # As with sdpa: a missing mask means plain causal attention, and a single query sees everything.
     is_causal = bool(is_causal) and attention_mask is None and query_length > 1
-    if are_pair(key, value):
-        if isinstance(key.states, ExactStates):
-            key.states.observe(query, attention_mask)
-            key, value = key.dequantize(), value.dequantize()
-        elif key.states.training is not None or ops.trains(query):
-            # Codes have no gradients.
-            states = key.states.measured()
-            key, value = states.dequantize("keys"), states.dequantize("values")
-            attention_mask = None if attention_mask is None else attention_mask[..., : states.kv_len]
+    key, value, attention_mask = _plain_where_needed(query, key, value, attention_mask)
     if position_bias is not None:
         attention_mask = create_position_bias_mask(position_bias, attention_mask, is_causal, query, key)
         is_causal = False
@@ -93,6 +80,28 @@ def turboquant_attention_forward(
         out, weights = _exact_attention(query, key, value, s_aux, output_attentions, **options)
     weights = None if weights is None else weights.to(query.dtype)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _refuse_selections(module: torch.nn.Module, kwargs: dict) -> None:
+    for name in _SELECTIONS:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"`attn_implementation='turboquant'` does not know the `{name}` that {type(module).__name__} attends "
+                "with. Load the model with another, such as 'eager'."
+            )
+
+
+def _plain_where_needed(query, key, value, attention_mask):
+    """Keys, values and mask, plain where tokens wait for this query, or where gradients flow: codes have none."""
+    if are_pair(key, value):
+        if isinstance(key.states, ExactStates):
+            key.states.observe(query, attention_mask)
+            key, value = key.dequantize(), value.dequantize()
+        elif key.states.training is not None or ops.trains(query):
+            states = key.states.measured()
+            key, value = (ops.dequantize_all(states, role) for role in ("keys", "values"))
+            attention_mask = None if attention_mask is None else attention_mask[..., : states.kv_len]
+    return key, value, attention_mask
 
 
 _flex_attention_forward = ALL_ATTENTION_FUNCTIONS["flex_attention"]

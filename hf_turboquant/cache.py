@@ -28,6 +28,14 @@ from .static import StaticSlidingLayer, TurboQuantStaticLayer
 
 logger = logging.getLogger(__name__)
 
+# What we compress. Other subclasses of these layers have windows or states of their own.
+_OURS = {
+    DynamicLayer: TurboQuantLayer,
+    StaticLayer: TurboQuantStaticLayer,
+    LinearAttentionAndFullAttentionLayer: TurboQuantHybridLayer,
+    LinearAttentionAndStaticFullAttentionLayer: TurboQuantStaticHybridLayer,
+}
+
 
 class _CacheClass(type):
     def __setattr__(cls, name, value):
@@ -88,16 +96,9 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
         if config is None:
             self.layer_class_to_replicate = self._next_layer
         for index, layer in enumerate(self.layers):
-            # Other subclasses of DynamicLayer have windows or states of their own.
-            if type(layer) is DynamicLayer or (type(layer) is StaticLayer and index not in self.skipped):
-                self.layers[index] = self._layer(index)
-            elif type(layer) is LinearAttentionAndFullAttentionLayer and index not in self.skipped:
-                self.layers[index] = TurboQuantHybridLayer(self.options, index, layer.number_of_states)
-            elif type(layer) is LinearAttentionAndStaticFullAttentionLayer and index not in self.skipped:
-                self.layers[index] = TurboQuantStaticHybridLayer(self.options, index, layer.number_of_states)
-            if isinstance(self.layers[index], TurboQuantLayer):
-                self.layers[index].frequencies = rotary_frequencies(config, index)
-                self.layers[index].verdict = self.verdict
+            self.layers[index] = ours = self._compressed(layer, index)
+            if isinstance(ours, TurboQuantLayer):
+                ours.frequencies = rotary_frequencies(config, index)
                 self._fit(index, known_head_dims(config, index))
 
     def __init_subclass__(cls, **kwargs):
@@ -112,16 +113,18 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
             raise ValueError(f"`skip_layers` must be from {-count} to {count - 1} for this model, got {skipped}.")
         return frozenset(index % count if count else index for index in skipped)
 
-    def _layer(self, index: int) -> DynamicLayer:
-        if index in self.skipped:
-            return DynamicLayer()
-        kind = TurboQuantLayer if self.options.max_cache_len is None else TurboQuantStaticLayer
-        layer = kind(self.options, index)
-        layer.verdict = self.verdict
-        return layer
+    def _compressed(self, layer, index: int):
+        """Our layer in place of one of transformers, or that layer itself if it is skipped or of another kind."""
+        kind = _OURS.get(type(layer))
+        if kind is None or index in self.skipped:
+            return layer
+        recurrent = {"number_of_states": layer.number_of_states} if issubclass(kind, LinearAttentionLayer) else {}
+        ours = kind(self.options, index, **recurrent)
+        ours.verdict = self.verdict
+        return ours
 
     def _next_layer(self) -> DynamicLayer:
-        return self._layer(len(self.layers))
+        return self._compressed(DynamicLayer(), len(self.layers))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -353,15 +356,12 @@ def _log_unpackable(dim: int) -> None:
 
 def _in_full_precision(layer: TurboQuantLayer) -> DynamicLayer | StaticLayer:
     """The layer of transformers for what `layer` would have held, with its recurrent states if it has any."""
-    static = isinstance(layer, TurboQuantStaticLayer)
-    if not isinstance(layer, (TurboQuantHybridLayer, TurboQuantStaticHybridLayer)):
-        return StaticLayer(layer.max_cache_len) if static else DynamicLayer()
-    kind, states = LinearAttentionAndFullAttentionLayer, {"number_of_states": layer.number_of_states}
-    if static:
-        kind, states["max_cache_len"] = LinearAttentionAndStaticFullAttentionLayer, layer.max_cache_len
-    plain = kind(**states)
-    recurrent = vars(LinearAttentionLayer(layer.number_of_states))
-    vars(plain).update({name: value for name, value in vars(layer).items() if name in recurrent})
+    kind = next(theirs for theirs, ours in _OURS.items() if ours is type(layer))
+    held = vars(layer)
+    plain = kind(**{name: held[name] for name in ("number_of_states", "max_cache_len") if name in held})
+    if isinstance(plain, LinearAttentionLayer):
+        recurrent = vars(LinearAttentionLayer(layer.number_of_states))
+        vars(plain).update({name: value for name, value in held.items() if name in recurrent})
     return plain
 
 

@@ -13,6 +13,7 @@ from . import ops
 from .config import TurboQuantConfig
 from .ops.reference_statistics import energy, fill
 from .quantizer import Quantizer
+from .tokens import Tokens
 
 # The scale that fewer different tokens give predicts too little about later tokens.
 MIN_TOKENS = 64
@@ -69,7 +70,9 @@ class Conditioning:
     def __init__(self, config: TurboQuantConfig, layer_idx: int, frequencies: list[float] | None, verdict: dict):
         self.config, self.layer_idx, self.frequencies, self.verdict = config, layer_idx, frequencies, verdict
         # What was found, possibly on the device only; None while there is too little to learn from.
-        self.found: Learned | torch.Tensor | None = None
+        self.found: Learned | torch.Tensor | None = NOT_CONDITIONED if config.condition == "none" else None
+        # With a static capacity, what would be found if the next token were quantised.
+        self.provisional: Learned | torch.Tensor = NOT_CONDITIONED
         # What it will need: queries so far, and which of the tokens so far are no padding.
         self.query_energy: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
@@ -120,6 +123,24 @@ class Conditioning:
         if self.layer_idx <= self.verdict.get("layer_idx", self.layer_idx) or self.verdict["length"] != length:
             self.verdict.update(layer_idx=self.layer_idx, length=length, enough=learned(found).enough)
         return self.verdict["enough"]
+
+    def learn(self, tokens: Tokens, states: dict[str, torch.Tensor], coming: int = 0) -> Tokens | None:
+        """
+        What `tokens` become when keys are conditioned by `states`, all tokens so far, of which none is quantised yet.
+        `None` as long as there are too few or, while there is room for them and `coming` ones, too few different ones.
+        """
+        length = states["keys"].shape[2]
+        beside = length + coming - tokens.sinks
+        if beside <= self.config.held_length:
+            return None
+        keys, found = self.apply(tokens.quantizers["keys"], states)
+        if beside <= tokens.exact.ring and not self.differ(found, length):
+            return None
+        conditioned = tokens.emptied(self.config.residual_length)
+        conditioned.quantizers = {**tokens.quantizers, "keys": keys}
+        conditioned.append(states)
+        self.finish(found)
+        return conditioned
 
     def finish(self, found: torch.Tensor) -> None:
         """Keeps what was found, and nothing of what it took."""

@@ -56,7 +56,8 @@ class QuantizedStates(torch.Tensor):
 
     def dequantize(self) -> torch.Tensor:
         """The keys or values as a plain tensor."""
-        plain = self.states.dequantize(self.role)
+        exact = isinstance(self.states, ExactStates)
+        plain = self.states.exact[self.role] if exact else ops.dequantize_all(self.states, self.role)
         if plain.shape == self.shape:
             return plain
         batch, heads, kv_len, head_dim = plain.shape
@@ -276,3 +277,12 @@ def _call_plain(func, args, kwargs, kind: type, protect: bool = True):
 
 
 _untraced_call = torch.compiler.disable(_call_plain)
+
+
+@lru_cache(maxsize=1)
+def log_cut_off() -> None:
+    logger.warning(
+        "Gradients flow to the keys and values of a call's own tokens, and to none of earlier calls: a TurboQuantCache "
+        "holds these as codes. Pass all tokens in one call or use a `DynamicCache` to train with them, and call the "
+        "model under `torch.no_grad()` if nothing is trained."
+    )

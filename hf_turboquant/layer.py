@@ -1,24 +1,20 @@
 """TurboQuantLayer: exact sinks and an exact recent window, with codes for all tokens between them."""
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from functools import lru_cache
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
 from . import ops
 from .ahead import compile_ahead
-from .conditioning import NOT_CONDITIONED, Conditioning, valid_tokens
+from .batch import BatchOperations
+from .conditioning import Conditioning, valid_tokens
 from .config import TurboQuantConfig
-from .handle import handles
-from .quantizer import Quantizer
+from .handle import handles, log_cut_off
 from .states import ExactStates, LayerStates
 from .tokens import ROLES, Tokens
-
-logger = logging.getLogger(__name__)
 
 # Keys wait for enough different tokens while there are at most so many beside the sinks.
 MAX_WAITING_TOKENS = 512
@@ -26,7 +22,7 @@ MAX_WAITING_TOKENS = 512
 MAX_DEFERRED_TOKENS = 2_048
 
 
-class TurboQuantLayer(DynamicLayer):
+class TurboQuantLayer(BatchOperations, DynamicLayer):
     """
     The keys and values of one full-attention layer.
 
@@ -40,6 +36,8 @@ class TurboQuantLayer(DynamicLayer):
     """
 
     step: LayerStates | None = None
+    # Of the first tokens.
+    device: torch.device | None = None
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.config = config
@@ -127,16 +125,16 @@ class TurboQuantLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Draws the rotations and makes empty buffers that fit the states, of shape `[batch, heads, T, head_dim]`."""
-        states, device, c = {"keys": key_states, "values": value_states}, key_states.device, self.config
-        quantizers = {role: Quantizer.create(c, role, self.layer_idx, states[role].shape[-1], device) for role in ROLES}
-        # Until keys are conditioned, the slots hold all tokens.
-        waits = c.condition != "none"
-        ring = max(c.held_length, MAX_WAITING_TOKENS) if waits else c.residual_length
-        self.tokens = Tokens.like(states, quantizers, c.sink_length, ring, c.backend)
-        self.conditioning = Conditioning(c, self.layer_idx, self.frequencies, self.verdict)
-        self.conditioning.found = None if waits else NOT_CONDITIONED
-        self.dtype, self.device = key_states.dtype, device
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
+        self.tokens = self._new_tokens({"keys": key_states, "values": value_states})
         self.is_initialized = True
+
+    def _new_tokens(self, states: dict[str, torch.Tensor]) -> Tokens:
+        # Until keys are conditioned, the slots hold all tokens.
+        ring = max(self.config.held_length, MAX_WAITING_TOKENS)
+        ring = ring if self.conditioning.waits else self.config.residual_length
+        return Tokens.like(states, self.config, self.layer_idx, ring)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -177,7 +175,8 @@ class TurboQuantLayer(DynamicLayer):
         return self._train(held, key_states, value_states) if ops.trains(key_states, value_states) else held
 
     def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
-        as_held = self._check(key_states, value_states)
+        states = {"keys": key_states, "values": value_states}
+        as_held = self.tokens.check(states, self.device, self.layer_idx)
         if self.pending is not None or (self.step is not None and self.step.newest is not None):
             self.settle()
         if self.lent:
@@ -189,7 +188,6 @@ class TurboQuantLayer(DynamicLayer):
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
-        states = {"keys": key_states, "values": value_states}
         if not as_held:
             states = self._in_one_dtype(states)
         try:
@@ -249,7 +247,7 @@ class TurboQuantLayer(DynamicLayer):
         if self.step is not None and self.step.newest is not None:
             # No attention has read it: the next token may not wait where the caller may write.
             self.attended = False
-            self.step.settle()
+            ops.settle(self.step)
         if self.pending is None:
             return
         with self._all_or_nothing():
@@ -278,14 +276,6 @@ class TurboQuantLayer(DynamicLayer):
         batch, _, tokens, _ = self.pending["keys"].shape
         return self.device.type == "cuda" and batch * tokens <= MAX_DEFERRED_TOKENS
 
-    def come_to_rest(self) -> None:
-        """Stores all waiting tokens and brings offloaded ones back to the layer's device."""
-        self.settle()
-        if self.is_offloaded and torch.cuda.is_available():
-            # A copy may be in progress on another stream.
-            torch.cuda.synchronize()
-        self.prefetch()
-
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         """Stores new tokens; `valid` tells which of all tokens are no padding, as far as that is known."""
         # Without detach, buffers would keep every autograd graph alive.
@@ -311,7 +301,7 @@ class TurboQuantLayer(DynamicLayer):
         states = self.tokens.read_step((key_states, value_states))
         # Offloaded tensors move before attention reads them, so the token must be stored now.
         if self.is_offloaded:
-            states.settle()
+            ops.settle(states)
         self.tokens.count(states)
         self.step, self.attended = states, True
         return handles(states)
@@ -319,38 +309,17 @@ class TurboQuantLayer(DynamicLayer):
     def _train(self, held, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Lets gradients flow from what attention reads to the new tokens, the last of it: codes have none."""
         if held[0].shape[2] > new[0].shape[2] and self.cut_off:
-            _log_cut_off()
+            log_cut_off()
         self.cut_off = True
         if self.step is not None:
             self.step.training = dict(zip(ROLES, new, strict=True))
         return held
 
     def _learn(self, states: dict[str, torch.Tensor], coming: int = 0) -> bool:
-        """
-        Conditions keys by `states`, all tokens so far, and stores these anew, unless there are too few or, as long as
-        there is room for them and `coming` ones, too few different ones. Returns whether it did.
-        """
-        length = states["keys"].shape[2]
-        beside = length + coming - self.tokens.sinks
-        if beside <= self.config.held_length:
-            return False
-        quantizers, found = self._conditioned(states)
-        if beside <= self.tokens.exact.ring and not self.conditioning.differ(found, length):
-            return False
-        self.conditioning.finish(found)
-        self._start_coding()
-        self.tokens.quantizers = quantizers
-        self.tokens.append(states)
-        return True
-
-    def _conditioned(self, states: dict[str, torch.Tensor]) -> tuple[dict[str, Quantizer], torch.Tensor]:
-        """The quantizers, that of keys conditioned by `states`, all tokens so far; and what was found."""
-        keys, found = self.conditioning.apply(self.tokens.quantizers["keys"], states)
-        return {**self.tokens.quantizers, "keys": keys}, found
-
-    def _start_coding(self) -> None:
-        """Empties the tokens, and makes room for as few exact ones as there are from now on."""
-        self.tokens = self.tokens.emptied(self.config.residual_length, self.config.residual_length)
+        """Whether keys are conditioned from now on, by `states`: see [`Conditioning.learn`]."""
+        tokens = self.conditioning.learn(self.tokens, states, coming)
+        self.tokens = self.tokens if tokens is None else tokens
+        return tokens is not None
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -373,35 +342,6 @@ class TurboQuantLayer(DynamicLayer):
     def _widen(self, dtypes: dict[str, torch.dtype]) -> None:
         # Handles returned earlier keep the tensors they read.
         self.tokens = self.tokens.to(dtypes)
-
-    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Raises a `ValueError` if the states don't fit; returns whether they have the dtypes of the tokens held."""
-        given = None
-        if isinstance(key_states, torch.Tensor) and isinstance(value_states, torch.Tensor):
-            keys, values = key_states, value_states
-            given = keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device
-            if given == self.tokens.checked:
-                return True
-        for name, states in (("key_states", key_states), ("value_states", value_states)):
-            if not isinstance(states, torch.Tensor) or states.dim() != 4 or not states.is_floating_point():
-                got = f"{states.dtype} of shape {list(states.shape)}" if isinstance(states, torch.Tensor) else states
-                raise ValueError(
-                    f"`{name}` must be a floating-point tensor of shape [batch, num_key_value_heads, tokens, "
-                    f"head_dim], got {got} at layer {self.layer_idx}."
-                )
-        keys, values = key_states, value_states
-        if keys.shape[:3] != values.shape[:3] or keys.device != values.device:
-            raise ValueError(
-                "`key_states` and `value_states` must agree in batch, heads, tokens and device, got "
-                f"{list(keys.shape)} {keys.device} and {list(values.shape)} {values.device} at layer {self.layer_idx}."
-            )
-        if not self.is_initialized:
-            return True
-        as_held = self.tokens.check(keys, values, self.device, f"at layer {self.layer_idx}")
-        if as_held:
-            # Steps have the same shapes: the next one can skip the check.
-            self.tokens.checked = given
-        return as_held
 
     def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Handles of all tokens held, which the next update leaves what they are."""
@@ -445,9 +385,8 @@ class TurboQuantLayer(DynamicLayer):
             return
         self.settle()
         # Ask transformers' own layer what the argument means: this changed between releases.
-        positions = DynamicLayer()
-        positions.lazy_initialization(torch.empty(0, device="meta"), torch.empty(0, device="meta"))
-        positions.keys = positions.values = torch.empty(1, 1, self.tokens.length, 1, device="meta")
+        positions, held = DynamicLayer(), torch.empty(1, 1, self.tokens.length, 1, device="meta")
+        positions.update(held, held)
         positions.crop(tokens_to_remove)
         length = positions.get_seq_length()
         if not length:
@@ -459,58 +398,3 @@ class TurboQuantLayer(DynamicLayer):
         self.tokens.crop(length)
         if self.conditioning.valid is not None:
             self.conditioning.valid = self.conditioning.valid[:, :length]
-
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies `function` to every tensor of tokens; either all of them change or none."""
-        if not self.is_initialized:
-            return
-        self.come_to_rest()
-        valid = self.conditioning.valid
-        valid = None if valid is None else function(valid)
-        self._replace(function)
-        self.conditioning.valid = valid
-        if self.is_offloaded:
-            self.offload()
-
-    def _replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.tokens = self.tokens.mapped(function)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorders the batch for beam search."""
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row of the batch `repeats` times."""
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows `indices` of the batch (indices or a boolean mask)."""
-        self._map(lambda tensor: tensor[indices, ...])
-
-    def offload(self) -> None:
-        """
-        Moves codes and exact tokens to pinned host memory on the current stream. Tokens whose query was not seen yet
-        are moved when they are stored.
-        """
-        self.is_offloaded = self.is_initialized
-        if self.observed is not None:
-            # This comes back here.
-            self.settle()
-        elif self.is_offloaded and self.pending is None:
-            self.settle()
-            # A non-blocking copy to the CPU goes to pinned memory.
-            self._replace(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Moves codes and exact tokens back to the layer's device on the current stream."""
-        if self.is_offloaded and self.tokens.exact["keys"].device != self.device:
-            self._replace(lambda tensor: tensor.to(self.device, non_blocking=True))
-
-
-@lru_cache(maxsize=1)
-def _log_cut_off() -> None:
-    logger.warning(
-        "Gradients flow to the keys and values of a call's own tokens, and to none of earlier calls: a TurboQuantCache "
-        "holds these as codes. Pass all tokens in one call or use a `DynamicCache` to train with them, and call the "
-        "model under `torch.no_grad()` if nothing is trained."
-    )

@@ -64,11 +64,10 @@ _PARTS = tuple(part.name for part in fields(MemoryReport))[:-2]
 
 def layer_memory(layer) -> MemoryReport:
     """The report of one layer of a cache, of any kind."""
-    # A compressed layer has its tokens in buffers. Its own tensors are recurrent states and tokens not yet stored; the
-    # arena and what conditioning knows are left out.
+    # A compressed layer has its tokens in buffers or an arena, and else recurrent states and waiting tokens.
     if isinstance(layer, TurboQuantLayer):
         layer._store_deferred()
-    held = _tensor_bytes({name: value for name, value in vars(layer).items() if name not in ("arena", "provisional")})
+    held = _tensor_bytes({name: value for name, value in vars(layer).items() if name != "arena"})
     if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:
         return MemoryReport(other_bytes=held, full_bytes=held)
     layer.measure()

@@ -1,11 +1,11 @@
-"""LayerStates and ExactStates: what attention reads of one layer after an update."""
+"""What attention reads of one layer after an update, and how it attends: data alone, on which `ops` works."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
-from . import ops
 from .quantizer import Quantizer
 from .storage import TokenBuffer, ring_runs
 
@@ -31,7 +31,7 @@ class LayerStates:
         plans (`Plans`, *optional*): the layer's plans for launches.
         newest (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
             Key and value of the last token, of shape `[batch, num_key_value_heads, 1, head_dim]`, while they are not
-            stored yet: the attention kernels append them, all other readers call [`settle`] first.
+            stored yet: the attention kernels append them, all other readers call [`ops.settle`] first.
         leaving (`int`): tokens that `newest` pushes out of the recent window: 1 or 0.
         training (`dict[str, torch.Tensor]`, *optional*):
             By role, the last tokens as they came, if gradients flow to them: then attention reads these, and of all
@@ -78,18 +78,6 @@ class LayerStates:
         phase = quantized % self.ring if self.ring else 0
         return replace(self, kv_len=kv_len, quantized=quantized, phase=phase, window=window, counters=None)
 
-    def settle(self) -> None:
-        """Appends the newest token if attention has not done so; raises a `ValueError` if these states are outdated."""
-        if self.outdated:
-            raise ValueError(
-                "Keys and values that `update` returned must be read before the next update or reset of their layer, "
-                "got a later read. Keep a `.clone()`, or take `cache.layers[i].keys`, which stay what they were."
-            )
-        if self.newest is not None:
-            before = replace(self, kv_len=self.kv_len - 1, quantized=self.quantized - self.leaving, newest=None)
-            ops.append(before, *self.newest)
-            self.newest = None
-
     @property
     def recent_start(self) -> int:
         """Position of the oldest exact recent token."""
@@ -117,26 +105,6 @@ class LayerStates:
             and all(self.codes[role].tensors is other.codes[role].tensors for role in self.codes)
         )
 
-    def dequantize(self, role: str) -> torch.Tensor:
-        """All keys or values in the model's dtype, of shape `[batch, num_key_value_heads, kv_len, head_dim]`."""
-        exact = self.exact[role]
-        if self.counters is not None:
-            plain = self.measured().dequantize(role)
-            return torch.nn.functional.pad(plain, (0, 0, 0, self.kv_len - plain.shape[2]))
-        self.settle()
-        out = exact.new_empty(self.shape(role))
-        coded = out[:, :, self.sink_length : self.recent_start]
-        buffer = self.codes[role].snapshot()
-        buffer.length = self.quantized
-        ops.dequantize(buffer, self.quantizers[role], coded, self.backend)
-        for position, run in self.exact_runs():
-            piece = exact[:, :, run]
-            out[:, :, position : position + piece.shape[2]] = piece
-        if self.training is not None:
-            new = self.training[role]
-            out = torch.cat([out[:, :, : -new.shape[2]], new], dim=2)
-        return out
-
 
 @dataclass(frozen=True, eq=False)
 class ExactStates:
@@ -156,6 +124,24 @@ class ExactStates:
     def shape(self, role: str) -> tuple[int, int, int, int]:
         return tuple(self.exact[role].shape)
 
-    def dequantize(self, role: str) -> torch.Tensor:
-        """The tokens as they are."""
-        return self.exact[role]
+
+class AttentionOptions(NamedTuple):
+    """
+    How a query attends.
+
+    Args:
+        scaling (`float`): factor of the logits.
+        attention_mask (`torch.Tensor`, *optional*):
+            Boolean (true: attend) or additive, broadcastable to `[batch, num_attention_heads, query_length, kv_len]`;
+            may be longer than kv_len.
+        is_causal (`bool`): query i of `query_length` sees positions up to `kv_len - query_length + i`.
+        softcap (`float`, *optional*): logits become `softcap * tanh(logits / softcap)` before the mask (Gemma 2).
+        sinks (`torch.Tensor`, *optional*): of shape `[num_attention_heads]`, one more logit in every head's
+            denominator (gpt-oss).
+    """
+
+    scaling: float
+    attention_mask: torch.Tensor | None = None
+    is_causal: bool = False
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None

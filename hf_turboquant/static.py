@@ -8,7 +8,6 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 
 from . import ops
 from .arena import describe, new_arena, open_arena
-from .conditioning import NOT_CONDITIONED, Conditioning, Learned
 from .config import TurboQuantConfig
 from .handle import handles
 from .layer import TurboQuantLayer
@@ -53,8 +52,6 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     arena: torch.Tensor | None = None
     description: str | None = None
     states: LayerStates | None = None
-    # What conditioning would find if the next token were quantised.
-    provisional: Learned | torch.Tensor = NOT_CONDITIONED
     # Whether tokens were stored. Early initialisation makes the memory before there are any.
     has_tokens: bool = False
     # Most tokens that steps may fill without asking: the capacity or, as long as keys wait, the exact slots.
@@ -84,23 +81,21 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the memory, or reuses the previous sequence's; states have shape `[batch, heads, T, D]`."""
-        device, description = key_states.device, describe(self.config, self.layer_idx, key_states, value_states)
-        if self.arena is None or (self.description, self.arena.device) != (description, device):
-            # Free the old memory first.
-            self.arena = self.states = self.description = None
-            self.arena, self.description = new_arena(description, device), description
-        self._open()
-        self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
-        self.conditioning.found = NOT_CONDITIONED if self.config.condition == "none" else None
-        self.provisional = NOT_CONDITIONED
+        super().lazy_initialization(key_states, value_states)
         self._write_lengths()
         self._condition(None, None)
-        self.dtype, self.device = key_states.dtype, device
-        self.is_initialized = True
         ops.warm(self.states)
 
-    def _open(self) -> None:
-        """Makes views of the arena that hold no tokens yet."""
+    def _new_tokens(self, states: dict[str, torch.Tensor]) -> Tokens:
+        description = describe(self.config, self.layer_idx, states["keys"], states["values"])
+        if self.arena is None or (self.description, self.arena.device) != (description, self.device):
+            # Free the old memory first.
+            self.arena = self.states = self.description = None
+            self.arena, self.description = new_arena(description, self.device), description
+        return self._opened()
+
+    def _opened(self) -> Tokens:
+        """Views of the arena, of which no token counts yet."""
         if self.states is None:
             # Views that serve outside of inference mode too.
             with torch.inference_mode(False):
@@ -109,8 +104,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         sinks, ring = self.config.sink_length, self.config.held_length
         exact = SlotBuffer.over(self.states.exact, block=1, length=0, sinks=sinks, ring=ring)
         window = ring if self.conditioning.waits else self.config.residual_length
-        self.tokens = Tokens(self.states.quantizers, codes, exact, window, self.config.backend)
-        self.tokens.quantized = 0
+        tokens = Tokens(self.states.quantizers, codes, exact, window, self.config.backend, fixed=True)
+        tokens.quantized = 0
+        return tokens
 
     def __getstate__(self) -> dict:
         # Copies of views would not be views of the copied arena.
@@ -122,7 +118,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.tokens = Tokens({}, {}, None, 0, self.config.backend)
         if self.is_initialized:
             torch._dynamo.mark_static_address(self.arena)
-            self._open()
+            self.tokens = self._opened()
             self.measure()
 
     def update(
@@ -142,7 +138,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     @torch.compiler.disable(reason=_NOT_COMPILED)
     def _plain_update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
-        as_held = self._check(key_states, value_states)
+        states = {"keys": key_states, "values": value_states}
+        as_held = self.tokens.check(states, self.device, self.layer_idx)
         self.settle()
         tokens = key_states.shape[2]
         if tokens > self.step_tokens or not self.has_tokens:
@@ -151,7 +148,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             return super().update(key_states, value_states)
         self.find_room(tokens)
         if not as_held:
-            self._in_one_dtype({"keys": key_states, "values": value_states})
+            self._in_one_dtype(states)
         ops.append(self.states, key_states.detach(), value_states.detach())
         self.count(tokens)
         self._outdate()
@@ -221,19 +218,20 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         super()._store(states, valid)
         if self.conditioning.waits and self.tokens.length > self.tokens.sinks:
             # Whoever replays steps without telling may fill the slots: condition now by the tokens known so far.
-            _, self.provisional = self._conditioned({role: self.tokens.whole(role) for role in ROLES})
+            states = {role: self.tokens.whole(role) for role in ROLES}
+            keys, self.conditioning.provisional = self.conditioning.apply(self.tokens.quantizers["keys"], states)
+            self._condition(keys.mean, keys.scale)
         self._write_lengths()
 
-    def _conditioned(self, states: dict[str, torch.Tensor]):
-        quantizers, found = super()._conditioned(states)
-        self._condition(quantizers["keys"].mean, quantizers["keys"].scale)
-        return self.tokens.quantizers, found
+    def _learn(self, states: dict[str, torch.Tensor], coming: int = 0) -> bool:
+        done = super()._learn(states, coming)
+        if done:
+            keys, self.tokens.quantizers = self.tokens.quantizers["keys"], self.states.quantizers
+            self._condition(keys.mean, keys.scale)
+        return done
 
     def _defers(self) -> bool:
         return self.defers and super()._defers()
-
-    def _start_coding(self) -> None:
-        self.tokens = self.tokens.emptied(self.tokens.exact.ring, self.config.residual_length)
 
     def _condition(self, mean: torch.Tensor | None, scale: torch.Tensor | None) -> None:
         """Writes mean and scale to the arena; `None` stands for zero and one, which change nothing."""
@@ -251,7 +249,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.tokens.count(states)
         self.most_tokens, self.announced, self.has_tokens = states.kv_len, False, states.kv_len > 0
         if states.quantized and self.conditioning.waits:
-            self.conditioning.finish(self.provisional)
+            self.conditioning.finish(self.conditioning.provisional)
             self.tokens.window = self.config.residual_length
             self._write_lengths()
 
@@ -271,7 +269,6 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         return super().condition
 
     def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self.measure()
         # A copy, because compiled steps write to the arena without any Python.
         return handles(open_arena(self.arena.clone(), self.description).measured())
 
@@ -319,50 +316,40 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             super().crop(tokens_to_remove)
             self._write_lengths()
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if not self.is_initialized:
-            return
-        self.settle()
+    def come_to_rest(self) -> None:
+        """Stores all waiting tokens, and fetches the lengths."""
+        super().come_to_rest()
         self.measure()
-        valid = self.conditioning.valid
-        valid = None if valid is None else function(valid)
-        self._hold([{name: function(tensor) for name, tensor in part.items()} for part in _parts(self.states)])
-        self.conditioning.valid = valid
+
+    def _replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._hold(self.tokens.mapped(function))
 
     def _widen(self, dtypes: dict[str, torch.dtype]) -> None:
         self.measure()
-        exact, *codes = _parts(self.states)
-        self._hold([{role: exact[role].to(dtypes[role]) for role in ROLES}, *codes])
+        self._hold(self.tokens.to(dtypes))
 
-    def _hold(self, parts: list[dict[str, torch.Tensor]]) -> None:
-        """Holds the tokens in `parts`, see [`_parts`], instead of its own."""
+    def _hold(self, tokens: Tokens) -> None:
+        """Copies `tokens` to its memory, or to new memory if they have another batch size or dtype."""
         self._outdate()
-        self.tokens.checked = None
-        before, exact = self.states, parts[0]
-        description = describe(self.config, self.layer_idx, exact["keys"], exact["values"])
+        held, description = self.tokens, describe(self.config, self.layer_idx, *tokens.exact.tensors.values())
         if description != self.description:
-            # Another batch size or dtype needs other memory.
-            arena = new_arena(description, self.device)
-            self.arena, self.states, self.description, held = arena, None, description, self.tokens
-            self._open()
-            keys = before.quantizers["keys"]
+            arena, keys = new_arena(description, self.device), self.states.quantizers["keys"]
+            self.arena, self.states, self.description = arena, None, description
+            held = self._opened()
             self._condition(keys.mean, keys.scale)
-            self.tokens.length, self.tokens.quantized = held.length, held.quantized
-            self._write_lengths()
-        for held, new in zip(_parts(self.states), parts, strict=True):
-            for name, tensor in held.items():
-                tensor.copy_(new[name])
+        for role in ROLES:
+            held.exact[role].copy_(tokens.exact[role])
+            for name, tensor in held.codes[role].tensors.items():
+                tensor.copy_(tokens.codes[role][name])
+        held.length, held.quantized, held.checked = tokens.length, tokens.quantized, None
+        self.tokens = held
+        self._write_lengths()
 
     def offload(self) -> None:
         """Raises a `ValueError`: compiled steps hold the addresses of this memory."""
         raise ValueError(
             "A cache with `max_cache_len` must stay on its device, got a call of `offload`. Leave `max_cache_len` out."
         )
-
-
-def _parts(states: LayerStates) -> list[dict[str, torch.Tensor]]:
-    """The tensors that hold tokens, with the batch in the first dimension; exact states come first."""
-    return [states.exact, *(buffer.tensors for buffer in states.codes.values())]
 
 
 class StaticSlidingLayer(StaticSlidingWindowLayer):

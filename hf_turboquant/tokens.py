@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from . import ops
+from .config import TurboQuantConfig
 from .packing import BLOCK
 from .plans import Plans
 from .quantizer import Quantizer
@@ -25,6 +26,7 @@ class Tokens:
         exact (`SlotBuffer`, *optional*): `None` where there is no memory yet.
         window (`int`): recent tokens that stay exact, at most `exact.ring`.
         backend (`str`): `"auto"`, `"triton"` or `"torch"`: see [`TurboQuantConfig`].
+        fixed (`bool`): whether the memory must stay what it is.
     """
 
     def __init__(
@@ -34,9 +36,10 @@ class Tokens:
         exact: SlotBuffer | None,
         window: int,
         backend: str,
+        fixed: bool = False,
     ):
         self.quantizers, self.codes, self.exact = quantizers, codes, exact
-        self.window, self.backend = window, backend
+        self.window, self.backend, self.fixed = window, backend, fixed
         self.length = 0
         # What launches on the same buffers share.
         self.plans = Plans()
@@ -44,15 +47,14 @@ class Tokens:
         self.checked: tuple | None = None
 
     @classmethod
-    def like(
-        cls, states: dict[str, torch.Tensor], quantizers: dict[str, Quantizer], sinks: int, ring: int, backend: str
-    ) -> "Tokens":
+    def like(cls, states: dict[str, torch.Tensor], config: TurboQuantConfig, layer_idx: int, ring: int) -> "Tokens":
         """Empty buffers that grow, for states of shape `[batch, heads, tokens, head_dim]` by role."""
-        batch, heads = states["keys"].shape[:2]
+        (batch, heads, _, _), device = states["keys"].shape, states["keys"].device
+        quantizers = {role: Quantizer.create(config, role, layer_idx, states[role].shape[-1], device) for role in ROLES}
         shapes = {role: (states[role].dtype, (states[role].shape[-1],)) for role in ROLES}
-        exact = SlotBuffer(shapes, batch, heads, states["keys"].device, sinks, ring)
+        exact = SlotBuffer(shapes, batch, heads, device, config.sink_length, ring)
         codes = {role: quantizers[role].new_buffer(batch, heads) for role in ROLES}
-        return cls(quantizers, codes, exact, ring, backend)
+        return cls(quantizers, codes, exact, ring, config.backend)
 
     @property
     def quantized(self) -> int:
@@ -74,30 +76,78 @@ class Tokens:
         """Bytes allocated."""
         return sum(buffer.nbytes for buffer in (*self.codes.values(), self.exact))
 
-    def check(self, key_states: torch.Tensor, value_states: torch.Tensor, device: torch.device, where: str) -> bool:
+    def check(self, states: dict, device: torch.device | None, layer_idx: int) -> bool:
         """
-        Whether new states, which fit one another, have the dtypes of those held.
+        Whether new states, by role, have the dtypes of those held.
+
+        Args:
+            device (`torch.device`, *optional*): where they must be; `None` where there is no memory yet.
+            layer_idx (`int`): for messages.
 
         Raises:
-            `ValueError`: they cannot follow those held; the message says `where`.
+            `ValueError`: they don't fit one another, or cannot follow those held.
         """
-        for name, states, held in (
-            ("key_states", key_states, self.exact["keys"]),
-            ("value_states", value_states, self.exact["values"]),
-        ):
-            expected = (*held.shape[:2], held.shape[3], device)
-            got = (*states.shape[:2], states.shape[3], states.device)
+        keys, values = states["keys"], states["values"]
+        if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor):
+            given = keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device
+            if given == self.checked:
+                return True
+        for role, new in states.items():
+            name = _name(role)
+            if not isinstance(new, torch.Tensor) or new.dim() != 4 or not new.is_floating_point():
+                got = f"{new.dtype} of shape {list(new.shape)}" if isinstance(new, torch.Tensor) else new
+                raise ValueError(
+                    f"`{name}` must be a floating-point tensor of shape [batch, num_key_value_heads, tokens, "
+                    f"head_dim], got {got} at layer {layer_idx}."
+                )
+        if keys.shape[:3] != values.shape[:3] or keys.device != values.device:
+            raise ValueError(
+                "`key_states` and `value_states` must agree in batch, heads, tokens and device, got "
+                f"{list(keys.shape)} {keys.device} and {list(values.shape)} {values.device} at layer {layer_idx}."
+            )
+        if self.exact is None:
+            return True
+        for role, new in states.items():
+            held = self.exact[role]
+            expected, got = (*held.shape[:2], held.shape[3], device), (*new.shape[:2], new.shape[3], new.device)
             if expected != got:
                 raise ValueError(
-                    f"`{name}` must keep the batch size, heads, head_dim and device of the cached tokens, "
-                    f"{expected}, got {got} {where}. Use a new cache or `reset()` for another batch, and "
+                    f"`{_name(role)}` must keep the batch size, heads, head_dim and device of the cached tokens, "
+                    f"{expected}, got {got} at layer {layer_idx}. Use a new cache or `reset()` for another batch, and "
                     "`batch_repeat_interleave` or `batch_select_indices` to change the batch of this one."
                 )
-        return (key_states.dtype, value_states.dtype) == (self.exact["keys"].dtype, self.exact["values"].dtype)
+        if any(new.dtype != self.exact[role].dtype for role, new in states.items()):
+            return False
+        # Steps have the same shapes: the next one can skip the check.
+        self.checked = given
+        return True
 
     def whole(self, role: str) -> torch.Tensor:
         """All tokens, as long as none is quantised; shares memory."""
         return self.exact[role][:, :, : self.length]
+
+    def parts(self) -> dict[str, dict]:
+        """
+        Views of all that is held, by role: a list of the runs of `exact` tokens, after a run of none, and the tensors
+        of codes by name, in whole blocks.
+        """
+        sinks, recent = min(self.sinks, self.length), self.sinks + self.quantized
+        runs = [slice(0), *self.exact.runs(0, sinks), *self.exact.runs(recent, self.length)]
+        return {
+            role: {
+                "exact": [self.exact[role][:, :, run] for run in runs],
+                **{name: tensor[:, :, : -(-buffer.length // buffer.block)] for name, tensor in buffer.tensors.items()},
+            }
+            for role, buffer in self.codes.items()
+        }
+
+    def resize(self, length: int, quantized: int) -> None:
+        """Makes room for so many tokens, whose contents are undefined until [`parts`] are written."""
+        slots = min(length, self.sinks + self.exact.ring)
+        self.exact.reserve(slots, limit=slots)
+        for buffer in self.codes.values():
+            buffer.reserve(quantized, limit=quantized)
+        self.length, self.quantized = length, quantized
 
     def followed_by(self, states: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
         """The first `count` tokens, which are exact, and then new ones, in memory of their own."""
@@ -187,11 +237,16 @@ class Tokens:
         twin.checked = None
         return twin
 
-    def emptied(self, ring: int, window: int) -> "Tokens":
-        """The same without tokens, of which none was quantised, and with slots for `ring` recent ones."""
+    def emptied(self, window: int) -> "Tokens":
+        """The same without tokens, of which none was quantised, and with so many recent ones exact from now on."""
         twin = self.snapshot()
         twin.length, twin.window = 0, window
-        if ring != twin.exact.ring:
-            twin.exact.ring = ring
+        if not self.fixed and window != twin.exact.ring:
+            twin.exact.ring = window
             twin.exact.map(lambda tensor: tensor.new_empty((*tensor.shape[:2], 0, tensor.shape[3])))
         return twin
+
+
+def _name(role: str) -> str:
+    """What `update` calls them."""
+    return {"keys": "key_states", "values": "value_states"}[role]

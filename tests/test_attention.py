@@ -13,7 +13,7 @@ from transformers.integrations import flash_attention
 from transformers.integrations.flex_attention import WrappedFlexAttention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_turboquant import QuantizedStates, TurboQuantCache, handle, layer, ops, states
+from hf_turboquant import QuantizedStates, TurboQuantCache, handle, ops
 from hf_turboquant._supported import cache_name
 
 pytestmark = pytest.mark.usefixtures("early_learning")
@@ -40,11 +40,9 @@ GEMMA2 = Gemma2Config(
 def paths(monkeypatch):
     """What ran: attention on codes, or dequantised layers."""
     ran = []
-    attention, dequantize = ops.attention, states.LayerStates.dequantize
+    attention, dequantize = ops.attention, ops.dequantize_all
     monkeypatch.setattr(ops, "attention", lambda *a, **k: ran.append("codes") or attention(*a, **k))
-    monkeypatch.setattr(
-        states.LayerStates, "dequantize", lambda self, role: ran.append("dequantized") or dequantize(self, role)
-    )
+    monkeypatch.setattr(ops, "dequantize_all", lambda *a: ran.append("dequantized") or dequantize(*a))
     return ran
 
 
@@ -175,7 +173,7 @@ def test_gradients_that_are_cut_off_are_said_once(prompt, caplog):
     model, ids = LlamaForCausalLM(copy.deepcopy(CONFIG)).train(), torch.randint(3, 99, (1, prompt + 4))
     found = []
     for train_prompt in (False, True, True):
-        layer._log_cut_off.cache_clear()
+        handle.log_cut_off.cache_clear()
         caplog.clear()
         cache = TurboQuantCache(CONFIG, residual_length=16)
         found.append(gradients(model, cache, ids, prompt, ("k_proj",), train_prompt))

@@ -432,7 +432,7 @@ def fingerprint(layer):
     tensors = {}
     if layer.step is not None:
         # attention would do it
-        layer.step.settle()
+        ops.settle(layer.step)
     for role in ROLES if layer.is_initialized else ():
         if layer.tokens.codes[role].length:
             codes, scales = reference.codes_of(

@@ -2,11 +2,13 @@
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
 from ..quantizer import Quantizer
+from ..states import AttentionOptions, LayerStates
 from ..storage import TokenBuffer
 from . import reference
 
@@ -80,7 +82,7 @@ def quantize_pair(states, quantizers, buffers, backend: str = "auto") -> None:
         raise
 
 
-def append(states, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+def append(states: LayerStates, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     """
     Runs one step in place: quantises the token that leaves the recent window, if one does, and writes the new token to
     its exact slot. The kernels need one launch, and the host waits for nothing. The buffers must have the capacity, and
@@ -126,7 +128,7 @@ def is_only_compiling() -> bool:
     return launch is not None and launch.is_only_compiling()
 
 
-def warm(states) -> None:
+def warm(states: LayerStates) -> None:
     """Makes the kernels' constants for `states` in advance, so that no captured graph allocates them in its pool."""
     if attention_kernels is not None and states.exact["keys"].device.type == "cuda":
         attention_kernels.warm(states)
@@ -206,30 +208,51 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor, bac
     _pick(backend, out.device, dequantize_kernels, "dequantize", buffer, quantizer, out)(buffer, quantizer, out)
 
 
-def attention(
-    query: torch.Tensor,
-    states,
-    *,
-    scaling: float,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
+def settle(states: LayerStates) -> None:
+    """Appends the newest token if attention has not done so; raises a `ValueError` if these states are outdated."""
+    if states.outdated:
+        raise ValueError(
+            "Keys and values that `update` returned must be read before the next update or reset of their layer, "
+            "got a later read. Keep a `.clone()`, or take `cache.layers[i].keys`, which stay what they were."
+        )
+    if states.newest is not None:
+        lengths = {"kv_len": states.kv_len - 1, "quantized": states.quantized - states.leaving}
+        append(replace(states, **lengths, newest=None), *states.newest)
+        states.newest = None
+
+
+def dequantize_all(states: LayerStates, role: str) -> torch.Tensor:
+    """
+    All keys or values of a layer in the model's dtype, of shape `[batch, num_key_value_heads, kv_len, head_dim]`; exact
+    tokens as they are. Raises a `ValueError` if the states are outdated.
+    """
+    if states.counters is not None:
+        plain = dequantize_all(states.measured(), role)
+        return torch.nn.functional.pad(plain, (0, 0, 0, states.kv_len - plain.shape[2]))
+    settle(states)
+    exact = states.exact[role]
+    out = exact.new_empty(states.shape(role))
+    buffer = states.codes[role].snapshot()
+    buffer.length = states.quantized
+    coded = out[:, :, states.sink_length : states.recent_start]
+    dequantize(buffer, states.quantizers[role], coded, states.backend)
+    for position, run in states.exact_runs():
+        piece = exact[:, :, run]
+        out[:, :, position : position + piece.shape[2]] = piece
+    if states.training is not None:
+        new = states.training[role]
+        out = torch.cat([out[:, :, : -new.shape[2]], new], dim=2)
+    return out
+
+
+def attention(query: torch.Tensor, states: LayerStates, **options) -> torch.Tensor:
     """
     Attends to the exact tokens and codes of one layer without dequantising the codes to memory.
 
     Args:
         query (`torch.Tensor`): of shape `[batch, num_attention_heads, query_length, head_dim]`.
         states (`LayerStates`): what the layer holds, and the backend to use.
-        scaling (`float`): factor of the logits.
-        attention_mask (`torch.Tensor`, *optional*):
-            Boolean (true: attend) or additive, broadcastable to `[batch, num_attention_heads, query_length, kv_len]`;
-            may be longer than kv_len.
-        is_causal (`bool`): query i of `query_length` sees positions up to `kv_len - query_length + i`.
-        softcap (`float`, *optional*): logits become `softcap * tanh(logits / softcap)` before the mask (Gemma 2).
-        sinks (`torch.Tensor`, *optional*): of shape `[num_attention_heads]`, one more logit in every head's
-            denominator (gpt-oss).
+        **options: see [`AttentionOptions`].
 
     Returns:
         `torch.Tensor` of shape `[batch, num_attention_heads, query_length, value_head_dim]` in the dtype of the query.
@@ -238,28 +261,26 @@ def attention(
     Raises:
         `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
     """
+    options = AttentionOptions(**options)
     if states.outdated:
         # Raises the error.
-        states.settle()
+        settle(states)
     differentiable = trains(query) or states.training is not None
-    if states.plans and attention_mask is None and not differentiable:
-        out = attention_kernels.attention_again(query, states, scaling, is_causal, softcap, sinks)
+    if states.plans and options.attention_mask is None and not differentiable:
+        out = attention_kernels.attention_again(query, states, options)
         if out is not None:
             return out
-    _check_query(query, states, attention_mask)
+    _check_query(query, states, options)
     if not query.numel():
         return query.new_empty((*query.shape[:3], states.shape("values")[-1]))
-    options = {
-        "scaling": scaling,
-        "attention_mask": attention_mask,
-        "is_causal": is_causal,
-        "softcap": softcap,
-        "sinks": sinks,
-    }
-    if (differentiable or query.shape[2] > MAX_KERNEL_QUERIES) and softcap is None and sinks is None:
-        states = states.measured()
-        return _dequantized_attention(query, states, scaling, attention_mask, is_causal)
-    return _pick(states.backend, query.device, attention_kernels, "attention", query, states)(query, states, **options)
+    plain = options.softcap is None and options.sinks is None
+    if plain and (differentiable or query.shape[2] > MAX_KERNEL_QUERIES):
+        return _dequantized_attention(query, states.measured(), options)
+    function = _pick(states.backend, query.device, attention_kernels, "attention", query, states)
+    if function is reference.attention:
+        # The kernels append the newest token themselves.
+        settle(states)
+    return function(query, states, options)
 
 
 def trains(*tensors: torch.Tensor) -> bool:
@@ -267,20 +288,12 @@ def trains(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def scores(
-    query: torch.Tensor,
-    states,
-    *,
-    scaling: float,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    softcap: float | None = None,
-) -> torch.Tensor:
+def scores(query: torch.Tensor, states: LayerStates, **options) -> torch.Tensor:
     """
     The logits themselves, before the softmax: with `"qjl"` and `"rescaled"` keys, unbiased estimates of
     ⟨query, key⟩ · scaling.
 
-    Arguments as for [`attention`].
+    Arguments as for [`attention`]; attention sinks are no logits of tokens, and are ignored.
 
     Returns:
         fp32 `torch.Tensor` of shape `[batch, num_attention_heads, query_length, kv_len]`.
@@ -288,49 +301,44 @@ def scores(
     Raises:
         `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
     """
-    _check_query(query, states, attention_mask)
+    options = AttentionOptions(**options)._replace(sinks=None)
+    _check_query(query, states, options)
+    settle(states)
     if states.counters is not None:
-        return reference.scores(
-            query, states, scaling=scaling, attention_mask=attention_mask, is_causal=is_causal, softcap=softcap
-        )
-    kernel = _pick(states.backend, query.device, attention_kernels, "scores", query, states)
-    return kernel(query, states, scaling=scaling, attention_mask=attention_mask, is_causal=is_causal, softcap=softcap)
+        return reference.scores(query, states, options)
+    return _pick(states.backend, query.device, attention_kernels, "scores", query, states)(query, states, options)
 
 
-def _check_query(query: torch.Tensor, states, attention_mask: torch.Tensor | None) -> None:
+def _check_query(query: torch.Tensor, states: LayerStates, options: AttentionOptions) -> None:
     batch, heads, kv_len, head_dim = states.shape("keys")
     if query.dim() != 4 or query.shape[0] != batch or query.shape[1] % heads or query.shape[3] != head_dim:
         raise ValueError(
             f"`query` must be of shape [{batch}, a multiple of {heads}, query_length, {head_dim}], "
             f"got {list(query.shape)}."
         )
-    if attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.shape[-1] < kv_len):
+    mask = options.attention_mask
+    if mask is not None and (mask.dim() != 4 or mask.shape[-1] < kv_len):
         raise ValueError(
-            f"`attention_mask` must have four dimensions, the last of at least {kv_len}, "
-            f"got {list(attention_mask.shape)}."
+            f"`attention_mask` must have four dimensions, the last of at least {kv_len}, got {list(mask.shape)}."
         )
 
 
-def _dequantized_attention(query, states, scaling, attention_mask, is_causal) -> torch.Tensor:
-    batch, _, length, _ = query.shape
-    if is_causal:
+def _dequantized_attention(query: torch.Tensor, states: LayerStates, options: AttentionOptions) -> torch.Tensor:
+    mask = None if options.attention_mask is None else options.attention_mask[..., : states.kv_len]
+    if options.is_causal:
         positions = torch.arange(states.kv_len, device=query.device)
-        visible = positions <= positions[-length:].unsqueeze(-1)
-        if attention_mask is None:
-            attention_mask = visible
-        elif attention_mask.dtype == torch.bool:
-            attention_mask = attention_mask[..., : states.kv_len] & visible
+        visible = positions <= positions[-query.shape[2] :].unsqueeze(-1)
+        if mask is None:
+            mask = visible
         else:
-            attention_mask = attention_mask[..., : states.kv_len].masked_fill(~visible, -torch.inf)
-    elif attention_mask is not None:
-        attention_mask = attention_mask[..., : states.kv_len]
-    keys, values = (states.dequantize(role).to(query.dtype) for role in ("keys", "values"))
+            mask = mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
+    keys, values = (dequantize_all(states, role).to(query.dtype) for role in ("keys", "values"))
     groups = query.shape[1] // keys.shape[1]
-    if groups > 1 and attention_mask is not None and query.is_cuda:
+    if groups > 1 and mask is not None and query.is_cuda:
         # With groups and a mask, torch may offer only its slowest kernel, which holds all logits.
         keys, values, groups = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1), 1
     return torch.nn.functional.scaled_dot_product_attention(
-        query, keys, values, attn_mask=attention_mask, scale=scaling, enable_gqa=groups > 1
+        query, keys, values, attn_mask=mask, scale=options.scaling, enable_gqa=groups > 1
     )
 
 

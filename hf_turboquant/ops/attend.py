@@ -5,6 +5,7 @@ from itertools import chain
 import torch
 
 from ..packing import BLOCK
+from ..states import AttentionOptions, LayerStates
 from .attention_plan import (
     CODED_SPLITS,
     COMBINE_COLUMNS,
@@ -26,7 +27,7 @@ LOG2E = 1.4426950408889634
 LAUNCHES = "prepare", "attend", "combine"
 
 
-def supports(query: torch.Tensor, states, **_) -> str | None:
+def supports(query: torch.Tensor, states: LayerStates) -> str | None:
     """`None` if the kernels support this call, else the reason why not, in words. Reads no device memory."""
     reason = _decline(states)
     if reason is not None:
@@ -38,7 +39,7 @@ def supports(query: torch.Tensor, states, **_) -> str | None:
     return None
 
 
-def _decline(states) -> str | None:
+def _decline(states: LayerStates) -> str | None:
     for role in ("keys", "values"):
         quantizer, exact = states.quantizers[role], states.exact[role]
         if quantizer.head_dim % 16 or not 32 <= quantizer.head_dim <= 256:
@@ -50,13 +51,8 @@ def _decline(states) -> str | None:
 
 def attention(
     query: torch.Tensor,
-    states,
-    *,
-    scaling: float,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    states: LayerStates,
+    options: AttentionOptions,
     portable: bool | None = None,
     launches: tuple[str, ...] = LAUNCHES,
 ) -> torch.Tensor:
@@ -68,20 +64,17 @@ def attention(
         launches (`tuple[str, ...]`): for timing, the launches to do; an earlier call must have done the others.
     """
     query = query if query.stride(3) == 1 else query.contiguous()
-    mask, mask_kind = _mask(attention_mask, query)
-    plan = _plan(query, states, mask_kind, is_causal, softcap, sinks, portable)
-    return plan.run(query, states, scaling, mask, softcap, sinks, launches)
+    mask, mask_kind = _mask(options.attention_mask, query)
+    return _plan(query, states, options, mask_kind, portable).run(query, states, options, mask, launches)
 
 
-def attention_again(
-    query: torch.Tensor, states, scaling: float, is_causal: bool, softcap, sinks
-) -> torch.Tensor | None:
+def attention_again(query: torch.Tensor, states: LayerStates, options: AttentionOptions) -> torch.Tensor | None:
     """[`attention`] without a mask if an earlier call prepared a plan for the same buffers; else `None`."""
-    plan = states.plans.find(_key(query, states, _NO_MASK, is_causal, softcap, sinks, None), states)
-    return None if plan is None else plan.run(query, states, scaling, (query, 0, 0, 0, 0), softcap, sinks)
+    plan = states.plans.find(_key(query, states, options, _NO_MASK, None), states)
+    return None if plan is None else plan.run(query, states, options, (query, 0, 0, 0, 0))
 
 
-def warm(states) -> None:
+def warm(states: LayerStates) -> None:
     """See `ops.warm`."""
     if _decline(states) is not None:
         # The reference has no constants of its own.
@@ -94,33 +87,25 @@ def warm(states) -> None:
 
 
 def scores(
-    query: torch.Tensor,
-    states,
-    *,
-    scaling: float,
-    attention_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    softcap: float | None = None,
-    portable: bool | None = None,
+    query: torch.Tensor, states: LayerStates, options: AttentionOptions, portable: bool | None = None
 ) -> torch.Tensor:
     """[`ops.scores`] in two launches: rotate the query | logits."""
-    states.settle()
     query = query if query.stride(3) == 1 else query.contiguous()
-    mask, mask_kind = _mask(attention_mask, query)
-    plan = _plan(query, states, mask_kind, is_causal, softcap, None, portable)
+    mask, mask_kind = _mask(options.attention_mask, query)
+    plan = _plan(query, states, options, mask_kind, portable)
     out = torch.empty((*query.shape[:3], states.kv_len), dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
-        plan.run_scores(query, states, scaling, mask, softcap, out)
+        plan.run_scores(query, states, options, mask, out)
     return out
 
 
-def _plan(query, states, mask_kind, is_causal, softcap, sinks, portable) -> "AttentionPlan":
-    key = _key(query, states, mask_kind, is_causal, softcap, sinks, portable)
+def _plan(query, states: LayerStates, options: AttentionOptions, mask_kind: tuple, portable) -> "AttentionPlan":
+    key = _key(query, states, options, mask_kind, portable)
     plan = None if states.plans is None else states.plans.find(key, states)
     if plan is None:
         # Compiled kernels belong to a device.
         with torch.cuda.device_of(query):
-            plan = AttentionPlan(query, states, mask_kind, is_causal, softcap is not None, sinks is not None, portable)
+            plan = AttentionPlan(query, states, options, mask_kind, portable)
         if states.plans is not None:
             states.plans.keep(key, plan, states)
     return plan
@@ -132,34 +117,29 @@ class AttentionPlan:
     lengths is ready.
 
     Args:
-        query, states, is_causal, portable: as for [`attention`].
-        mask_kind, softcap (`bool`): the kind of the mask, see [`_mask`], and whether there is a softcap.
-        sinks (`bool`): whether there are attention sinks.
+        query, states, options, portable: as for [`attention`]; of the options only those that [`_key`] tells apart.
+        mask_kind (`tuple`): see [`_mask`].
     """
 
-    def __init__(self, query, states, mask_kind, is_causal, softcap, sinks, portable):
+    def __init__(self, query, states: LayerStates, options: AttentionOptions, mask_kind: tuple, portable):
         keys, values = states.quantizers["keys"], states.quantizers["values"]
-        codes = [buffer.tensors for buffer in states.codes.values()]
         self.stream = stream_of(query.device)
         # Keeps the buffers alive whose addresses it holds.
-        self.quantizers, self.exact, (self.key_codes, self.value_codes) = states.quantizers, states.exact, codes
+        self.quantizers, self.exact = states.quantizers, states.exact
+        self.key_codes, self.value_codes = (states.codes[role].tensors for role in ("keys", "values"))
         batch, heads, query_length, _ = query.shape
         # The layout that the model needs: heads next to each other.
         width = heads * values.head_dim
         self.out_shape = batch, heads, query_length, values.head_dim
         self.out_strides = query_length * width, values.head_dim, width, 1
-        scales = codes[0]["scales"]
-        kv_heads = scales.shape[1]
-        self.pairs = pairs = batch * kv_heads
-        groups = heads // kv_heads
-        rows = groups * query_length
+        kv_heads = self.key_codes["scales"].shape[1]
+        self.sizes = query_length, heads // kv_heads, kv_heads
+        self.pairs, self.rows = batch * kv_heads, heads // kv_heads * query_length
+        self.blocks = -(-states.quantized // BLOCK)
+        portable = is_portable(query.device) if portable is None else portable
+        matrices = constants_of(keys).query_matrices(keys, portable)
         # With a static capacity the kernels read the lengths from device memory, and these are upper bounds.
         static = states.counters is not None
-        self.blocks = -(-states.quantized // BLOCK)
-        key_constants, value_constants = constants_of(keys), constants_of(values)
-        key_states, value_states = states.exact["keys"], states.exact["values"]
-        portable = is_portable(query.device) if portable is None else portable
-        matrices = key_constants.query_matrices(keys, portable)
         self.kernels = kernels = kernels_for(
             query.device,
             portable,
@@ -169,62 +149,70 @@ class AttentionPlan:
             (values.nbits, values.head_dim, values.mean is not None, values.codebook),
             mask_kind,
             # The last query sees everything.
-            is_causal and query_length > 1,
-            softcap,
-            rows <= ROWS // 2,
+            options.is_causal and query_length > 1,
+            options.softcap is not None,
+            self.rows <= ROWS // 2,
             static,
         )
-        self.row_tiles = row_tiles = -(-rows // kernels.rows)
+        self.row_tiles = -(-self.rows // kernels.rows)
+        self.rotations = self.pairs * self.row_tiles
         # A call has the splits of the codes, then those of the exact tokens.
-        slots, held = min(states.sink_length + states.ring, key_states.shape[2]), key_states.shape[2]
-        self.exact_tiles = exact_tiles = max(-(-slots // EXACT_TILE), int(static))
-        self.code_splits = count_splits(kernels.wave, pairs * row_tiles, self.blocks, CODED_SPLITS[-1])
-        splits = self.code_splits + exact_tiles
-        scratch = NewScratch(query.device) if static else scratch_of(query.device)
-        partial = scratch.get("partial", pairs * rows * splits * values.head_dim)
-        stats = scratch.get("stats", pairs * rows * splits * 2)
-        operands = scratch.get("operands", pairs * rows * kernels.operand_bytes)
-        constants = scratch.get("constants", pairs * rows * 8)
-        factors = [x if x is not None else key_constants.neutral[i] for i, x in enumerate((keys.scale, keys.mean))]
-        key_planes = _planes(codes[0]) + (codes[0].get("residual_norms", scales),)
-        of_keys = operands, constants, *key_planes, key_constants.tables
-        sizes = query_length, groups, kv_heads
-        (_, *units), (_, *sketch_units) = key_constants.hosted[0], key_constants.hosted[-1]
-        units = key_constants.scale, key_constants.offset, *map(float, chain(*zip(units, sketch_units, strict=True)))
-        self.prepare, sides, self.rotations = kernels.prepare, (None, None), pairs * row_tiles
-        programs = self.rotations * (1 + exact_tiles)
+        self.slots = min(states.sink_length + states.ring, states.exact["keys"].shape[2])
+        self.exact_tiles = max(-(-self.slots // EXACT_TILE), int(static))
+        self.code_splits = count_splits(kernels.wave, self.rotations, self.blocks, CODED_SPLITS[-1])
+        self.chunks = -(-self.blocks // kernels.score_blocks)
+        self.prepare, sides = kernels.prepare, (None, None)
+        programs = self.rotations * (1 + self.exact_tiles)
         if states.newest is not None:
             sides, specifications, key, _ = token_sides(states, dict(zip(states.exact, states.newest, strict=True)))
             self.prepare = kernels.append((*key, _aligned(states)), specifications, states.ring > 0)
-            programs += 2 * pairs
-        self.prepare_grid, self.attend_grid = (programs, 1, 1), (self.code_splits * row_tiles, pairs, 1)
-        self.combine_grid = pairs * rows, -(-values.head_dim // COMBINE_COLUMNS), 1
-        self.attend, self.combine = kernels.attend, kernels.combine(self.code_splits, sinks)
-        dual = value_constants.dual_operator(values, kernels.dual_dtype)
-        # For each launch, the arguments that stay the same from call to call, as tensors and as addresses.
-        self.fixed_prepare = self.prepare.fix(
-            (*sides, states.counters, matrices, *factors, operands, constants, key_states, value_states, partial, stats)
-            + (*query.stride()[:3], *sizes, *map(len, factors), states.sink_length, states.ring, slots, held)
-            + (states.codes["keys"].capacity // BLOCK, row_tiles, pairs, splits, self.code_splits, *units)
-        )
-        self.fixed_attend = self.attend.fix(
-            (states.counters, *of_keys, *_planes(codes[1]), value_constants.tables, partial, stats, *sizes)
-            + (states.sink_length, scales.shape[2], codes[1]["scales"].shape[2], row_tiles, splits, self.code_splits)
-        )
-        self.fixed_combine = self.combine.fix(
-            (partial, stats, dual, dual if values.mean is None else values.mean, rows, *sizes)
-            + (1 if values.mean is None else len(values.mean), splits, self.code_splits)
-            + (*self.out_strides[:3], value_constants.scale)
-        )
-        self.chunks = -(-self.blocks // kernels.score_blocks)
-        self.fixed_scores = kernels.scores.fix(
-            (*of_keys, key_states, *query.stride()[:3], *sizes, states.sink_length, states.ring, slots, held)
-            + (scales.shape[2], row_tiles, exact_tiles)
-        )
+            programs += 2 * self.pairs
+        self.attend, self.combine = kernels.attend, kernels.combine(self.code_splits, options.sinks is not None)
+        self.prepare_grid, self.attend_grid = (programs, 1, 1), (self.code_splits * self.row_tiles, self.pairs, 1)
+        self.combine_grid = self.pairs * self.rows, -(-values.head_dim // COMBINE_COLUMNS), 1
+        self._fix(query.stride()[:3], states, sides, matrices, NewScratch if static else scratch_of)
         # Whether everything is compiled: launches then take addresses.
         self.compiled = False
 
-    def fits(self, states) -> bool:
+    def _fix(self, strides: tuple, states: LayerStates, sides: tuple, matrices: torch.Tensor, kind) -> None:
+        """For each launch, the arguments that stay the same from call to call, as tensors and as addresses."""
+        keys, values = states.quantizers["keys"], states.quantizers["values"]
+        key_constants, value_constants = constants_of(keys), constants_of(values)
+        scales, held = self.key_codes["scales"], states.exact["keys"].shape[2]
+        splits = self.code_splits + self.exact_tiles
+        scratch, rows = kind(matrices.device), self.pairs * self.rows
+        partial = scratch.get("partial", rows * splits * values.head_dim)
+        stats = scratch.get("stats", rows * splits * 2)
+        operands = scratch.get("operands", rows * self.kernels.operand_bytes)
+        constants = scratch.get("constants", rows * 8)
+        factors = [x if x is not None else key_constants.neutral[i] for i, x in enumerate((keys.scale, keys.mean))]
+        key_planes = _planes(self.key_codes) + (self.key_codes.get("residual_norms", scales),)
+        of_keys = operands, constants, *key_planes, key_constants.tables
+        (_, *units), (_, *sketch_units) = key_constants.hosted[0], key_constants.hosted[-1]
+        units = key_constants.scale, key_constants.offset, *map(float, chain(*zip(units, sketch_units, strict=True)))
+        dual = value_constants.dual_operator(values, self.kernels.dual_dtype)
+        exact = states.sink_length, states.ring, self.slots, held
+        self.fixed_prepare = self.prepare.fix(
+            (*sides, states.counters, matrices, *factors, operands, constants, *states.exact.values(), partial, stats)
+            + (*strides, *self.sizes, *map(len, factors), *exact, states.codes["keys"].capacity // BLOCK)
+            + (self.row_tiles, self.pairs, splits, self.code_splits, *units)
+        )
+        self.fixed_attend = self.attend.fix(
+            (states.counters, *of_keys, *_planes(self.value_codes), value_constants.tables, partial, stats)
+            + (*self.sizes, states.sink_length, scales.shape[2], self.value_codes["scales"].shape[2])
+            + (self.row_tiles, splits, self.code_splits)
+        )
+        self.fixed_combine = self.combine.fix(
+            (partial, stats, dual, dual if values.mean is None else values.mean, self.rows, *self.sizes)
+            + (1 if values.mean is None else len(values.mean), splits, self.code_splits)
+            + (*self.out_strides[:3], value_constants.scale)
+        )
+        self.fixed_scores = self.kernels.scores.fix(
+            (*of_keys, states.exact["keys"], *strides, *self.sizes, *exact)
+            + (scales.shape[2], self.row_tiles, self.exact_tiles)
+        )
+
+    def fits(self, states: LayerStates) -> bool:
         """Whether these are the same buffers and the codes fill the same blocks."""
         codes = states.codes
         return (
@@ -235,7 +223,7 @@ class AttentionPlan:
             and self.quantizers is states.quantizers
         )
 
-    def run(self, query, states, scaling, mask, softcap, sinks, launches=LAUNCHES) -> torch.Tensor:
+    def run(self, query, states: LayerStates, options: AttentionOptions, mask: tuple, launches=LAUNCHES):
         """
         See [`attention`].
 
@@ -244,11 +232,12 @@ class AttentionPlan:
         """
         if on_other_device(query.device):
             with torch.cuda.device(query.device):
-                return self.run(query, states, scaling, mask, softcap, sinks, launches)
+                return self.run(query, states, options, mask, launches)
         compiled, stream = self.compiled, self.stream
         # Tensors until everything is compiled, then addresses.
         at = torch.Tensor.data_ptr if compiled else _itself
-        softcap = 1.0 if softcap is None else softcap * LOG2E
+        scaling, sinks = options.scaling, options.sinks
+        softcap = 1.0 if options.softcap is None else options.softcap * LOG2E
         mask = at(mask[0]), *mask[1:]
         lengths = states.kv_len, states.quantized
         if "prepare" in launches:
@@ -267,9 +256,9 @@ class AttentionPlan:
         self.compiled = not INTERPRETED and launches is LAUNCHES and not is_only_compiling()
         return out
 
-    def run_scores(self, query, states, scaling, mask, softcap, out) -> None:
+    def run_scores(self, query, states: LayerStates, options: AttentionOptions, mask: tuple, out) -> None:
         """Writes the logits of exact tokens and of codes to `out`; arguments as for [`run`]."""
-        softcap = 1.0 if softcap is None else softcap * LOG2E
+        scaling, softcap = options.scaling, 1.0 if options.softcap is None else options.softcap * LOG2E
         lengths = states.kv_len, states.quantized, states.phase
         args = query, query, query, *mask, *lengths, states.leaving, scaling, softcap
         self.prepare((self.rotations, 1, 1), self.stream, args, self.fixed_prepare[0])
@@ -292,17 +281,17 @@ def _planes(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
 _NO_MASK = None, False
 
 
-def _key(query: torch.Tensor, states, mask_kind: tuple, is_causal: bool, softcap, sinks, portable) -> tuple:
+def _key(query, states: LayerStates, options: AttentionOptions, mask_kind: tuple, portable) -> tuple:
     """Everything but the buffers that a plan depends on."""
     newest = states.newest
     if newest is not None:
         newest = newest[0].stride(), newest[1].stride(), _aligned(states)
-    kind = mask_kind, is_causal, softcap is None, sinks is None, portable, newest
+    kind = mask_kind, options.is_causal, options.softcap is None, options.sinks is None, portable, newest
     # Scratch memory belongs to a stream.
     return query.shape, query.stride(), query.dtype, query.device, stream_of(query.device), kind
 
 
-def _aligned(states) -> tuple[int, int]:
+def _aligned(states: LayerStates) -> tuple[int, int]:
     # A compiled kernel may rely on aligned addresses.
     key, value = states.newest
     return key.data_ptr() % 16, value.data_ptr() % 16

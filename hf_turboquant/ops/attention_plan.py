@@ -270,60 +270,28 @@ class Kernels:
         early = not portable and overlaps(device)
         # Passed on only where it exists.
         self.overlap = {"launch_pdl": True} if early else {}
-        shared = {
-            "DIM": key_dim,
-            "WIDTH": width,
-            "QJL": qjl,
-            "ROWS": self.rows,
-            "MASK": 0 if mask_dtype is None else 1 if mask_dtype == torch.bool else 2,
-            "CAUSAL": causal,
-            "SOFTCAP": softcap,
-            "ASM": not portable,
-        }
         padded = triton.next_power_of_2(key_dim)
         # With 8 bits and wide heads a third buffer would exceed the shared memory of many GPUs.
         stages = 3 if 16 * (key_bits * key_dim + value_bits * value_dim) <= 2**15 else 2
-        self._prepare = {
-            **shared,
-            "DIM_PAD": padded,
-            "VALUE_DIM": value_dim,
-            "VALUE_PAD": triton.next_power_of_2(value_dim),
-            "COUNT": codes_per_byte(key_bits),
-            "PASSES": passes,
-            "TILE": EXACT_TILE,
-            "DOT": exact_dot,
-            "EARLY": early,
-            # Nothing to append.
-            **dict.fromkeys(("KEYS", "VALUES", "RING")),
-        }
+        shared = {"DIM": key_dim, "WIDTH": width, "QJL": qjl, "ROWS": self.rows, "CAUSAL": causal, "SOFTCAP": softcap}
+        shared |= {"MASK": 0 if mask_dtype is None else 1 if mask_dtype == torch.bool else 2, "ASM": not portable}
+        self._prepare = {**shared, "DIM_PAD": padded, "COUNT": codes_per_byte(key_bits), "PASSES": passes}
+        self._prepare |= {"VALUE_DIM": value_dim, "VALUE_PAD": triton.next_power_of_2(value_dim), "TILE": EXACT_TILE}
+        # Nothing to append.
+        self._prepare |= {"DOT": exact_dot, "EARLY": early, **dict.fromkeys(("KEYS", "VALUES", "RING"))}
         # A program holds the matrices of the query in registers.
         self._prepare_warps = 4 if passes * self.operand_bytes // 2 * padded <= 2**16 else 8
         self.prepare = self._launcher(self._prepare)
         self._append: dict[tuple, Launcher] = {}
-        self.attend = Launcher(
-            attend_kernel,
-            {
-                **shared,
-                "KEY_BITS": key_bits,
-                "VALUE_DIM": value_dim,
-                "VALUE_ROWS": value_rows,
-                "VALUE_BITS": value_bits,
-                "PARTS": parts,
-                "FOLD": int8 and few_rows,
-                "ALIKE": alike,
-                "DOT": tl.float32 if INTERPRETED else tl.int8 if int8 else tl.float16,
-                "EARLY": early,
-                "KEY_SNIPPET": key_text[0],
-                "KEY_CONSTRAINTS": key_text[1],
-                "VALUE_SNIPPET": value_text[0],
-                "VALUE_CONSTRAINTS": value_text[1],
-            },
-            num_warps=warps,
-            num_stages=stages,
-            **self.overlap,
-            # Limits registers: prefetching a mask would otherwise cost a third of a multiprocessor's resident warps.
-            **({"maxnreg": 168} if alike and not portable and max(key_dim, value_dim) <= 128 else {}),
-        )
+        attend = {**shared, "KEY_BITS": key_bits, "VALUE_DIM": value_dim, "VALUE_ROWS": value_rows, "PARTS": parts}
+        attend |= {"VALUE_BITS": value_bits, "FOLD": int8 and few_rows, "ALIKE": alike, "EARLY": early}
+        attend |= {"DOT": tl.float32 if INTERPRETED else tl.int8 if int8 else tl.float16}
+        attend |= {"KEY_SNIPPET": key_text[0], "KEY_CONSTRAINTS": key_text[1]}
+        attend |= {"VALUE_SNIPPET": value_text[0], "VALUE_CONSTRAINTS": value_text[1]}
+        # Limits registers: prefetching a mask would otherwise cost a third of a multiprocessor's resident warps.
+        limit = {"maxnreg": 168} if alike and not portable and max(key_dim, value_dim) <= 128 else {}
+        options = {"num_warps": warps, "num_stages": stages, **self.overlap, **limit}
+        self.attend = Launcher(attend_kernel, attend, **options)
         scores = {"PARTS": 2, "SNIPPET": key_text[0], "CONSTRAINTS": key_text[1], "BLOCKS": self.score_blocks}
         scores |= {"DIM_PAD": padded, "KEY_BITS": key_bits, "TILE": EXACT_TILE, "EXACT_DOT": exact_dot}
         self.scores = Launcher(scores_kernel, {**shared, **scores}, num_warps=4, num_stages=3)

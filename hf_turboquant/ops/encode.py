@@ -9,6 +9,7 @@ import triton.language as tl
 from ..packing import BLOCK, plane_shapes
 from ..quantizer import Quantizer
 from ..search import Annealing
+from ..states import LayerStates
 from ..storage import TokenBuffer
 from .attention_plan import constants_of
 from .launch import DTYPES, INTERPRETED, on_other_device, overlaps, run
@@ -53,7 +54,7 @@ def quantize_pair(
             quantize(*one)
 
 
-def append(states, new: dict[str, torch.Tensor]) -> None:
+def append(states: LayerStates, new: dict[str, torch.Tensor]) -> None:
     """[`ops.append`] in one launch for each token."""
     device = new["keys"].device
     if on_other_device(device):
@@ -77,7 +78,7 @@ def append(states, new: dict[str, torch.Tensor]) -> None:
         run(step_kernel, (*key, aligned), (1, batch * heads, len(token)), device, args, options)
 
 
-def token_sides(states, new: dict[str, torch.Tensor]):
+def token_sides(states: LayerStates, new: dict[str, torch.Tensor]):
     """
     What kernels need to append single tokens: for keys and for values, the arguments and their specifications, then the
     key of the compiled kernel (without the alignment of the tokens) and the launch options.

@@ -10,6 +10,7 @@ import torch
 
 from ..packing import BLOCK, pack, unpack
 from ..quantizer import Quantizer
+from ..states import AttentionOptions, LayerStates
 from ..storage import TokenBuffer
 
 # Every operation has its reference in this module.
@@ -121,7 +122,8 @@ def _choose_jointly(y: torch.Tensor, quantizer: Quantizer):
     for _ in range(2):
         codes, nearest = _nearest((y - part) / annealing.grid, quantizer)
         sketched = (y - annealing.grid * nearest) @ S.mT
-        signs = torch.where(sketched >= 0, 1.0, -1.0)
+        # not by `torch.where`, which would give them the default dtype
+        signs = (sketched >= 0).float() * 2 - 1
         part = amplitude * signs @ S
     return codes, nearest, sketched, signs
 
@@ -195,7 +197,7 @@ def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) ->
         buffer.length += tokens
 
 
-def append(states, new: dict[str, torch.Tensor]) -> None:
+def append(states: LayerStates, new: dict[str, torch.Tensor]) -> None:
     """[`ops.append`], with lengths fetched from the device."""
     tokens, capacity, length = new["keys"].shape[2], states.kv_len, states.measured().kv_len
     if states.counters is not None and length + tokens > capacity:
@@ -207,7 +209,7 @@ def append(states, new: dict[str, torch.Tensor]) -> None:
         _append_one(states, {role: state[:, :, index : index + 1] for role, state in new.items()})
 
 
-def _append_one(states, new: dict[str, torch.Tensor]) -> None:
+def _append_one(states: LayerStates, new: dict[str, torch.Tensor]) -> None:
     sinks, ring = states.sink_length, states.ring
     now = states.measured()
     quantized = now.quantized
@@ -255,25 +257,20 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
 
 
 @full_precision
-def scores(query, states, *, scaling, attention_mask=None, is_causal=False, softcap=None) -> torch.Tensor:
+def scores(query: torch.Tensor, states: LayerStates, options: AttentionOptions) -> torch.Tensor:
     """The logits of [`ops.scores`], fp32."""
     if states.counters is not None:
         capacity, states = states.kv_len, states.measured()
-        out = scores(
-            query, states, scaling=scaling, attention_mask=attention_mask, is_causal=is_causal, softcap=softcap
-        )
+        out = scores(query, states, options)
         return torch.nn.functional.pad(out, (0, capacity - states.kv_len), value=-torch.inf)
     out = query.new_empty((*query.shape[:3], states.kv_len), dtype=torch.float32)
-    for start, logits, _, _ in _pieces(query, states, scaling, softcap):
-        stop = start + logits.shape[-1]
-        out[..., start:stop] = _mask(logits, attention_mask, is_causal, start, states.kv_len)
+    for start, logits, _, _ in _pieces(query, states, options):
+        out[..., start : start + logits.shape[-1]] = logits
     return out
 
 
 @full_precision
-def attention(
-    query, states, *, scaling, attention_mask=None, is_causal=False, softcap=None, sinks=None
-) -> torch.Tensor:
+def attention(query: torch.Tensor, states: LayerStates, options: AttentionOptions) -> torch.Tensor:
     """The output of [`ops.attention`], tile by tile with an online softmax (arXiv 2205.14135), in fp32 throughout."""
     states = states.measured()
     shape = (*query.shape[:3], states.exact["values"].shape[-1])
@@ -281,11 +278,10 @@ def attention(
     largest = query.new_full((*shape[:3], 1), -torch.inf, dtype=torch.float32)
     totals = [torch.zeros_like(largest), torch.zeros_like(largest)]
     outputs = [query.new_zeros(shape, dtype=torch.float32) for _ in range(2)]
-    if sinks is not None:
-        largest = largest.maximum(sinks.float().view(1, -1, 1, 1))
+    if options.sinks is not None:
+        largest = largest.maximum(options.sinks.float().view(1, -1, 1, 1))
         totals[False] += 1
-    for start, logits, values, coded in _pieces(query, states, scaling, softcap):
-        logits = _mask(logits, attention_mask, is_causal, start, states.kv_len)
+    for _, logits, values, coded in _pieces(query, states, options):
         new_largest = largest.maximum(logits.amax(-1, keepdim=True))
         # A row that has seen nothing yet has no finite maximum.
         finite = torch.where(new_largest == -torch.inf, 0, new_largest)
@@ -305,25 +301,26 @@ def attention(
     return torch.where(total == 0, 0, out / total).to(query.dtype)
 
 
-def _pieces(query, states, scaling, softcap):
+def _pieces(query: torch.Tensor, states: LayerStates, options: AttentionOptions):
     """
-    Yields, tile by tile: position, logits `[batch, num_attention_heads, query_length, tokens]`, values `[batch,
+    Yields, tile by tile: position, masked logits `[batch, num_attention_heads, query_length, tokens]`, values `[batch,
     num_key_value_heads, tokens, head_dim]` in fp32, and whether they come from codes (such values are still
     transformed).
     """
-    states.settle()
     quantizer = states.quantizers["keys"]
     shape = query.shape[:3]
     # The queries of one KV head are rows of one matrix.
     rows = query.float().reshape(query.shape[0], states.exact["keys"].shape[1], -1, query.shape[-1])
 
-    def finish(logits: torch.Tensor) -> torch.Tensor:
-        logits = (logits * scaling).reshape(*shape, -1)
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    def finish(logits: torch.Tensor, start: int) -> torch.Tensor:
+        logits = (logits * options.scaling).reshape(*shape, -1)
+        if options.softcap is not None:
+            logits = options.softcap * torch.tanh(logits / options.softcap)
+        return _mask(logits, options, start, states.kv_len)
 
     for position, run in states.exact_runs():
         values = states.exact["values"][:, :, run].float()
-        yield position, finish(rows @ states.exact["keys"][:, :, run].float().mT), values, False
+        yield position, finish(rows @ states.exact["keys"][:, :, run].float().mT, position), values, False
     turned = (rows if quantizer.scale is None else rows / quantizer.scale) @ quantizer.dual.mT
     sketched = None if quantizer.sketch is None else turned @ quantizer.sketch.mT
     offset = 0.0 if quantizer.mean is None else (rows * quantizer.mean).sum(-1, keepdim=True)
@@ -334,7 +331,8 @@ def _pieces(query, states, scaling, softcap):
             codes_of(states.codes[role], states.quantizers[role], start, stop) for role in ("keys", "values")
         )
         logits = _score(turned, sketched, *key_codes, quantizer) + offset
-        yield states.sink_length + start, finish(logits), decode(*value_codes, states.quantizers["values"]), True
+        position = states.sink_length + start
+        yield position, finish(logits, position), decode(*value_codes, states.quantizers["values"]), True
 
 
 def _score(turned, sketched, codes, scales, quantizer) -> torch.Tensor:
@@ -347,15 +345,16 @@ def _score(turned, sketched, codes, scales, quantizer) -> torch.Tensor:
     return logits + (sketched @ signs.mT) * scales["residual_norms"].float().unsqueeze(-2)
 
 
-def _mask(logits, attention_mask, is_causal, start, kv_len) -> torch.Tensor:
+def _mask(logits: torch.Tensor, options: AttentionOptions, start: int, kv_len: int) -> torch.Tensor:
+    """Logits of the tokens from position `start` on, -inf for those that must not be attended to."""
     stop = start + logits.shape[-1]
-    if is_causal:
+    if options.is_causal:
         queries = torch.arange(kv_len - logits.shape[2], kv_len, device=logits.device)
         positions = torch.arange(start, stop, device=logits.device)
         logits = logits.masked_fill(positions > queries.unsqueeze(-1), -torch.inf)
-    if attention_mask is None:
+    if options.attention_mask is None:
         return logits
-    mask = attention_mask[..., start:stop]
+    mask = options.attention_mask[..., start:stop]
     return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
 
 

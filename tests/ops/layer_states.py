@@ -3,12 +3,13 @@
 import torch
 import torch.nn.functional as F
 
+from hf_turboquant import ops
 from hf_turboquant.config import TurboQuantConfig
 from hf_turboquant.ops import attend as kernels
 from hf_turboquant.ops import attention_plan as plan
 from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
-from hf_turboquant.states import LayerStates
+from hf_turboquant.states import AttentionOptions, LayerStates
 
 
 def random_states(
@@ -58,7 +59,7 @@ def random_states(
 
 def torch_attention(query, states, scaling, attention_mask=None, is_causal=False, softcap=None, sinks=None):
     """The same attention in the query's own dtype, on dequantised states."""
-    keys, values = (states.dequantize(role).to(query.dtype) for role in ("keys", "values"))
+    keys, values = (ops.dequantize_all(states, role).to(query.dtype) for role in ("keys", "values"))
     kv_len, length = states.kv_len, query.shape[2]
     bias = torch.zeros((1, 1, length, kv_len), device=query.device)
     if is_causal:
@@ -96,6 +97,6 @@ def poison_scratch() -> None:
 def check(query, states, portable=None, **options) -> tuple[float, float]:
     """Relative errors of the kernels and of torch in the query's dtype, both against the fp32 reference."""
     poison_scratch()
-    out = kernels.attention(query, states, portable=portable, **options)
-    truth = reference.attention(query.float(), states, **options)
+    out = kernels.attention(query, states, AttentionOptions(**options), portable=portable)
+    truth = reference.attention(query.float(), states, AttentionOptions(**options))
     return relative_error(out, truth), relative_error(torch_attention(query, states, **options), truth)

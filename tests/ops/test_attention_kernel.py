@@ -19,6 +19,7 @@ from hf_turboquant.config import TurboQuantConfig
 from hf_turboquant.ops import attend as kernels
 from hf_turboquant.ops import reference
 from hf_turboquant.quantizer import Quantizer
+from hf_turboquant.states import AttentionOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
@@ -112,7 +113,7 @@ def test_a_row_that_sees_nothing_is_zero():
     states = make(300, batch=2)
     mask = torch.ones((2, 1, 1, 300), dtype=torch.bool, device=DEVICE)
     mask[1] = False
-    out = kernels.attention(make_query(states), states, scaling=0.1, attention_mask=mask)
+    out = kernels.attention(make_query(states), states, AttentionOptions(scaling=0.1, attention_mask=mask))
     assert not out[1].any() and out[0].isfinite().all()
 
 
@@ -153,8 +154,8 @@ def test_means_and_scales_per_head(softcap):
     states.quantizers["keys"] = dataclasses.replace(states.quantizers["keys"], scale=scale)
     query = make_query(states)
     assert_close(states, query, softcap=softcap)
-    got = kernels.scores(query, states, scaling=0.1, softcap=softcap)
-    assert relative_error(got, reference.scores(query, states, scaling=0.1, softcap=softcap)) < 1e-3
+    got = kernels.scores(query, states, AttentionOptions(scaling=0.1, softcap=softcap))
+    assert relative_error(got, reference.scores(query, states, AttentionOptions(scaling=0.1, softcap=softcap))) < 1e-3
 
 
 @pytest.mark.parametrize("portable", PORTABLE)
@@ -164,8 +165,8 @@ def test_scores(nbits, estimator, portable):
     states = make(300, nbits=nbits, key_estimator=estimator, tail=33)
     query = make_query(states, length=3)
     options = {"scaling": 0.3, "is_causal": True, "softcap": 20.0}
-    got = kernels.scores(query, states, portable=portable, **options)
-    truth = reference.scores(query, states, **options)
+    got = kernels.scores(query, states, AttentionOptions(**options), portable=portable)
+    truth = reference.scores(query, states, AttentionOptions(**options))
     assert got.dtype == torch.float32 and got.shape == (1, 4, 3, 300)
     assert torch.equal(got.isinf(), truth.isinf())
     assert relative_error(got[got.isfinite()], truth[truth.isfinite()]) < 2e-4
@@ -178,12 +179,12 @@ def test_torch_defaults_do_not_matter(default):
     config = TurboQuantConfig(nbits=4, seed=len(str(default)))
     states.quantizers["keys"] = Quantizer.create(config, "keys", 0, 64, DEVICE)
     query = make_query(states)
-    expected = reference.attention(query.float(), states, scaling=0.1)
+    expected = reference.attention(query.float(), states, AttentionOptions(scaling=0.1))
     before = torch.get_default_dtype(), torch.get_default_device()
     try:
         torch.set_default_dtype(default.get("dtype", before[0]))
         torch.set_default_device(default.get("device", before[1]))
-        out = kernels.attention(query, states, scaling=0.1)
+        out = kernels.attention(query, states, AttentionOptions(scaling=0.1))
     finally:
         torch.set_default_dtype(before[0])
         torch.set_default_device(None)
@@ -201,13 +202,13 @@ def test_supports_says_why_not():
 def test_a_captured_call_can_be_replayed():
     states = make(3000, 128, batch=2)
     query = make_query(states)
-    expected = kernels.attention(query, states, scaling=0.1)
+    expected = kernels.attention(query, states, AttentionOptions(scaling=0.1))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        kernels.attention(query, states, scaling=0.1)
+        kernels.attention(query, states, AttentionOptions(scaling=0.1))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            out = kernels.attention(query, states, scaling=0.1)
+            out = kernels.attention(query, states, AttentionOptions(scaling=0.1))
         out.fill_(torch.nan)
         graph.replay()
     torch.cuda.synchronize()

@@ -74,7 +74,7 @@ def test_the_backend_is_the_one_asked_for(monkeypatch):
     monkeypatch.setattr(kernels, "dequantize", lambda *args: calls.append("triton"))
     monkeypatch.setattr(reference, "dequantize", lambda *args: calls.append("torch"))
     for backend in ("triton", "torch"):
-        replace(states, backend=backend).dequantize("keys")
+        ops.dequantize_all(replace(states, backend=backend), "keys")
     assert calls == ["triton", "torch"]
     out = torch.empty(1, 1, states.codes["keys"].length, 64, dtype=torch.float64, device=DEVICE)
     with pytest.raises(ValueError, match="float64"):

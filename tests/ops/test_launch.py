@@ -60,7 +60,7 @@ for _ in range(3):
     assert ops.attention(query, states, scaling=1.0).shape == query.shape and states.newest is None
     ops.attention(query, states, scaling=1.0, attention_mask=torch.ones(1, 1, 1, 700, dtype=torch.bool))
     ops.scores(query, states, scaling=1.0)
-layer.update(tokens[:, :, :1], tokens[:, :, :1])[0].states.settle()
+ops.settle(layer.update(tokens[:, :, :1], tokens[:, :, :1])[0].states)
 for conditioned in (TurboQuantConfig(backend="triton"), TurboQuantConfig(backend="triton", condition="center")):
     layer = TurboQuantLayer(conditioned, 0)
     layer.update(tokens, tokens)

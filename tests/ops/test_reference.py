@@ -1,27 +1,33 @@
 """The reference against dense mathematics: what the kernels are held to has to be right itself."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from hf_turboquant import TurboQuantConfig, ops
 from hf_turboquant.layer import TurboQuantLayer
+from hf_turboquant.quantizer import _create
 
 
 def layer_states(tokens=300, batch=2, heads=2, key_dim=64, value_dim=32, seed=0, **options):
     """States of a layer that was fed in pieces, conditioned by a query that is unlike the keys."""
     generator = torch.Generator().manual_seed(seed)
-    keys = 3 + torch.randn(batch, heads, tokens, key_dim, generator=generator) * torch.linspace(0.3, 3, key_dim)
-    values = torch.randn(batch, heads, tokens, value_dim, generator=generator)
+    random = partial(torch.randn, generator=generator, dtype=torch.float32)
+    keys = 3 + random(batch, heads, tokens, key_dim) * torch.linspace(0.3, 3, key_dim, dtype=torch.float32)
+    values = random(batch, heads, tokens, value_dim)
     layer = TurboQuantLayer(TurboQuantConfig(**{"residual_length": 24, **options}), 0)
     layer.update(keys[:, :, :-9], values[:, :, :-9])
-    layer.settle(torch.randn(batch, 2 * heads, tokens - 9, key_dim, generator=generator))
+    layer.settle(random(batch, 2 * heads, tokens - 9, key_dim))
     layer.update(keys[:, :, -9:-1], values[:, :, -9:-1])
     return layer.update(keys[:, :, -1:], values[:, :, -1:])[0].states, keys, values
 
 
 def dense(query, states, scaling, mask=None, is_causal=False, softcap=None, sinks=None):
     groups = query.shape[1] // states.exact["keys"].shape[1]
-    keys, values = (states.dequantize(role).repeat_interleave(groups, dim=1).double() for role in ("keys", "values"))
+    keys, values = (
+        ops.dequantize_all(states, role).repeat_interleave(groups, dim=1).double() for role in ("keys", "values")
+    )
     logits = query.double() @ keys.mT * scaling
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     if is_causal:
@@ -121,3 +127,26 @@ def test_algorithm_1_is_not_unbiased():
     estimated = ops.scores(keys, states, scaling=1.0).diagonal(dim1=-2, dim2=-1)[..., quantized]
     true = keys.square().sum(-1)[..., quantized]
     assert (estimated * true).sum() / true.square().sum() == pytest.approx(0.967, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"nbits": 2, "sketch": "gaussian"}, {"key_estimator": "rescaled"}, {"nbits": 8}]
+)
+def test_the_default_dtype_changes_nothing(options, dtype):
+    def everything():
+        # Constants are made again, too.
+        _create.cache_clear()
+        states, _, _ = layer_states(**options)
+        query = torch.linspace(-1, 1, 2 * 4 * 3 * 64, dtype=torch.float32).view(2, 4, 3, 64)
+        plain = [ops.dequantize_all(states, role) for role in ("keys", "values")]
+        return *plain, ops.scores(query, states, scaling=0.125), ops.attention(query, states, scaling=0.125)
+
+    expected, before = everything(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = everything()
+    finally:
+        torch.set_default_dtype(before)
+    for held, found in zip(expected, got, strict=True):
+        assert held.dtype == found.dtype and torch.equal(held, found)

@@ -19,6 +19,7 @@ from hf_turboquant.ops import attend as attention_kernels
 from hf_turboquant.ops import attention_plan, reference
 from hf_turboquant.ops import encode as quantize_kernels
 from hf_turboquant.quantizer import Quantizer
+from hf_turboquant.states import AttentionOptions
 from hf_turboquant.static import TurboQuantStaticLayer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,7 +164,8 @@ def test_steps_of_a_growing_layer_leave_what_a_prefill_leaves(sinks, ring, optio
     for start in range(120, 150, 10):
         states = grow(stepped, keys, values, start, start + 10)[0].states
         error = relative_error(
-            ops.attention(query, states, scaling=0.125), reference.attention(query.float(), states, scaling=0.125)
+            ops.attention(query, states, scaling=0.125),
+            reference.attention(query.float(), states, AttentionOptions(scaling=0.125)),
         )
         assert error < (2e-3 if dtype == torch.float16 else 1.6e-2)
     assert stepped.tokens.length == filled.tokens.length == 150
@@ -208,7 +210,9 @@ def test_attention_appends_the_newest_token(sinks, ring, head_dims, options, dty
             assert states.newest is not None
             out = ops.attention(query, states, scaling=scaling, attention_mask=attention_mask)
             assert states.newest is None and out.isfinite().all()
-            truth = reference.attention(query.float(), states, scaling=scaling, attention_mask=attention_mask)
+            truth = reference.attention(
+                query.float(), states, AttentionOptions(scaling=scaling, attention_mask=attention_mask)
+            )
             assert relative_error(out, truth) < (2e-3 if dtype == torch.float16 else 1.6e-2)
             again = ops.attention(query, states, scaling=scaling, attention_mask=attention_mask)
             assert relative_error(again, truth) < (2e-3 if dtype == torch.float16 else 1.6e-2)
@@ -259,7 +263,7 @@ def test_tokens_may_lie_anywhere():
         new.copy_(keys[:, :, at : at + 1])
         states = layer.update(new, values[:, :, at : at + 1])[0].states
         out = ops.attention(query, states, scaling=0.125)
-        assert relative_error(out, reference.attention(query.float(), states, scaling=0.125)) < 2e-3
+        assert relative_error(out, reference.attention(query.float(), states, AttentionOptions(scaling=0.125))) < 2e-3
         assert torch.equal(layer.keys.dequantize()[:, :, at], keys[:, :, at])
 
 
@@ -271,7 +275,7 @@ def test_plans_are_for_the_buffers_that_they_were_made_for():
     def attend(layer, start, stop):
         states = grow(layer, keys, values, start, stop)[0].states
         out = ops.attention(query, states, scaling=0.125)
-        assert relative_error(out, reference.attention(query.float(), states, scaling=0.125)) < 2e-3
+        assert relative_error(out, reference.attention(query.float(), states, AttentionOptions(scaling=0.125))) < 2e-3
         return dict(layer.tokens.plans)
 
     layer.update(keys[:, :, :200], values[:, :, :200])
@@ -325,12 +329,12 @@ def test_nothing_is_written_beyond_the_capacity(capacity, sinks, ring):
     states = new_states(keys, values, capacity, sink_length=sinks, residual_length=ring)
     fill(states, keys, values, capacity)
     query = torch.randn(1, 4, 1, 64, device=DEVICE).to(keys.dtype)
-    assert attention_kernels.attention(query, states, scaling=0.1).isfinite().all()
+    assert attention_kernels.attention(query, states, AttentionOptions(scaling=0.1)).isfinite().all()
     before = {role: [t.clone() for t in contents(states, role)] for role in ROLES}
     for _ in range(2):
         ops.append(states, keys[:, :, -1:], values[:, :, -1:])
     # a compiled step cannot raise: it shows in everything that comes of it, and raises where the host looks
-    assert attention_kernels.attention(query, states, scaling=0.1).isnan().all()
+    assert attention_kernels.attention(query, states, AttentionOptions(scaling=0.1)).isnan().all()
     with pytest.raises(ValueError, match=f"max_cache_len={capacity}"):
         states.measured()
     states.counters[..., 0] = capacity
@@ -352,8 +356,8 @@ def test_attention_reads_lengths_from_the_device(count, nbits, dtype):
     mask[1, ..., : count // 2] = False
     for attention_mask in (None, mask):
         options = {"scaling": 0.125, "attention_mask": attention_mask}
-        got = attention_kernels.attention(query, states, **options)
-        truth = reference.attention(query.float(), states, **options)
+        got = attention_kernels.attention(query, states, AttentionOptions(**options))
+        truth = reference.attention(query.float(), states, AttentionOptions(**options))
         assert relative_error(got, truth) < (1e-3 if dtype == torch.float16 else 8e-3)
 
 
@@ -383,7 +387,7 @@ def test_each_role_has_its_own_dtype(dtypes, query_dtype, capacity):
         if at:
             out = ops.attention(query, states, scaling=0.125)
             assert out.dtype == query_dtype
-            truth = reference.attention(query.float(), states, scaling=0.125)
+            truth = reference.attention(query.float(), states, AttentionOptions(scaling=0.125))
             assert relative_error(out, truth) < (1.6e-2 if query_dtype == torch.bfloat16 else 2e-3)
     expected = dynamic_layer(nbits=4)
     expected.update(*(torch.cat(x, dim=2).float() for x in given))
@@ -425,9 +429,9 @@ def test_several_queries_see_up_to_themselves():
     assert states.measured().kv_len == 143
     query = torch.randn(1, 4, 3, 64, device=DEVICE).to(keys.dtype)
     mask = (torch.arange(200, device=DEVICE) <= torch.arange(140, 143, device=DEVICE)[:, None])[None, None]
-    got = attention_kernels.attention(query, states, scaling=0.125, attention_mask=mask)
-    causal = attention_kernels.attention(query, states, scaling=0.125, is_causal=True)
-    truth = reference.attention(query.float(), states, scaling=0.125, is_causal=True)
+    got = attention_kernels.attention(query, states, AttentionOptions(scaling=0.125, attention_mask=mask))
+    causal = attention_kernels.attention(query, states, AttentionOptions(scaling=0.125, is_causal=True))
+    truth = reference.attention(query.float(), states, AttentionOptions(scaling=0.125, is_causal=True))
     assert relative_error(got, truth) < 1e-3 and relative_error(causal, truth) < 1e-3
 
 
@@ -443,7 +447,7 @@ def test_a_captured_step_goes_on_where_it_is_replayed():
 
     def step():
         ops.append(states, *new)
-        return attention_kernels.attention(query, states, scaling=0.125)
+        return attention_kernels.attention(query, states, AttentionOptions(scaling=0.125))
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -461,5 +465,5 @@ def test_a_captured_step_goes_on_where_it_is_replayed():
     assert torch.equal(states.counters, expected.counters)
     for role in ROLES:
         assert_same_tokens(states, expected, role)
-    truth = reference.attention(query.float(), states, scaling=0.125)
+    truth = reference.attention(query.float(), states, AttentionOptions(scaling=0.125))
     assert relative_error(out, truth) < 2e-3
