@@ -168,9 +168,7 @@ def main() -> None:
         for options in (None, *args.caches) if args.layer_step else ():
             us, eager_us = layer_step_us(shape, options)
             what = label(options) if options else "DynamicLayer"
-            print(
-                f"{name}, layer step, {what}: {us:.0f} µs of the GPU; eager, host included {eager_us:.0f}", flush=True
-            )
+            print(f"{name}, layer step, {what}: {us:.0f} µs of the GPU; eager, host included {eager_us:.0f}")
 
 
 if __name__ == "__main__":
