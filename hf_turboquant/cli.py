@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from . import __version__
-from .config import KEY_ESTIMATORS, TurboQuantConfig
+from .config import CHOICES, TurboQuantConfig
 from .evaluation.load import Settings, parse_bytes, parse_count
 from .memory import readable
 
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         add("--batch", type=parse_count, default=1, help="number of sequences, each that long")
         add("--nbits", type=number, nargs="+", default=[4, 3, 2], help="bits of keys and values")
         estimator = TurboQuantConfig.key_estimator
-        add("--key-estimator", choices=KEY_ESTIMATORS, default=estimator, help="how keys are stored")
+        add("--key-estimator", choices=CHOICES["key_estimator"], default=estimator, help="how keys are stored")
         add("--json", action="store_true", help="print everything as json")
     for add in (benchmark, evaluate):
         add("--dtype", help="such as bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")
