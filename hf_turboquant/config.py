@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import wraps
+from inspect import signature
 
 # A half of `nbits` means that keys get one bit more than values.
 BITS = {"nbits": (2, 2.5, 3, 3.5, 4, 8), "key_bits": (2, 3, 4, 8), "value_bits": (2, 3, 4, 8)}
@@ -188,6 +189,9 @@ def _refuse(self, name: str, value) -> None:
 
 # transformers' exporters begin by assigning to everything that a cache holds, its options first.
 TurboQuantConfig.__setattr__ = _refuse
+
+# For the signatures of what takes options.
+KEYWORDS = tuple(option.replace(kind=option.KEYWORD_ONLY) for option in signature(TurboQuantConfig).parameters.values())
 
 
 def _check_integer(name: str, value, low: int, high: int, advice: str) -> None:
