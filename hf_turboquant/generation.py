@@ -61,9 +61,10 @@ def generate(model, input_ids, logits_processor, stopping_criteria, generation_c
     reason = _not_ours(model, mode, generation_config, name, lost)
     if reason is not None:
         if own:
-            made, cache = model_kwargs[name], _growing(model, options)
-            with_encoder = type(made) is EncoderDecoderCache
-            model_kwargs[name] = EncoderDecoderCache(cache, made.cross_attention_cache) if with_encoder else cache
+            cache = _growing(model, options)
+            if type(model_kwargs[name]) is EncoderDecoderCache:
+                cache = EncoderDecoderCache(cache, model_kwargs[name].cross_attention_cache)
+            model_kwargs[name] = cache
         lost["inputs_tensor"] = inputs_tensor
         return _hand_back(model, mode, reason, input_ids, lost, prepared, model_kwargs)
     returned, key = not own or generation_config.return_dict_in_generate, None

@@ -109,8 +109,7 @@ def _smaller_from(layer: TurboQuantLayer, per_token: Counter, constants: int) ->
         return tokens if tokens <= config.max_cache_len else 0
     saved = math.ceil((constants + BLOCK * coded) / (exact - coded))
     # Until keys are conditioned, all tokens are exact.
-    waits = 0 if config.condition == "none" else config.sink_length + config.held_length + 1
-    return max(config.sink_length + config.residual_length + saved, waits)
+    return config.sink_length + max(config.residual_length + saved, config.held_length + 1)
 
 
 def readable(count: int) -> str:

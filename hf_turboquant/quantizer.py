@@ -81,7 +81,7 @@ class Quantizer:
     annealing: Annealing | None = None
 
     @classmethod
-    def create(cls, config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device=None) -> "Quantizer":
+    def create(cls, config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device="cpu") -> "Quantizer":
         """
         The quantizer of one layer: equal for equal (`config.seed`, `layer_idx`, `role`, `head_dim`) on every device
         and in every process. Caches share it.
@@ -94,8 +94,8 @@ class Quantizer:
         )
         # Neither another estimator nor a sketch would improve 8 bits.
         estimator = "int8" if nbits == 8 else estimator
-        device = torch.device("cpu" if device is None else device)
-        return _create(role, nbits, estimator, config.sketch, config.rotation, config.seed, layer_idx, head_dim, device)
+        shared = config.sketch, config.rotation, config.seed, layer_idx, head_dim, torch.device(device)
+        return _create(role, nbits, estimator, *shared)
 
     def __deepcopy__(self, memo) -> "Quantizer":
         return self
