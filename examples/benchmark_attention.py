@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 import triton
-from report import DEVICE, add_caches, conditions, head, line, parse_for_gpu
+from report import DEVICE, add_caches, conditions, line, parse_for_gpu, table
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -154,7 +154,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     texts = f"copy {copy / 1e12:.2f} TB/s", f"triton {triton.__version__}, commit {commit or 'unknown'}"
     print(conditions(DEVICE, "fp16, one query, medians under CUDA graphs", *texts))
-    print(head(*COLUMNS))
+    print(table(COLUMNS))
     for name in args.only:
         shape = SHAPES[name]
         query = random(shape[0], shape[1], 1, shape[3])
@@ -168,9 +168,7 @@ def main() -> None:
         for options in (None, *args.caches) if args.layer_step else ():
             us, eager_us = layer_step_us(shape, options)
             what = label(options) if options else "DynamicLayer"
-            print(
-                f"{name}, layer step, {what}: {us:.0f} µs of the GPU; eager, host included {eager_us:.0f}", flush=True
-            )
+            print(f"{name}, layer step, {what}: {us:.0f} µs of the GPU; eager, host included {eager_us:.0f}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from report import DEVICE, add_caches, conditions, head, line, parse_for_gpu
+from report import DEVICE, add_caches, conditions, line, parse_for_gpu, table
 from rich.progress import track
 from torch.autograd import DeviceType
 from torch.nn.attention import sdpa_kernel
@@ -138,7 +138,7 @@ def request(model, ids: torch.Tensor, args, cache: str, **options) -> list[float
     times = Times()
     torch.cuda.synchronize()
     start = time.perf_counter()
-    generate(model, ids, args.loop, times, prefill_chunk_size=args.chunk, **options)
+    generate(model, ids, args.loop, times, **options)
     return [times.times_s[1] - start, *times.steps_s]
 
 
@@ -226,7 +226,6 @@ def arguments() -> argparse.Namespace:
     mode = partial(parser.add_mutually_exclusive_group().add_argument, type=parse_count, nargs="?")
     mode("--static", const=64, help="time this many compiled steps (bare: 64)")
     mode("--loop", const=200, help="time requests of so many tokens (bare: 200)")
-    add("--chunk", help="with --loop, tokens of a piece of the prefill")
     add("--largest-batch", help="find the largest batch at this context")
     args = parse_for_gpu(parser)
     args.mode = "loop" if args.loop else "static" if args.static else "eager"
@@ -254,7 +253,7 @@ def main():
         torch.cuda.empty_cache()
         print(f"copy bandwidth {args.bandwidth / 1e9:.0f} GB/s, of which the ideals are made\n")
     work, columns = {"eager": decode, "static": decode_static, "loop": loop}[args.mode], COLUMNS[args.mode]
-    print(head("batch × context", "cache", *columns), flush=True)
+    print(table(["batch × context", "cache", *columns]), flush=True)
     # Without the math backend, which would be an unfair baseline. cuDNN is the fastest at prefills, but makes a plan
     # for every length, which takes 40 ms in each step.
     with sdpa_kernel([CUDNN, FLASH, EFFICIENT] if args.static else [FLASH, EFFICIENT]):

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import product
 
 import torch
-from report import DEVICE, add_caches, conditions, head, line, parse_for_gpu
+from report import DEVICE, add_caches, conditions, line, parse_for_gpu, table
 
 from hf_turboquant import TurboQuantConfig
 from hf_turboquant.cli import Formatter, run
@@ -48,10 +48,7 @@ class Layer:
     def quantize(self) -> None:
         for buffer in self.buffers:
             buffer.length = LENGTH
-        if len(self.states) == 2:
-            kernels.quantize_pair(self.states, self.quantizers, self.buffers)
-        else:
-            kernels.quantize(self.states[0], self.quantizers[0], self.buffers[0])
+        kernels.quantize(*zip(self.states, self.quantizers, self.buffers, strict=True))
 
     def dequantize(self) -> None:
         for buffer, quantizer, state in zip(self.buffers, self.quantizers, self.states, strict=True):
@@ -79,7 +76,7 @@ def main() -> None:
     args = parse_for_gpu(parser, ours=True)
     texts = f"bf16 states, {args.kv_heads} KV heads", f"copy {copy_bandwidth('cuda') / 1e9:.0f} GB/s"
     print(conditions(DEVICE, *texts, "medians of CUDA graphs over rotating buffers; host: of one call in eager mode"))
-    print("\n" + head("batch × tokens", "µs", "GB/s", "host µs"))
+    print("\n" + table(["batch × tokens", "µs", "GB/s", "host µs"]))
     for name, layers, function in rows(args):
         calls = [partial(function, layer) for layer in layers]
         us = graph_us(calls)

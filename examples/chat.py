@@ -13,7 +13,7 @@ from transformers import TextStreamer
 
 from hf_turboquant import TurboQuantCache, TurboQuantConfig
 from hf_turboquant._supported import cache_name
-from hf_turboquant.cli import number, run
+from hf_turboquant.cli import run
 
 
 def common_length(first: torch.Tensor, second: torch.Tensor) -> int:
@@ -61,7 +61,7 @@ def chat(model, tokenizer, cache, max_new_tokens: int) -> None:
 
 def main():
     arguments = parser("Chat through a compressed KV cache.")
-    arguments.add_argument("--nbits", type=number, default=4, help="bits per coordinate of keys and values")
+    arguments.add_argument("--nbits", type=float, default=4, help="bits per coordinate of keys and values")
     arguments.add_argument("--max-new-tokens", type=int, default=256, help="most tokens of an answer")
     args = arguments.parse_args()
     TurboQuantConfig(nbits=args.nbits)

@@ -1,8 +1,7 @@
 """
-Ask a question about a document through several caches: compare the answers, and what the caches hold.
+Ask a question about a document through several caches: compare the answers, and sizes with that of the first cache.
 
     python examples/compare_caches.py
-    python examples/compare_caches.py --nbits 3
     python examples/compare_caches.py --caches dynamic turboquant:nbits=4/2 quanto:nbits=4
     python examples/compare_caches.py --model Qwen/Qwen3-0.6B --prompt-file report.txt --question "What was decided?"
 """
@@ -10,6 +9,7 @@ Ask a question about a document through several caches: compare the answers, and
 import statistics
 
 from load_model import QUESTION, TEXT, encode, load, parser
+from report import add_caches
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +17,7 @@ from rich.table import Table
 
 import hf_turboquant
 from hf_turboquant._supported import cache_name
-from hf_turboquant.cli import number, run
+from hf_turboquant.cli import run
 from hf_turboquant.evaluation.benchmark import Times
 from hf_turboquant.evaluation.caches import held_bytes, label, new_cache, parse
 from hf_turboquant.evaluation.load import read_text
@@ -44,11 +44,9 @@ def main():
     arguments.add_argument("--prompt-file", default=str(TEXT), help="the document, a text file")
     arguments.add_argument("--question", default=QUESTION, help="asked below the document")
     arguments.add_argument("--max-new-tokens", type=int, default=32, help="most tokens of an answer")
-    which = arguments.add_mutually_exclusive_group()
-    which.add_argument("--nbits", type=number, default=4, help="bits of the cache beside the full one")
-    which.add_argument("--caches", nargs="+", metavar="SPEC", help="others than these two; the first is the measure")
+    add_caches(arguments, "dynamic", "turboquant:nbits=4")
     args = arguments.parse_args()
-    caches = parse(*(args.caches or ("dynamic", f"turboquant:nbits={args.nbits}")))
+    caches = parse(*args.caches)
     text = read_text(args.prompt_file)
 
     console = Console()

@@ -117,9 +117,8 @@ def main():
             for metric, value in metrics.items():
                 if isinstance(value, float) and "stderr" not in metric:
                     scores.setdefault(f"{task}, {metric.removesuffix(',none')}", []).append(f"{value:.3f}")
-    rows = [(name, *cells) for name, cells in scores.items()]
-    texts = (f"prompts in chunks of {args.chunk} tokens",)
-    show(model, args.model, texts, table(["", "full cache", *map(label, caches)], rows))
+    found = table(["", "full cache", *map(label, caches)], ((name, *cells) for name, cells in scores.items()))
+    show(model, args.model, (f"prompts in chunks of {args.chunk} tokens",), found)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """
-Read a long text once, save its compressed cache, and ask about it from other processes.
+Read a long text once, save its compressed cache, and ask about it, now or in other processes.
 
     python examples/long_document_qa.py
+    python examples/long_document_qa.py --text report.txt --question "What was decided?"
     python examples/long_document_qa.py --text report.txt --save report
     python examples/long_document_qa.py --load report --question "What was decided?"
 """
 
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -69,36 +68,26 @@ def answer(model, tokenizer, folder: Path, question: str, max_new_tokens: int) -
 
 
 def main():
-    about = "Read a text once, save its compressed cache, ask about it from other processes."
+    about = "Read a text once, save its compressed cache, ask about it, now or later."
     arguments = parser(f"{about} With no arguments: all of that with a short text, in a temporary folder.")
-    arguments.add_argument("--text", help="the text file to read (default: a text about a lighthouse)")
+    arguments.add_argument("--text", default=str(LIGHTHOUSE), help="the text file to read")
     place = arguments.add_mutually_exclusive_group()
     place.add_argument("--save", type=Path, metavar="DIR", help="folder to save its cache to")
     place.add_argument("--load", type=Path, metavar="DIR", help="folder of a saved cache to ask about")
-    arguments.add_argument("--question", action="append", help="may be given several times")
+    arguments.add_argument("--question", action="append", help="may be given several times; with --save none is needed")
     arguments.add_argument("--max-new-tokens", type=int, default=48, help="most tokens of an answer")
     args = arguments.parse_args()
-    if bool(args.load) != bool(args.question):
-        arguments.error("--question and --load belong together: a saved cache is asked")
-    if args.text and not args.save:
-        arguments.error("--text needs a place for its cache: give --save DIR")
     if args.load and not (args.load / CACHE).is_dir():
         arguments.error(f"--load must be a folder that --save wrote, got {args.load}")
-    text = None if args.load else read_text(args.text or str(LIGHTHOUSE))
+    text = None if args.load else read_text(args.text)
 
     model, tokenizer = load(args.model)
-    for question in args.question or ():
-        answer(model, tokenizer, args.load, question, args.max_new_tokens)
-    if args.save:
-        save(model, tokenizer, text, args.save)
-    elif not args.load:
-        with tempfile.TemporaryDirectory() as folder:
-            save(model, tokenizer, text, Path(folder))
-            # A new process, to show that nothing of this one is needed.
-            command = [sys.executable, __file__, "--load", folder, "--max-new-tokens", str(args.max_new_tokens)]
-            command += [f"--question={question}" for question in QUESTIONS]
-            command += ["--model", args.model] if args.model else []
-            raise SystemExit(subprocess.run(command).returncode)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.load or args.save or Path(temporary)
+        if text is not None:
+            save(model, tokenizer, text, folder)
+        for question in args.question or (() if args.save else QUESTIONS):
+            answer(model, tokenizer, folder, question, args.max_new_tokens)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -40,14 +40,9 @@ def line(*cells) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def head(*columns: str) -> str:
-    """The first two rows of a markdown table."""
-    return "\n".join([line(*columns), "|---" * len(columns) + "|"])
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable]) -> str:
-    """A markdown table."""
-    return "\n".join([head(*columns), *(line(*cells) for cells in rows)])
+def table(columns: Sequence[str], rows: Iterable[Iterable] = ()) -> str:
+    """A markdown table, of which the `rows` may follow later."""
+    return "\n".join([line(*columns), "|---" * len(columns) + "|", *(line(*cells) for cells in rows)])
 
 
 def conditions(device: torch.device | str, *texts: str) -> str:

@@ -13,7 +13,7 @@ from load_model import QUESTION, TEXT, encode, load
 from transformers import TextStreamer, set_seed
 
 from hf_turboquant._supported import cache_name
-from hf_turboquant.cli import Formatter, number, run
+from hf_turboquant.cli import Formatter, run
 from hf_turboquant.evaluation.caches import held_bytes, new_cache, parse
 from hf_turboquant.evaluation.load import read_text
 from hf_turboquant.memory import readable
@@ -39,7 +39,7 @@ def parse_args():
     add("--use_cpu", action="store_true", help="even where there is a GPU")
     add("--fp16", action="store_true", help="weights in float16")
     add("--cache", default="turboquant", metavar="SPEC", help="KIND:OPTION=VALUE,..., such as turboquant:nbits=3")
-    add("--nbits", type=number, help="bits per coordinate of keys and values of --cache turboquant")
+    add("--nbits", help="bits per coordinate of keys and values of --cache turboquant")
     args = parser.parse_args()
     if args.nbits is not None and args.cache != "turboquant":
         parser.error("--nbits belongs to --cache turboquant; with other options give it as turboquant:nbits=...")

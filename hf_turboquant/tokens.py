@@ -124,6 +124,29 @@ class Tokens:
         """All tokens, as long as none is quantised; shares memory."""
         return self.exact[role][:, :, : self.length]
 
+    def parts(self) -> dict[str, dict]:
+        """
+        Views of all that is held, by role: a list of the runs of `exact` tokens, after a run of none, and the tensors
+        of codes by name, in whole blocks.
+        """
+        sinks, recent = min(self.sinks, self.length), self.sinks + self.quantized
+        runs = [slice(0), *self.exact.runs(0, sinks), *self.exact.runs(recent, self.length)]
+        return {
+            role: {
+                "exact": [self.exact[role][:, :, run] for run in runs],
+                **{name: tensor[:, :, : -(-buffer.length // buffer.block)] for name, tensor in buffer.tensors.items()},
+            }
+            for role, buffer in self.codes.items()
+        }
+
+    def resize(self, length: int, quantized: int) -> None:
+        """Makes room for so many tokens, whose contents are undefined until [`parts`] are written."""
+        slots = min(length, self.sinks + self.exact.ring)
+        self.exact.reserve(slots, limit=slots)
+        for buffer in self.codes.values():
+            buffer.reserve(quantized, limit=quantized)
+        self.length, self.quantized = length, quantized
+
     def followed_by(self, states: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
         """The first `count` tokens, which are exact, and then new ones, in memory of their own."""
         return {role: torch.cat([self.exact[role][:, :, :count], states[role]], dim=2) for role in ROLES}
@@ -136,7 +159,8 @@ class Tokens:
         self.exact.reserve(min(after, self.sinks + self.window), limit=self.sinks + self.exact.ring)
         if last > first:
             leaving = {role: self._leaving(states[role], role, first, last) for role in ROLES}
-            ops.quantize_pair(leaving, self.quantizers, self.codes, self.backend)
+            parts = ((new, self.quantizers[role], self.codes[role]) for role, new in leaving.items())
+            ops.quantize(*parts, backend=self.backend)
         for start, stop in ((before, min(after, self.sinks)), (max(before, self.sinks, last), after)):
             if start < stop:
                 for role in ROLES:

@@ -88,7 +88,7 @@ def test_commands_parse(path, monkeypatch):
 @pytest.mark.parametrize(
     "command",
     [
-        "python examples/compare_quality.py --text FILE --windws 3",
+        "python examples/measure_drift.py --text FILE --sequencs 3",
         "python examples/benchmark_generate.py --static --loop",
         "hf-turboquant evaluate",
         "hf-turboquant evaluate MODEL --text FILE --caches turbo:nbits=4",

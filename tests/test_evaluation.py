@@ -19,7 +19,7 @@ from hf_turboquant import TurboQuantCache, cli
 from hf_turboquant._supported import cache_name
 from hf_turboquant.estimate import Estimate
 from hf_turboquant.evaluation import benchmark, caches, claims, fidelity, load, needle, plots, quality, run
-from hf_turboquant.evaluation.results import Results
+from hf_turboquant.evaluation.run import Results
 
 TINY = {
     "vocab_size": 97,
@@ -31,6 +31,15 @@ TINY = {
     "head_dim": 16,
     "initializer_range": 0.125,
 }
+_ALL_CODES = "condition=none,residual_length=32,sink_length=0"
+# every estimator of the papers: only keys, only values (the other in 8 bits), then both with exact tokens
+ESTIMATORS = [
+    f"turboquant:key_bits=4/3/2,value_bits=8,key_estimator=mse/rescaled,{_ALL_CODES}",
+    f"turboquant:key_bits=4/3/2,value_bits=8,key_estimator=qjl,sketch=orthogonal/gaussian,{_ALL_CODES}",
+    f"turboquant:key_bits=8,key_estimator=rescaled,value_bits=4/3/2,value_estimator=mse/rescaled,{_ALL_CODES}",
+    "turboquant:nbits=4/3/2,key_estimator=mse/rescaled,condition=none/center",
+    "turboquant:nbits=4/3/2,key_estimator=qjl,condition=none",
+]
 TEXT = "".join(f"Line {i} of the log says that nothing happened at {i * 7 % 24} o'clock.\n" for i in range(200))
 
 
@@ -60,7 +69,9 @@ def test_the_cache_arrives_without_the_old_name(tiny, monkeypatch):
     for run_model in (
         lambda: quality.measure(tiny, ids, [{"nbits": 2}], block=20),
         lambda: fidelity.capture(tiny, ids),
-        lambda: benchmark.generate_rate(tiny, TurboQuantCache(tiny.config), 20, 2),
+        lambda: benchmark.generate(
+            tiny, ids[:, :20], 3, benchmark.Times(), **{cache_name(tiny): TurboQuantCache(tiny.config)}
+        ),
     ):
         arrived.clear()
         run_model()
@@ -87,31 +98,25 @@ def named(*specs):
     return [options for spec in specs for options in caches.parse(spec)]
 
 
-def test_what_caches_share_is_said_once():
-    many = named(*load.PRESETS["estimators"])
-    found = {}
-    for row in caches.rows(many):
-        found.setdefault(row.head, []).append(row)
-    assert [(head, len(members)) for head, members in found.items()] == [
-        ("turboquant, values 8 bits, plain, window 32, 0 sinks", 12),
-        ("turboquant, keys 8 bits rescaled, plain, window 32, 0 sinks", 6),
-        ("turboquant", 15),
+def test_caches_that_differ_in_bits_share_a_line():
+    many = named(*ESTIMATORS)
+    found = caches.lines(many)
+    assert len(found) == 11 and all(len(members) == 3 for members in found.values())
+    # every cache is on one line, and its words tell it from all others
+    assert sorted(caches.label(o) for members in found.values() for o in members) == sorted(map(caches.label, many))
+    assert len(set(map(caches.label, many))) == 33
+    assert list(found)[:2] == [
+        f"turboquant {name}, values 8 bits, plain, window 32, 0 sinks" for name in ("mse", "rescaled")
     ]
-    # every cache has its row, whose label is that of its results
-    assert sorted(row.label for row in caches.rows(many)) == sorted(map(caches.label, many))
-    assert len({row.line for row in caches.rows(many)}) == 11 and {row.bits for row in caches.rows(many)} == set("432")
-    rows = [[row.text for row in members] for members in found.values()]
-    assert rows[0][0] == "keys 4 bits mse" and "keys 2 bits qjl gaussian" in rows[0]
-    assert rows[1][-1] == "values 2 bits rescaled" and rows[2][1] == "4 bits mse, centred"
-    for group in rows:
-        # short, and still telling all of them apart
-        assert len(set(group)) == len(group) and max(map(len, group)) < 28
-    # where little is shared there are no heads
-    few = named("turboquant:nbits=4/2,key_estimator=rescaled", "quanto:nbits=4,axis_key=0/-1", "fp8")
-    assert {row.head for row in caches.rows(few[:2] + few[-1:])} == {""}
-    assert caches.rows(few[:1])[0].text == "turboquant 4 bits rescaled"
-    found = caches.rows(named("turboquant:nbits=4/2,residual_length=32"))
-    assert [(row.line, row.bits) for row in found] == [("turboquant, window 32", bits) for bits in "42"]
+    assert "turboquant, keys 8 bits rescaled mse, plain, window 32, 0 sinks" in found
+    assert "turboquant mse, centred" in found
+    found = caches.lines(named("turboquant:nbits=4/2,residual_length=32", "quanto:nbits=4,axis_key=0/-1", "fp8"))
+    assert {name: len(members) for name, members in found.items()} == {
+        "turboquant, window 32": 2,
+        "quanto 4 bits, axis_key 0": 1,
+        "quanto 4 bits, axis_key -1": 1,
+        "fp8": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,7 @@ def test_what_caches_share_is_said_once():
             ],
             4,
         ),
-        (load.PRESETS["estimators"], 11),
+        (ESTIMATORS, 11),
     ],
 )
 def test_plots_of_few_and_many_caches(tiny, tmp_path, specs, lines):
@@ -149,9 +154,8 @@ def test_plots_of_few_and_many_caches(tiny, tmp_path, specs, lines):
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in drawn}
     assert len(looks) == lines
     assert all(axis.get_window_extent().height > figure.bbox.height / 2 for axis in figure.axes)
-    assert [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()] == list(
-        dict.fromkeys(row.line for row in caches.rows(found))
-    )
+    legend = [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()]
+    assert legend == list(caches.lines(found))
     for legend in [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]:
         box = legend.get_window_extent()
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0

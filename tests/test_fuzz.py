@@ -145,7 +145,7 @@ class SlowLayer:
                 if token not in self.coded[role]:
                     vector = self.tokens[role][token]
                     buffer = self.quantizers[role].new_buffer(vector.shape[0], HEADS)
-                    ops.quantize(vector, self.quantizers[role], buffer)
+                    ops.quantize((vector, self.quantizers[role], buffer))
                     self.coded[role][token] = reference.codes_of(buffer, self.quantizers[role], 0, 1)
 
     def learn(self):

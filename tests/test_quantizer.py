@@ -27,7 +27,7 @@ INT8_ERROR = {64: (3.55e-5, 3.93e-5), 128: (4.20e-5, 4.02e-5), 256: (4.85e-5, 4.
 def round_trip(states, quantizer):
     """Quantises `[batch, heads, tokens, head_dim]` through packed bytes and back, fp32."""
     buffer = quantizer.new_buffer(*states.shape[:2])
-    ops.quantize(states, quantizer, buffer)
+    ops.quantize((states, quantizer, buffer))
     out = torch.full(states.shape, torch.nan)
     ops.dequantize(buffer, quantizer, out)
     return out
@@ -240,7 +240,7 @@ def test_states_that_do_not_fit():
     buffer = quantizer.new_buffer(1, 2)
     for states in (torch.zeros(1, 2, 5, 32), torch.zeros(1, 3, 5, 64), torch.zeros(1, 2, 5, 64, dtype=torch.int32)):
         with pytest.raises(ValueError, match=r"`states` must be a floating-point tensor of shape \[1, 2, tokens, 64\]"):
-            ops.quantize(states, quantizer, buffer)
+            ops.quantize((states, quantizer, buffer))
     assert buffer.length == 0
 
 
@@ -250,9 +250,9 @@ def test_appending_token_by_token_gives_the_same_bytes():
     for role, nbits in (("keys", 3), ("values", 3), ("values", 4)):
         quantizer = Quantizer.create(TurboQuantConfig(nbits=nbits, key_estimator="rescaled"), role, 0, 32)
         whole, pieces = quantizer.new_buffer(2, 2), quantizer.new_buffer(2, 2)
-        ops.quantize(states, quantizer, whole)
+        ops.quantize((states, quantizer, whole))
         for piece in (*states[:, :, :130].split(1, dim=2), states[:, :, 130:257], states[:, :, 257:]):
-            ops.quantize(piece, quantizer, pieces)
+            ops.quantize((piece, quantizer, pieces))
         outputs = []
         for buffer in (whole, pieces):
             outputs.append(torch.empty(2, 2, 260, 32))
@@ -267,7 +267,7 @@ def test_codes_are_the_same_in_another_process():
         "from hf_turboquant.quantizer import Quantizer\n"
         "quantizer = Quantizer.create(TurboQuantConfig(rotation='haar', sketch='gaussian'), 'keys', 2, 80)\n"
         "buffer = quantizer.new_buffer(1, 1)\n"
-        "ops.quantize(torch.arange(80 * 128.).sin().view(1, 1, 128, 80), quantizer, buffer)\n"
+        "ops.quantize((torch.arange(80 * 128.).sin().view(1, 1, 128, 80), quantizer, buffer))\n"
         "print(*(buffer[name][:, :, :1].double().sum().item() for name in ('plane4', 'scales', 'residual_norms')))\n"
     )
     outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}

@@ -179,7 +179,7 @@ print(out.tolist())
 
 @pytest.mark.parametrize(
     ("lengths", "crop"),
-    [((7,), 0), ((20,), 0), ((150,), 0), ((100, 60), 0), ((300,), -60), ((150,), -100), ((150,), -147)],
+    [((7,), 0), ((20,), 0), ((150,), 0), ((100, 60), 0), ((300,), -60), ((150,), -5), ((150,), -100), ((150,), -147)],
 )
 @pytest.mark.parametrize(
     "options",
@@ -230,13 +230,17 @@ def test_more_tokens_than_the_capacity_are_refused(tmp_path):
     filled(150, max_cache_len=300).save_pretrained(tmp_path)
     for capacity in (149, 140):
         in_options("max_cache_len", capacity)(tmp_path)
-        with pytest.raises(ValueError, match="length must fit the rest of the layer, got 150"):
+        with pytest.raises(ValueError, match="length must fit the rest of layer 0, got 150"):
             TurboQuantCache.from_pretrained(tmp_path)
     in_options("max_cache_len", 150)(tmp_path)
     assert TurboQuantCache.from_pretrained(tmp_path).get_seq_length() == 150
     # codes need not be more than tokens to be more than there is room for
+    in_options("residual_length", 40)(tmp_path)
+    with pytest.raises(ValueError, match="length must fit the rest of layer 0, got 150, 130 quantised"):
+        TurboQuantCache.from_pretrained(tmp_path)
+    in_options("residual_length", 16)(tmp_path)
     in_tokens("quantized", 146)(tmp_path)
-    with pytest.raises(ValueError, match="must fit the rest of the layer"):
+    with pytest.raises(ValueError, match="to fit the rest of layer 1"):
         TurboQuantCache.from_pretrained(tmp_path)
 
 
@@ -326,16 +330,22 @@ def test_a_saved_cache_is_replaced_and_nothing_else_is(tmp_path, monkeypatch):
         patch.setattr(saving, "save_file", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             cache.save_pretrained(folder)
+        with pytest.raises(OSError, match="disk full"):
+            cache.save_pretrained(tmp_path / "another")
     assert TurboQuantCache.from_pretrained(folder).get_seq_length() == 50
     cache.save_pretrained(folder)
     assert TurboQuantCache.from_pretrained(folder).get_seq_length() == 80
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+    # whoever may read the folder may read the file
+    folder.chmod(0o750)
+    cache.save_pretrained(folder)
+    assert (folder / saving.FILE).stat().st_mode & 0o777 == 0o640
     (tmp_path / "empty").mkdir()
     cache.save_pretrained(tmp_path / "empty")
     assert TurboQuantCache.from_pretrained(tmp_path / "empty").get_seq_length() == 80
 
 
-@pytest.mark.parametrize("name", ("notes.txt", "cache.json"))
+@pytest.mark.parametrize("name", ("notes.txt", "cache.json", "cache.safetensors"))
 def test_what_is_not_ours_is_not_replaced(name, tmp_path):
     (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match="must be"):
@@ -353,35 +363,36 @@ def test_a_layer_that_cannot_be_saved_is_named(tmp_path):
         cache.save_pretrained(tmp_path / "saved")
     cache.layers[1] = DynamicLayer()
     cache.layers[1].odd = object()
-    with pytest.raises(ValueError, match="`layers.1.fields.odd` must be a tensor or a plain value"):
+    with pytest.raises(ValueError, match=r"`layers\[1\]\['fields'\]\['odd'\]` must be a tensor or a plain value"):
         cache.save_pretrained(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 
 
-def rewritten(folder, change, tensors=None):
-    """The json after `change`, with checksums that fit: only what it says can give it away."""
-    header = json.loads((folder / saving.HEADER).read_text())
-    if tensors is not None:
-        save_file(tensors, folder / saving.TENSORS)
-        header["tensors_sha256"] = saving._tensors_sha256(folder)
+def rewritten(folder, change, in_tensors=lambda tensors: None, sign=True):
+    """The cache after `change`, with a checksum that fits: only what it says can give it away."""
+    header, tensors = saving._read_header(folder), load_file(folder / saving.FILE)
+    digest = header.pop("sha256")
     change(header)
-    header["sha256"] = saving._sha256(header)
-    (folder / saving.HEADER).write_text(json.dumps(header))
+    in_tensors(tensors)
+    header["sha256"] = saving._sha256(header, tensors) if sign else digest
+    save_file(tensors, folder / saving.FILE, {"cache": json.dumps(header)})
 
 
 def cut(folder):
-    path = folder / saving.TENSORS
+    path = folder / saving.FILE
     path.write_bytes(path.read_bytes()[:-100])
 
 
 def flip(folder):
-    path = folder / saving.TENSORS
+    path = folder / saving.FILE
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
 
 
 def edit(folder):
-    path = folder / saving.HEADER
-    path.write_text(path.read_text().replace('"length": 150', '"length": 149'))
+    path = folder / saving.FILE
+    text = path.read_bytes()
+    assert b'\\"length\\": 150' in text
+    path.write_bytes(text.replace(b'\\"length\\": 150', b'\\"length\\": 149'))
 
 
 def in_tokens(name, value):
@@ -397,65 +408,73 @@ def in_options(name, value):
 
 
 def in_tensor(name, change):
-    def apply(folder):
-        tensors = load_file(folder / saving.TENSORS)
-        tensors[name] = change(tensors[name])
-        rewritten(folder, lambda header: None, tensors)
-
-    return apply
+    return lambda folder: rewritten(folder, lambda header: None, lambda x: x.update({name: change(x[name])}))
 
 
-def without_tensor(name):
-    def apply(folder):
-        tensors = load_file(folder / saving.TENSORS)
-        del tensors[name]
-        rewritten(folder, lambda header: None, tensors)
+def unsigned(in_tensors):
+    return lambda folder: rewritten(folder, lambda header: None, in_tensors, sign=False)
 
-    return apply
+
+def described_by(text):
+    return lambda folder: save_file({}, folder / saving.FILE, text and {"cache": text})
+
+
+def older(folder, version=4):
+    """As up to format 4: the description is a file of its own."""
+    rewritten(folder, lambda header: header.update(format_version=version))
+    (folder / "cache.json").write_text(json.dumps(saving._read_header(folder)))
+    save_file(load_file(folder / saving.FILE), folder / saving.FILE)
 
 
 def pickled(folder):
-    torch.save({"a": torch.zeros(1)}, folder / saving.TENSORS)
-    rewritten(folder, lambda h: h.update(tensors_sha256=saving._tensors_sha256(folder)))
+    torch.save({"a": torch.zeros(1)}, folder / saving.FILE)
 
 
-SCALES = "layers.1.tokens.stored.keys.scales"
-EXACT = "layers.1.tokens.stored.values.exact"
-MEAN = "layers.1.tokens.learned.mean"
+TOKENS = "layers[1]['tokens']"
+SCALES = f"{TOKENS}['stored']['keys']['scales']"
+EXACT = f"{TOKENS}['stored']['values']['exact'][1]"
+MEAN = f"{TOKENS}['mean']"
 CORRUPTIONS = {
-    "constants missing": (in_tokens("constants", {"keys": [], "values": []}), "as `save_pretrained` writes it"),
-    "cut off": (cut, "must have the sha256"),
-    "a bit flipped": (flip, "must have the sha256"),
+    "constants missing": (in_tokens("constants", {"keys": [], "values": []}), "'constants'.* must be .*, got nothing"),
+    "cut off": (cut, "SafetensorError"),
+    "a bit flipped": (flip, "must be as it was written"),
     "json edited": (edit, "must be as it was written"),
-    "json cut off": (lambda f: (f / saving.HEADER).write_text('{"format'), "as `save_pretrained` writes it"),
-    "json a list": (lambda f: (f / saving.HEADER).write_text("[]"), "as `save_pretrained` writes it"),
-    "no json": (lambda f: (f / saving.HEADER).unlink(), "holds no cache.json"),
-    "no tensors": (lambda f: (f / saving.TENSORS).unlink(), "No such file"),
+    "json cut off": (described_by('{"format'), "Unterminated string"),
+    "json a list": (described_by("[]"), "TypeError: list indices"),
+    "no json": (described_by(None), "No such file .*cache.json"),
+    "no file": (lambda f: (f / saving.FILE).unlink(), "No such file"),
     "foreign json": (in_header("format", "safetensors index"), "`format` must be 'hf_turboquant cache', got 'safe"),
-    "pickle": (pickled, "as `save_pretrained` writes it"),
-    "newer format": (in_header("format_version", 5), "must be at most 4, got 5.*Upgrade hf_turboquant"),
-    "older format": (in_header("format_version", 3), "must be 4, got 3, .* Prefill the text again"),
-    "format of no kind": (in_header("format_version", "one"), "as `save_pretrained` writes it"),
+    "pickle": (pickled, "SafetensorError"),
+    "newer format": (in_header("format_version", 6), "must be 5, got 6, as hf_turboquant .* wrote"),
+    "older format": (older, "must be 5, got 4, as hf_turboquant .* prefill the text again"),
+    "format of no kind": (in_header("format_version", "one"), "its format must be 5, got one"),
     "unknown option": (in_options("bits_of_mind", 3), "bits_of_mind"),
     "option out of range": (in_options("nbits", 99), "`nbits` must be 2, .* or 8, got 99"),
-    "other widths": (in_options("key_bits", 4), "tokens of keys must fit"),
-    "other seed": (in_options("seed", 6), "rotation and codebook of keys must fit"),
-    "other rotation": (in_options("rotation", "haar"), "rotation and codebook of keys must fit"),
-    "length": (in_tokens("length", 149), "tokens of keys must fit"),
+    "other widths": (in_options("key_bits", 4), "'keys'.* must be torch.uint8 .* to fit"),
+    "other seed": (in_options("seed", 6), "'constants'.*'keys'.* to fit the rest of layer 0"),
+    "other rotation": (in_options("rotation", "haar"), "'constants'.*'keys'.* to fit the rest of layer 0"),
+    "length": (in_tokens("length", 149), "'stored'.*'exact'.* to fit the rest of layer 1"),
     "negative length": (in_tokens("length", -150), "length must fit"),
-    "codes": (in_tokens("quantized", 129), "length must fit|tokens of keys must fit"),
+    "codes": (in_tokens("quantized", 129), "'stored'.*'exact'.* to fit the rest of layer 1"),
     "length and codes": (in_tokens("quantized", 1300), "length must fit"),
-    "length no number": (in_tokens("length", "150"), "as `save_pretrained` writes it"),
-    "condition": (in_tokens("found", [True, False, True, 146]), "what 'center' learned must fit"),
-    "unknown condition": (in_tokens("found", "magic"), "as `save_pretrained` writes it"),
-    "no mean": (in_tokens("learned", {}), "what 'attention' learned must fit"),
-    "unknown tokens": (in_tokens("channels", None), "unexpected keyword argument 'channels'"),
-    "scales of another dtype": (in_tensor(SCALES, lambda t: t.float()), "tokens of keys must fit"),
-    "scales of fewer blocks": (in_tensor(SCALES, lambda t: t[:, :, 1:].contiguous()), "tokens of keys must fit"),
-    "exact tokens gone": (in_tensor(EXACT, lambda t: t[:, :, 1:].contiguous()), "tokens of values must fit"),
-    "exact values that are integers": (in_tensor(EXACT, lambda t: t.int()), "tokens of values must fit"),
-    "mean of other heads": (in_tensor(MEAN, lambda t: t[:1].contiguous()), "what 'attention' learned must fit"),
-    "tensor missing": (without_tensor(SCALES), f"KeyError: '{SCALES}'"),
+    "length no number": (in_tokens("length", "150"), "TypeError: .*'str' and 'int'"),
+    "condition": (in_tokens("learned", [True, False, True, 146]), r"\['scale'\] must be None to fit"),
+    "unknown condition": (in_tokens("learned", "magic"), "TypeError: Learned"),
+    "no mean": (in_tokens("mean", None), r"\['mean'\] must be torch.float32 .*, got None"),
+    "unknown tokens": (in_tokens("channels", None), r"\['channels'\] must be nothing to fit"),
+    "scales of another dtype": (in_tensor(SCALES, lambda t: t.float()), "'scales'. must be torch.bfloat16"),
+    "scales of fewer blocks": (in_tensor(SCALES, lambda t: t[:, :, 1:].contiguous()), "'scales'. must be .* to fit"),
+    "exact tokens gone": (in_tensor(EXACT, lambda t: t[:, :, 1:].contiguous()), "'values'.*'exact'.* to fit"),
+    "exact values that are integers": (in_tensor(EXACT, lambda t: t.int()), "must be torch.float32 .* to fit"),
+    "mean of other heads": (in_tensor(MEAN, lambda t: t[:1].contiguous()), r"\['mean'\] must be torch.float32 \[2, "),
+    "queries of another shape": (in_tokens("query_energy", f"$tensor {MEAN}"), "'query_energy'. must be .* .2, 32. to"),
+    "padding of another shape": (in_tokens("valid", f"$tensor {MEAN}"), "'valid'. must be torch.bool .2, 150. to fit"),
+    "tensor renamed": (unsigned(lambda x: x.update(odd=x.pop(SCALES))), "must be as it was written"),
+    "tensor of another dtype": (unsigned(lambda x: x.update({MEAN: x[MEAN].view(torch.int32)})), "as it was written"),
+    "tensor missing": (
+        lambda folder: rewritten(folder, lambda header: None, lambda x: x.pop(SCALES)),
+        'KeyError: "layers.*scales',
+    ),
     "unknown layer": (
         lambda f: rewritten(f, lambda header: header["layers"][0].update(kind="OddLayer")),
         "OddLayer",
@@ -488,19 +507,22 @@ def test_corruption(corruption, saved, tmp_path):
 def test_a_cache_of_an_older_format_is_replaced(saved, tmp_path):
     for path in saved.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    in_header("format_version", 2)(tmp_path)
+    older(tmp_path, version=2)
     cache = filled(150)
     cache.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [saving.FILE]
+    # as after a crash before the old description was removed
+    (tmp_path / "cache.json").write_text("{}")
     assert same(TurboQuantCache.from_pretrained(tmp_path), cache)
 
 
 @pytest.mark.parametrize(
     "folder, what",
-    [("nothing there", "does not exist"), ("a model", "holds no cache.json"), ("a model/config.json", "is a file")],
+    [("nothing there", "No such file"), ("a model", "No such file"), ("a model/config.json", "No such file")],
 )
 def test_folders_that_hold_no_cache(folder, what, tmp_path):
     make_model("llama").save_pretrained(tmp_path / "a model")
-    with pytest.raises(ValueError, match=f"one that `save_pretrained` wrote, got .*{folder}, which {what}."):
+    with pytest.raises(ValueError, match=f"{folder} must be a saved cache: {what}.*Name another"):
         TurboQuantCache.from_pretrained(tmp_path / folder)
 
 

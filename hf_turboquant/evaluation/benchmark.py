@@ -19,14 +19,12 @@ from torch.utils.benchmark import Timer
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from .._supported import cache_name
 from ..config import TurboQuantConfig
 from ..estimate import Estimate
 from ..layer import TurboQuantLayer
 from .caches import label
 from .load import machine
 
-COLUMNS = ("context", "cache", "attention", "×", "GB/s", "of copy", "step", "×", "prefill")
 FLASH, CUDNN, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 
 
@@ -156,15 +154,6 @@ def generate(model, ids: torch.Tensor, tokens: int, times: Times, **options) -> 
     return model.generate(ids, attention_mask=torch.ones_like(ids), streamer=times, **options)
 
 
-def generate_rate(model, cache, context: int, tokens: int) -> float:
-    """Tokens per second of greedy decoding after a prompt of `context` random tokens, which is not counted."""
-    ids = torch.randint(0, model.config.get_text_config(decoder=True).vocab_size, (1, context), device=model.device)
-    times = Times()
-    generate(model, ids, tokens + 2, times, **{cache_name(model): cache})
-    # The prompt gives the first token, and the first step compiles kernels.
-    return tokens / sum(times.steps_s[1:])
-
-
 @torch.inference_mode()
 def layer_times(shape: dict, context: int, options: dict | None, device: torch.device, dtype: torch.dtype) -> dict:
     """
@@ -186,26 +175,30 @@ def layer_times(shape: dict, context: int, options: dict | None, device: torch.d
     token = [state[:, :, :1].clone() for state in states]
     query, seen = (random("heads", tokens, "key_dim") for tokens in (1, min(context, 64)))
     attend = partial(scaled_dot_product_attention, query, enable_gqa=True)
+    prefill = partial(new_layer, options, seen, *states)
 
-    layer = new_layer(options, seen, *states)
+    layer = prefill()
+    measure = partial(median_ms, partial(attend, layer.keys, layer.values))
+    attention_ms, nbytes = fastest(measure) if options is None else measure(), attended_bytes(layer)
     # By default torch may pick cuDNN, which makes a plan for every new length: most of a step's time on an H100.
     with sdpa_kernel([FLASH, EFFICIENT, SDPBackend.MATH]) if device.type == "cuda" else nullcontext():
         # Few steps, so that the context stays about the same.
         ((step_ms, _),) = calls_ms([lambda: attend(*layer.update(*token))], 13, skipped=3)
-    layer = new_layer(options, seen, *states)
-    measure = partial(median_ms, partial(attend, layer.keys, layer.values))
-    attention_ms = fastest(measure) if options is None else measure()
-    prefill_ms = median_ms(lambda: new_layer(options, seen, *states))
-    times = {"attention_ms": attention_ms, "step_ms": step_ms, "prefill_ms": prefill_ms}
-    return {**times, "bytes": attended_bytes(layer)}
+    times = {"attention_ms": attention_ms, "step_ms": step_ms, "prefill_ms": median_ms(prefill)}
+    return {**times, "bytes": nbytes}
 
 
-def layer_shape(config, batch: int) -> dict:
+def benchmark(config, contexts: list[int], batch: int, caches: list[dict], device: str, dtype: torch.dtype) -> dict:
     """
-    The most frequent shape among the layers of a model that a [`TurboQuantCache`] compresses.
+    All times of one layer, full and compressed, with the conditions of the measurement. Its shape is the most frequent
+    one among the layers of the model that a [`TurboQuantCache`] compresses.
+
+    Args:
+        config (`PreTrainedConfig`): the model's; no weights are needed.
+        caches (`list[dict]`): one set of options of [`TurboQuantConfig`] for each cache.
 
     Raises:
-        `ValueError`: there is no such layer.
+        `ValueError`: the model has no such layer.
     """
     estimate = Estimate.from_config(config)
     shapes = Counter(estimate.layers[index].shapes for index in estimate.compressed())
@@ -213,18 +206,8 @@ def layer_shape(config, batch: int) -> dict:
         raise ValueError("MODEL must have layers with full attention, got none: there is nothing to compress.")
     ((kv_heads, key_dim), (_, value_dim)), _ = shapes.most_common(1)[0]
     heads = config.get_text_config(decoder=True).num_attention_heads
-    return {"batch": batch, "heads": heads, "kv_heads": kv_heads, "key_dim": key_dim, "value_dim": value_dim}
-
-
-def benchmark(config, contexts: list[int], batch: int, caches: list[dict], device: str, dtype: torch.dtype) -> dict:
-    """
-    All times of one layer, full and compressed, with the conditions of the measurement.
-
-    Args:
-        config (`PreTrainedConfig`): the model's; no weights are needed.
-        caches (`list[dict]`): one set of options of [`TurboQuantConfig`] for each cache.
-    """
-    device, shape = torch.device(device), layer_shape(config, batch)
+    shape = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "key_dim": key_dim, "value_dim": value_dim}
+    device = torch.device(device)
     # torch waits only for the current device.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         rows = [
@@ -250,7 +233,8 @@ def show(found: dict) -> None:
     )
     if conditions["device_type"] != "cuda":
         console.print("Without a GPU the torch reference attends to codes: that saves memory, not time.")
-    table, full = Table(*COLUMNS, box=box.SIMPLE), None
+    columns = "context", "cache", "attention", "×", "GB/s", "of copy", "step", "×", "prefill"
+    table, full = Table(*columns, box=box.SIMPLE), None
     for row in found["rows"]:
         full = row if row["options"] is None else full
         name, rate = "full" if row is full else label(row["options"]), row["bytes"] / row["attention_ms"] * 1e3
@@ -258,6 +242,3 @@ def show(found: dict) -> None:
         cells = f"{row['context']:,}", name, f"{row['attention_ms']:.3f}", attention, f"{rate / 1e9:.1f}"
         table.add_row(*cells, f"{rate / copy:.0%}", f"{row['step_ms']:.3f}", step, f"{row['prefill_ms']:.1f}")
     console.print(table)
-    for context, rates in found.get("tokens_per_s", {}).items():
-        texts = [f"{name} {rate:.1f}" for name, rate in rates.items()]
-        console.print(f"generate after {context:,} tokens, tokens per second: {', '.join(texts)}")

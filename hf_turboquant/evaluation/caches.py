@@ -2,11 +2,11 @@
 
 import itertools
 import math
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from ..cache import TurboQuantCache
@@ -40,7 +40,7 @@ def parse(*specs: str) -> list[dict]:
                 f"A cache must be given as KIND:OPTION=VALUE/VALUE,..., KIND one of {', '.join(KINDS)}, got {spec!r}. "
                 "Try `turboquant:nbits=4/3,key_estimator=rescaled`."
             )
-        choices = [[(name, _value(value)) for value in values.split("/")] for name, _, values in pairs]
+        choices = [[(name, parse_value(value)) for value in values.split("/")] for name, _, values in pairs]
         found += [{"cache": kind, **dict(chosen)} for chosen in itertools.product(*choices)]
     for options in found:
         if options["cache"] == "turboquant":
@@ -48,59 +48,46 @@ def parse(*specs: str) -> list[dict]:
     return found
 
 
-def _value(text: str) -> int | float | str:
+def parse_value(text: str) -> int | float | str:
+    """`"4"` -> 4, `"2.5"` -> 2.5, and a word as it is."""
     for convert in (int, float):
         with suppress(ValueError):
             return convert(text)
     return text
 
 
-def label(options: dict, chosen: set[str] | None = None) -> str:
-    """The name of a cache, or of its `chosen` options, in tables and results: `"turboquant 4 bits qjl, window 32"`."""
+def label(options: dict) -> str:
+    """The name of a cache in tables and results: `"turboquant 4 bits qjl, window 32"`."""
     options = {"cache": "turboquant", **options}
-    words = []
-    for name in [*_WORDS, *(name for name in options if name not in _WORDS)]:
-        if name in options and (chosen is None or name in chosen):
-            value = _CONDITIONS.get(options[name], options[name]) if name == "condition" else options[name]
-            words.append(_WORDS.get(name, f", {name} {{}}").format(value))
-    return " ".join(words).replace(" ,", ",").removeprefix(", ")
+    if "condition" in options:
+        options["condition"] = _CONDITIONS.get(options["condition"], options["condition"])
+    names = [*_WORDS, *(name for name in options if name not in _WORDS)]
+    words = [_WORDS.get(name, f", {name} {{}}").format(options[name]) for name in names if name in options]
+    return " ".join(words).replace(" ,", ",")
 
 
-class Row(NamedTuple):
-    """
-    The words that describe a cache among those it is compared with: `head` is what the caches of its group share (empty
-    if `text` is complete), `text` what distinguishes it from them, `line` both without the `bits`, which are `"4"`, or
-    `"4/2"` if keys and values differ. `label` identifies its results.
-    """
-
-    head: str
-    text: str
-    line: str
-    bits: str
-    label: str
-
-
-def rows(caches: list[dict]) -> list[Row]:
-    """A [`Row`] for each of the caches, in groups, so that tables state shared options once."""
-    groups: dict[tuple, list[dict]] = {}
+def lines(caches: list[dict]) -> dict[str, list[dict]]:
+    """The caches that differ in nothing but their bits, for a line of a plot, by the words that they share."""
+    groups: dict[frozenset, list[dict]] = {}
     for options in caches:
-        # Compressing only keys and only values are separate comparisons, though both give bits for both.
-        options = {"cache": "turboquant", **options}
-        kind = options["cache"], frozenset(options) - {"key_estimator", "sketch", "condition"}
-        groups.setdefault(kind, []).append(options)
-    shared = {kind: dict(set.intersection(*(set(o.items()) for o in members))) for kind, members in groups.items()}
-    # Groups get heads only if one of them shares more than kind, bits and estimator.
-    some = any(set(names) - {"cache", "nbits", "key_estimator"} for names in shared.values())
-    found = []
-    for kind, members in groups.items():
-        heads = set(shared[kind]) if some and len(members) > 1 else set()
-        for options in members:
-            own = set(options) - heads
-            bits = own & {"nbits", "key_bits", "value_bits"} - (set(shared[kind]) - {"nbits"})
-            head, line = label(options, heads), label(options, own - bits)
-            widths = "/".join(str(options[name]) for name in sorted(bits))
-            found.append(Row(head, label(options, own), ", ".join(filter(None, (head, line))), widths, label(options)))
-    return found
+        others = frozenset(option for option in options.items() if option[0] not in ("nbits", "key_bits", "value_bits"))
+        groups.setdefault(others, []).append(options)
+    shared = ({k: v for k, v in first.items() if all(o.get(k) == v for o in rest)} for first, *rest in groups.values())
+    return dict(zip(map(label, shared), groups.values(), strict=True))
+
+
+class IntegerCache(QuantizedCache):
+    """transformers' cache of integers or fp8, in whose errors `name` stands."""
+
+    name = ""
+
+    def update(self, *states, **arguments):
+        try:
+            return super().update(*states, **arguments)
+        except (AssertionError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            advice = "Take another `q_group_size`, other axes, or lengths that fit them."
+            raise ValueError(f"transformers' {self.name} cannot hold these tokens: {reason}. {advice}") from None
 
 
 def new_cache(config, options: dict):
@@ -111,9 +98,10 @@ def new_cache(config, options: dict):
     with 3 bits: the groups run across tokens, as with `axis_key` and `axis_value` 0.
 
     Raises:
-        `ValueError`: the options don't fit, the cache cannot hold this model, or a package is missing.
+        `ValueError`: the options don't fit, the cache cannot hold this model, or a package is missing. Its `update`
+            raises one if transformers' cache cannot hold the tokens.
     """
-    options = dict(options)
+    name, options = label(options), dict(options)
     kind = options.pop("cache", "turboquant")
     if kind == "turboquant":
         return TurboQuantCache(config, **options)
@@ -129,26 +117,13 @@ def new_cache(config, options: dict):
         if not usual and any(axes.values()):
             raise ValueError(f"HQQ's 3 bits must have `axis_key` and `axis_value` 0, got {axes}. Take 4 or 2 bits.")
     try:
-        theirs = {"dynamic": DynamicCache, "static": StaticCache}.get(kind, partial(QuantizedCache, kind))
-        return theirs(config=config, **options)
+        theirs = {"dynamic": DynamicCache, "static": StaticCache}.get(kind, partial(IntegerCache, kind))
+        cache = theirs(config=config, **options)
+        cache.name = name
+        return cache
     except (ImportError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"transformers' {kind} cache must fit this model and be installed: {reason}") from None
-
-
-@contextmanager
-def named(options: dict):
-    """A context in which errors name the cache: a `ValueError` if transformers' cache cannot hold the tokens."""
-    try:
-        yield
-    except (AssertionError, ValueError) as error:
-        if options.get("cache", "turboquant") == "turboquant":
-            raise
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(
-            f"transformers' {label(options)} cannot hold these tokens: {reason}. Take another `q_group_size`, other "
-            "axes, or lengths that fit them."
-        ) from None
 
 
 def held_bytes(cache) -> int:
@@ -193,11 +168,9 @@ def _count(states) -> int:
 
 
 def _tensors(tree):
-    if isinstance(tree, dict | list | tuple):
-        for item in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(item)
-    elif hasattr(tree, "__tensor_flatten__"):
-        # For a wrapper, count the tensors that it holds and not the one that it represents.
-        yield from _tensors([getattr(tree, name) for name in tree.__tensor_flatten__()[0]])
-    elif isinstance(tree, torch.Tensor):
-        yield tree
+    for leaf in tree_leaves(tree):
+        if hasattr(leaf, "__tensor_flatten__"):
+            # For a wrapper, count the tensors that it holds and not the one that it represents.
+            yield from _tensors([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+        elif isinstance(leaf, torch.Tensor):
+            yield leaf

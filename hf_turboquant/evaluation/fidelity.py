@@ -9,7 +9,7 @@ from ..cache import TurboQuantCache
 from ..config import TurboQuantConfig
 from ..handle import QuantizedStates
 from ..layer import TurboQuantLayer
-from .caches import named, new_cache
+from .caches import new_cache
 
 # Number of queries, at the end of the text, for which attention is compared.
 QUERIES = 16
@@ -83,16 +83,12 @@ def compare(config, inputs: LayerInputs, options: dict, length: int) -> dict[str
             f"The lengths of the fidelity part must be from {first + 1 + length - last} to {inputs.keys.shape[2]}, the "
             f"tokens of the text that was read, got {length}."
         )
-    layer = new_cache(config, options).layers[inputs.layer_idx]
+    cache, index, read = new_cache(config, options), inputs.layer_idx, length - QUERIES
     query, keys, values = (states[:, :, :length] for states in (inputs.query, inputs.keys, inputs.values))
-    read = length - QUERIES
-    with named(options):
-        layer.update(keys[:, :, :read].contiguous(), values[:, :, :read].contiguous())
-        if isinstance(layer, TurboQuantLayer):
-            layer.settle(query[:, :, :read])
-        held = layer.update(keys[:, :, read:], values[:, :, read:])
-    if isinstance(layer, TurboQuantLayer):
-        held = layer.keys, layer.values
+    cache.update(keys[:, :, :read].contiguous(), values[:, :, :read].contiguous(), index)
+    if isinstance(cache.layers[index], TurboQuantLayer):
+        cache.layers[index].settle(query[:, :, :read])
+    held = cache.update(keys[:, :, read:], values[:, :, read:], index)
     held = [states.dequantize() if isinstance(states, QuantizedStates) else states for states in held]
     query, asking = query[:, :, read:].float(), keys[:, :, last - 1 : last].float()
     keys, values, held_keys, held_values = (states.float() for states in (keys, values, *held))

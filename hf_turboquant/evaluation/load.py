@@ -3,8 +3,8 @@
 import argparse
 import math
 import platform
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,18 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .. import __version__
 from .caches import label, new_cache, parse
 
-# As in the project's measurements: a block of 32 tokens sees itself exactly and all earlier tokens in codes.
-_ALL_CODES = "condition=none,residual_length=32,sink_length=0"
-PRESETS = {
-    # Every estimator of the papers: only keys, only values (the other in 8 bits), then both with exact tokens.
-    "estimators": [
-        f"turboquant:key_bits=4/3/2,value_bits=8,key_estimator=mse/rescaled,{_ALL_CODES}",
-        f"turboquant:key_bits=4/3/2,value_bits=8,key_estimator=qjl,sketch=orthogonal/gaussian,{_ALL_CODES}",
-        f"turboquant:key_bits=8,key_estimator=rescaled,value_bits=4/3/2,value_estimator=mse/rescaled,{_ALL_CODES}",
-        "turboquant:nbits=4/3/2,key_estimator=mse/rescaled,condition=none/center",
-        "turboquant:nbits=4/3/2,key_estimator=qjl,condition=none",
-    ],
-}
 PARTS = ("quality", "needle", "fidelity", "claims")
 
 
@@ -56,7 +44,7 @@ def _option(default, about: str, **how):
 
 CACHES = ("turboquant:nbits=4/3/2,key_estimator=qjl/rescaled",)
 _TEXT = "a text file, hub:DATASET:CONFIG:SPLIT:COLUMN of a dataset on the Hub, or `reference`: Python's own reference"
-_SPECS = "KIND:OPTION=VALUE/VALUE, or `estimators`, those of the papers; the default adds what transformers has"
+_SPECS = "KIND:OPTION=VALUE/VALUE, such as turboquant:nbits=4/3 fp8; the default adds what transformers has"
 
 _HALF = "quality: count blocks from here on (default: half a window)"
 _TOKENS = {"type": parse_count, "metavar": "TOKENS"}
@@ -92,8 +80,7 @@ class Settings:
 
     def __post_init__(self):
         if all(isinstance(spec, str) for spec in self.caches):
-            specs = (spec for named in self.caches for spec in PRESETS.get(named, [named]))
-            object.__setattr__(self, "caches", parse(*specs))
+            object.__setattr__(self, "caches", parse(*self.caches))
         for name in ("prefill", "score_from"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.window // 2)
@@ -144,22 +131,19 @@ def read_text(source: str) -> str:
     """
     if source == "reference":
         return "\n".join(topics.values())
-    if source.startswith("hub:"):
-        name, config, split, column = (source.split(":") + ["", "", "", ""])[1:5]
+    try:
+        if not source.startswith("hub:"):
+            return Path(source).read_text(encoding="utf-8")
         # Not one of our dependencies, because only users who name a dataset need it.
         from datasets import load_dataset
 
-        try:
-            rows = load_dataset(name, config or None, split=split or "test")
-            return "\n".join(row.removesuffix("\n") for row in rows[column or "text"])
-        except (OSError, ValueError, KeyError, ConnectionError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"The text hub:... must name a dataset with that split and column: {reason}") from None
-    try:
-        return Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ValueError(f"The text must be a text file, hub:DATASET or reference, got {source}: {reason}.") from None
+        name, config, split, column = (source.split(":") + ["", "", "", ""])[1:5]
+        rows = load_dataset(name, config or None, split=split or "test")
+        return "\n".join(row.removesuffix("\n") for row in rows[column or "text"])
+    except (OSError, ValueError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        must = "a text file in UTF-8, hub:DATASET:CONFIG:SPLIT:COLUMN or reference"
+        raise ValueError(f"The text must be {must}, got {source}: {reason}.") from None
 
 
 def place(dtype: str | None = None, device: str | None = None) -> tuple[str, torch.dtype]:
@@ -189,8 +173,8 @@ def machine(device: torch.device | str) -> dict[str, str]:
 
 def load_config(name: str):
     """The config of a Hub name, a local folder or a `config.json`; a `ValueError` if transformers finds none."""
-    what = "a name on the Hub, a local folder or a config.json that transformers knows"
-    return _found(what, name, lambda: AutoConfig.from_pretrained(name))
+    with _finding("a name on the Hub, a local folder or a config.json that transformers knows", name):
+        return AutoConfig.from_pretrained(name)
 
 
 def load_model(name: str, dtype: str | None = None, device: str | None = None):
@@ -198,17 +182,15 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None):
     device, found = place(dtype, device)
     if Path(name).is_file():
         raise ValueError(f"MODEL must be a Hub name or a folder with weights, got the file {name!r}.")
-
-    def load():
+    with _finding("a causal language model on the Hub or in a local folder", name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=found, device_map=device)
         return model.eval(), AutoTokenizer.from_pretrained(name)
 
-    return _found("a causal language model on the Hub or in a local folder", name, load)
 
-
-def _found(what: str, name: str, load: Callable):
+@contextmanager
+def _finding(what: str, name: str):
     try:
-        return load()
+        yield
     except (ModuleNotFoundError, torch.OutOfMemoryError):
         raise
     # Config, weights and tokenizer can fail in any way.

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from .._supported import cache_name
-from .caches import named, new_cache
+from .caches import new_cache
 
 # Digits are copied one by one, and a question that repeats the needle's words needs no reasoning: this tests only the
 # memory, even of a model too small to answer questions.
@@ -47,11 +47,10 @@ def find_needle(model, tokenizer, text: str, options: dict, length: int, depth: 
     context, inputs = (ids.to(model.device) for ids in haystack(tokenizer, text, length, depth, code))
     read = partial(model, **{cache_name(model): new_cache(model.config, options)}, logits_to_keep=1)
     answer, written = [], ""
-    with named(options):
-        read(context)
-        # A token holds at least one digit; one more token for a leading space.
-        while len(answer) < len(code) + 1 and len(written.strip()) < len(code):
-            inputs = read(inputs).logits[:, -1:].argmax(-1)
-            answer.append(inputs.item())
-            written = tokenizer.decode(answer)
+    read(context)
+    # A token holds at least one digit; one more token for a leading space.
+    while len(answer) < len(code) + 1 and len(written.strip()) < len(code):
+        inputs = read(inputs).logits[:, -1:].argmax(-1)
+        answer.append(inputs.item())
+        written = tokenizer.decode(answer)
     return {"expected": code, "answer": written, "exact": written.strip() == code}

@@ -1,16 +1,15 @@
 """The plots of an evaluation, as PNG files."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from textwrap import fill
 
 import matplotlib
 from matplotlib import cycler
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator
 
 from ..estimate import Estimate
-from .caches import rows
+from .caches import label, lines
 from .quality import total
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; markers differ as well.
@@ -49,18 +48,16 @@ def figure_and_axes(columns: int = 1, width: float = 6.4, height: float = 4.2, *
 
 def overview_figure(qualities: dict, caches: list[dict], config) -> Figure:
     """KL divergence against all bits per coordinate, and bytes against context: low and left is good."""
-    lines: dict[str, list] = {}
-    for row in rows(caches):
-        found = qualities[row.label]
-        lines.setdefault(row.line, []).append((found.total_bits, found.kl))
-    figure, (left, right) = figure_and_axes(2, width=10, height=4.6 + 0.25 * len(lines))
-    for style, (name, points) in zip(STYLES(), lines.items(), strict=False):
-        left.plot(*zip(*sorted(points), strict=True), label=name, **style)
+    found = lines(caches)
+    figure, (left, right) = figure_and_axes(2, width=10, height=4.6 + 0.25 * len(found))
+    for style, (name, members) in zip(STYLES(), found.items(), strict=False):
+        points = sorted((q.total_bits, q.kl) for q in (qualities[label(options)] for options in members))
+        left.plot(*zip(*points, strict=True), label=name, **style)
     left.set(xlabel="bits per coordinate, scales included", ylabel="KL to the full cache (nats)", yscale="log")
     left.set_title("Quality against size", loc="left")
     _draw_memory(right, config)
     _number(left)
-    _legend(figure, left.get_lines())
+    _legend(figure, left)
     return figure
 
 
@@ -88,36 +85,27 @@ def _draw_memory(axis, config, contexts=(2048, 8192, 32768, 131072), widths=(4, 
 
 
 def fidelity_figure(units: dict, settings) -> Figure:
-    """Error of the attention's output, layer by layer, at the longest context, with a panel for every width."""
-    length, found = max(settings.fidelity_lengths), rows(settings.caches)
-    # Caches without bits to compare appear in every panel.
-    widths = list(dict.fromkeys(row.bits for row in found if row.bits)) or [""]
-    styles = dict(zip(dict.fromkeys(row.line for row in found), STYLES(), strict=False))
-    size = {"width": 3 + 2.8 * len(widths), "height": 4.4 + 0.4 * len(styles)}
-    figure, axes = figure_and_axes(len(widths), **size, sharey=True, squeeze=False)
-    lines = {}
-    for axis, bits in zip(axes[0], widths, strict=True):
-        for row in (row for row in found if row.bits in (bits, "")):
-            unit = units[f"fidelity: {row.label}, {length} tokens"]
-            style = styles[row.line] | {"label": row.line, "markersize": 4}
-            (lines[row.line],) = axis.plot(unit["layer"], unit["output_error"], **style)
-        axis.set(xlabel="layer", yscale="log")
-        axis.set_title(bits and f"{bits} bits", loc="left")
-        _number(axis)
-    axes[0, 0].set_ylabel("relative error of attention's output")
-    figure.suptitle(f"Error by layer, {length:,} tokens", fontsize=12)
-    _legend(figure, lines.values())
+    """Error of the attention's output, layer by layer, at the longest context."""
+    length = max(settings.fidelity_lengths)
+    figure, axis = figure_and_axes(width=7, height=4 + 0.25 * len(settings.caches))
+    for style, options in zip(STYLES(), settings.caches, strict=False):
+        unit = units[f"fidelity: {label(options)}, {length} tokens"]
+        axis.plot(unit["layer"], unit["output_error"], label=label(options), markersize=4, **style)
+    axis.set(xlabel="layer", ylabel="relative error of attention's output", yscale="log")
+    axis.set_title(f"Error by layer, {length:,} tokens", loc="left")
+    _number(axis)
+    _legend(figure, axis)
     return figure
 
 
 def _number(axis) -> None:
     """Plain numbers along a logarithmic axis."""
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
 
 
-def _legend(figure: Figure, lines: Iterable) -> None:
-    """Adds one legend of all lines below the axes, where it hides none of them."""
-    texts = [fill(line.get_label(), int(figure.get_figwidth() * 12) - 8) for line in lines]
-    figure.legend(list(lines), texts, loc="outside lower center", frameon=False, fontsize=9, handlelength=4)
+def _legend(figure: Figure, axis) -> None:
+    """Adds a legend of the lines of `axis` below the axes, where it hides none of them."""
+    texts = [fill(line.get_label(), int(figure.get_figwidth() * 12) - 8) for line in axis.get_lines()]
+    figure.legend(axis.get_lines(), texts, loc="outside lower center", frameon=False, fontsize=9, handlelength=4)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .._supported import cache_name
-from .caches import FULL, bits_per_coordinate, held_bytes, named, new_cache
+from .caches import FULL, bits_per_coordinate, held_bytes, new_cache
 
 
 @dataclass
@@ -102,15 +102,12 @@ def read_full(model, ids: torch.Tensor, **blocks) -> Full:
     return Full(quality, kept, held_bytes(cache))
 
 
-def compare(model, ids: torch.Tensor, options: dict | Callable, full: Full, **blocks) -> Quality:
-    """Reads the windows that `full` is of through another cache; for `options` and `blocks` see [`measure`]."""
-    cache = options() if callable(options) else new_cache(model.config, options)
-    quality = Quality()
-    with named({} if callable(options) else options):
-        predicted = _predict(model, cache, ids, **blocks)
-        for expected, (log_probs, targets) in zip(full.log_probs, predicted, strict=True):
-            bits = bits_per_coordinate(cache, with_exact=True)
-            quality.add(expected.to(log_probs.device), log_probs, targets, bits)
+def compare(model, ids: torch.Tensor, cache, full: Full, **blocks) -> Quality:
+    """Reads the windows that `full` is of through another cache, an empty one; for `blocks` see [`measure`]."""
+    quality, predicted = Quality(), _predict(model, cache, ids, **blocks)
+    for expected, (log_probs, targets) in zip(full.log_probs, predicted, strict=True):
+        bits = bits_per_coordinate(cache, with_exact=True)
+        quality.add(expected.to(log_probs.device), log_probs, targets, bits)
     quality.compression_ratio, quality.total_bits = full.nbytes / held_bytes(cache), bits_per_coordinate(cache)
     return quality
 
@@ -132,7 +129,8 @@ def measure(model, windows: torch.Tensor, configurations: list[dict | Callable],
     total = None
     for ids in windows.to(model.device).split(batch):
         full = read_full(model, ids, **blocks)
-        found = [full.quality, *(compare(model, ids, options, full, **blocks) for options in configurations)]
+        caches = (options() if callable(options) else new_cache(model.config, options) for options in configurations)
+        found = [full.quality, *(compare(model, ids, cache, full, **blocks) for cache in caches)]
         total = [sum_ + new for sum_, new in zip(total, found, strict=True)] if total else found
     return total
 

@@ -1,26 +1,77 @@
-"""All parts of an evaluation in one run: progress, resuming, tables and plots."""
+"""All parts of an evaluation in one run: progress, results to resume from, tables and plots."""
 
+import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import product
 from pathlib import Path
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from ..conditioning import head_dim
 from . import claims, fidelity, needle, plots, quality
-from .caches import FULL, label, rows
+from .caches import FULL, label, new_cache
 from .load import Settings, machine
-from .results import Results
 
 # For the claims: bits, dimensions of the distortion, and estimators of keys with their sketch.
 WIDTHS = (4, 3, 2)
 DIMENSIONS = (64, 128, 256)
 ESTIMATORS = (("mse", "orthogonal"), ("rescaled", "orthogonal"), ("qjl", "gaussian"), ("qjl", "orthogonal"))
+
+
+class Results:
+    """
+    Results by name, saved after each new one.
+
+    Args:
+        folder (`Path`): holds `results.json`; made if it is missing.
+        conditions (`dict`): everything that the results depend on, as json represents it.
+
+    Raises:
+        `ValueError`: the folder holds results under other conditions, or a file that is not of this command.
+    """
+
+    def __init__(self, folder: Path, conditions: dict):
+        self.path = Path(folder) / "results.json"
+        self.conditions, self.units = json.loads(json.dumps(conditions)), {}
+        if not self.path.exists():
+            return
+        advice = f"Give another --out, or remove {self.path}."
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            before, self.units = dict(found["conditions"]), dict(found["results"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.path} must hold results of this command, and cannot be read. {advice}") from None
+        for name, now in self.conditions.items():
+            # Without results, there is nothing that must have the same conditions.
+            if self.units and before.get(name) != now:
+                other = f"{name} {before.get(name)}, now {now}"
+                raise ValueError(f"{self.path} holds results of other conditions: {other}. {advice}")
+
+    def get(self, name: str, compute: Callable[..., dict], *arguments) -> dict:
+        """Returns the saved result of that name, or computes it from `arguments` and saves it."""
+        if name not in self.units:
+            # Through json, so that a resumed run sees the same as this one.
+            self.units[name] = json.loads(json.dumps(compute(*arguments)))
+            self.save()
+        return self.units[name]
+
+    def save(self) -> None:
+        """Writes everything; a `ValueError` if the folder cannot be written to."""
+        new, content = self.path.with_suffix(".new"), {"conditions": self.conditions, "results": self.units}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            # Renamed only when complete: a run that dies here leaves the previous file.
+            os.replace(new, self.path)
+        except OSError as error:
+            folder = f"got {self.path.parent}: {error.strerror}."
+            raise ValueError(f"--out must be a folder that can be written to, {folder}") from None
 
 
 def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console: Console | None = None) -> Results:
@@ -34,28 +85,25 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
     """
     console = console or Console()
     settings.check(model.config, text)
+    if "quality" in settings.parts:
+        quality.split_windows(tokenizer, text, settings.window, settings.windows)
     conditions = {**asdict(settings), "dtype": str(model.dtype).removeprefix("torch."), **machine(model.device)}
-    parts = {part: list(_UNITS[part](model, tokenizer, text, settings)) for part in settings.parts}
     # Only after text and settings have been checked.
     results = Results(out, conditions)
     results.save()
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=sum(map(len, parts.values())))
-        for name, compute in ((f"{part}: {name}", compute) for part in parts for name, compute in parts[part]):
-            progress.update(task, description=name)
-            results.get(name, compute)
-            progress.advance(task)
-    for part in parts:
-        console.print(_TABLES[part](results.units, settings))
+        for part in settings.parts:
+            tables = _PARTS[part](model, tokenizer, text, settings, results, partial(progress.track, description=part))
+            console.print(*tables)
     for path in plots.draw(results.units, settings, Path(out), model.config):
         console.print(f"plot: {path}", soft_wrap=True, highlight=False)
     return results
 
 
-# The units of each part: a name, and a function that measures it.
+# Each part measures what `results` lacks, while `track` shows how far it is, and returns its tables.
 
 
-def _quality_units(model, tokenizer, text, settings):
+def _quality(model, tokenizer, text, settings, results, track) -> Iterable:
     blocks = {name: getattr(settings, name) for name in ("block", "prefill", "score_from")}
     windows = quality.split_windows(tokenizer, text, settings.window, settings.windows)
     batches = windows.to(model.device).split(settings.batch)
@@ -66,130 +114,84 @@ def _quality_units(model, tokenizer, text, settings):
         return quality.read_full(model, batches[index], **blocks)
 
     def measure(index: int, options: dict | None) -> dict:
-        found = full(index)
-        found = found.quality if options is None else quality.compare(model, batches[index], options, found, **blocks)
+        found = full(index).quality
+        if options is not None:
+            found = quality.compare(model, batches[index], new_cache(model.config, options), full(index), **blocks)
         return {**asdict(found), "kls": _rounded(found.kls)}
 
-    for index in range(len(batches)):
-        for options in (None, *settings.caches):
-            name = f"window {index * settings.batch}, {label(options) if options else 'full cache'}"
-            yield name, partial(measure, index, options)
+    names = {"full cache": None, **{label(options): options for options in settings.caches}}
+    for index, name in track(list(product(range(len(batches)), names))):
+        results.get(f"quality: window {index * settings.batch}, {name}", measure, index, names[name])
+    title = f"Quality: {settings.windows} × {settings.window:,} tokens, scored from {settings.score_from:,}"
+    columns = "cache", "bits", "all bits", "perplexity", "KL", "KL p99", "top-1", "smaller"
+    table, found = _table(title, *columns), quality.total(results.units)
+    for name in names:
+        q = found[name]
+        cells = f"{q.total_bits:.2f}", f"{q.bits:.2f}", f"{q.perplexity:.2f}", f"{q.kl:.4f}", f"{q.kl_p99:.3f}"
+        table.add_row(name, *cells, f"{q.agreement:.3f}", f"{q.compression_ratio:.2f}")
+    return [table]
 
 
-def _needle_units(model, tokenizer, text, settings):
-    for options in [FULL, *settings.caches]:
+def _needle(model, tokenizer, text, settings, results, track) -> Iterable:
+    title = f"Needle: exact answers at depths {', '.join(f'{depth:.0%}' for depth in settings.needle_depths)}"
+    table = _table(title, "cache", *(f"{length:,} tokens" for length in settings.needle_lengths))
+    for options in track([FULL, *settings.caches]):
+        cells, find = [], partial(needle.find_needle, model, tokenizer, text, options)
         for length in settings.needle_lengths:
-            for depth in settings.needle_depths:
-                find = partial(needle.find_needle, model, tokenizer, text, options, length, depth)
-                yield f"{label(options)}, {length} tokens, depth {depth}", find
+            name = f"needle: {label(options)}, {length} tokens, depth"
+            exact = [results.get(f"{name} {depth}", find, length, depth)["exact"] for depth in settings.needle_depths]
+            cells.append(f"{''.join('✗✓'[found] for found in exact)} {sum(exact)}/{len(exact)}")
+        table.add_row(label(options), *cells)
+    return [table]
 
 
-def _fidelity_units(model, tokenizer, text, settings):
+def _fidelity(model, tokenizer, text, settings, results, track) -> Iterable:
     @lru_cache
     def captured() -> list[fidelity.LayerInputs]:
-        ids = quality.split_windows(tokenizer, text, max(settings.fidelity_lengths), 1)
-        return fidelity.capture(model, ids)
+        return fidelity.capture(model, quality.split_windows(tokenizer, text, max(settings.fidelity_lengths), 1))
 
     def compare(options, length) -> dict:
         found = [fidelity.compare(model.config, layer, options, length) for layer in captured()]
         layers = {"layer": [layer.layer_idx for layer in captured()]}
         return layers | {name: _rounded(layer[name] for layer in found) for name in found[0]}
 
-    for options in settings.caches:
-        for length in settings.fidelity_lengths:
-            yield f"{label(options)}, {length} tokens", partial(compare, options, length)
-
-
-def _claims_units(model, tokenizer, text, settings):
-    for nbits in WIDTHS:
-        for dim in DIMENSIONS:
-            yield f"distortion, {nbits} bits, dimension {dim}", partial(claims.distortion, nbits, dim)
-        for estimator, sketch in ESTIMATORS:
-            measure = partial(claims.inner_product, estimator, nbits, head_dim(model.config), sketch)
-            yield f"inner product, {nbits} bits, {estimator} {sketch}", measure
-
-
-def _rounded(numbers: Iterable[float]) -> list[float]:
-    return [float(f"{number:.4g}") for number in numbers]
-
-
-def _quality_table(units: dict, settings: Settings) -> Table:
-    title = f"Quality: {settings.windows} × {settings.window:,} tokens, scored from {settings.score_from:,}"
-    table = _table(title, "cache", "bits", "perplexity", "KL", "KL p99", "top-1", "smaller")
-    found = quality.total(units)
-
-    def cells(name: str):
-        q = found[name]
-        numbers = f"{q.total_bits:.2f}", f"{q.perplexity:.2f}", f"{q.kl:.4f}", f"{q.kl_p99:.3f}", f"{q.agreement:.3f}"
-        yield *numbers, f"{q.compression_ratio:.2f}"
-
-    table.add_row("full cache", *next(cells("full cache")))
-    return _add_caches(table, settings.caches, cells)
-
-
-def _needle_table(units: dict, settings: Settings) -> Table:
-    title = f"Needle: exact answers at depths {', '.join(f'{depth:.0%}' for depth in settings.needle_depths)}"
-    table = _table(title, "cache", *(f"{length:,} tokens" for length in settings.needle_lengths))
-
-    def cells(name: str):
-        grid = [
-            [units[f"needle: {name}, {length} tokens, depth {depth}"]["exact"] for depth in settings.needle_depths]
-            for length in settings.needle_lengths
-        ]
-        marks = ("".join("✗✓"[found] for found in exact) for exact in grid)
-        yield [f"{mark} {sum(exact)}/{len(exact)}" for mark, exact in zip(marks, grid, strict=True)]
-
-    return _add_caches(table, [FULL, *settings.caches], cells)
-
-
-def _fidelity_table(units: dict, settings: Settings) -> Group:
     names = "codes:\ncosine", "top-1", "all:\ncosine", "top-1", "output\nerror"
     used = _table("Attention, means over layers: scores of tokens in codes and of all", "cache", "tokens", *names)
     asked = _table("Scores where a key asks", "cache", "tokens", "cosine", "top-1")
-
-    def cells(name: str, *keys: str):
-        for length in settings.fidelity_lengths:
-            unit = units[f"fidelity: {name}, {length} tokens"]
-            yield f"{length:,}", *(f"{sum(unit[key]) / len(unit[key]):.4f}" for key in keys)
-
-    keys = "cosine", "top1", "all_cosine", "all_top1", "output_error"
-    _add_caches(used, settings.caches, lambda name: cells(name, *keys))
-    _add_caches(asked, settings.caches, lambda name: cells(name, "key_cosine", "key_top1"))
+    for options, length in track(list(product(settings.caches, settings.fidelity_lengths))):
+        unit = results.get(f"fidelity: {label(options)}, {length} tokens", compare, options, length)
+        means = {name: f"{sum(layers) / len(layers):.4f}" for name, layers in unit.items()}
+        keys = "cosine", "top1", "all_cosine", "all_top1", "output_error"
+        used.add_row(label(options), f"{length:,}", *(means[key] for key in keys))
+        asked.add_row(label(options), f"{length:,}", means["key_cosine"], means["key_top1"])
     asked.add_section()
     for nbits, published in fidelity.BENCHMARK.items():
         asked.add_row(f"published, {nbits} bits", "8,192", *published)
-    return Group(used, asked, f"{fidelity.DIFFERENCES} Here {settings.model} reads {settings.text}.")
+    return [used, asked, f"{fidelity.DIFFERENCES} Here {settings.model} reads {settings.text}."]
 
 
-def _claims_table(units: dict, settings: Settings) -> Group:
+def _claims(model, tokenizer, text, settings, results, track) -> Iterable:
     names = "d", "measured", "codebook", "paper", "upper bound", "measured / d", "benchmark"
     table = _table("Distortion of random unit vectors of dimension d (Algorithm 1)", "bits", *names)
     names = "bits", "slope", "d × variance", "paper"
     products = _table("Inner products of random unit vectors (unbiased: slope 1)", "estimator", *names)
-    for nbits in WIDTHS:
+    for nbits in track(WIDTHS):
         for dim in DIMENSIONS:
-            unit = units[f"claims: distortion, {nbits} bits, dimension {dim}"]
+            unit = results.get(f"claims: distortion, {nbits} bits, dimension {dim}", claims.distortion, nbits, dim)
             measured, codebook, bound = (f"{unit[name]:.5f}" for name in ("measured", "codebook", "upper_bound"))
             cells = str(dim), measured, codebook, claims.PAPER_DISTORTION[nbits], bound, f"{unit['measured'] / dim:.6f}"
             table.add_row(str(nbits), *cells, claims.BENCHMARK_DISTORTION.get((nbits, dim), ""))
         for estimator, sketch in ESTIMATORS:
-            unit = units[f"claims: inner product, {nbits} bits, {estimator} {sketch}"]
+            name = f"claims: inner product, {nbits} bits, {estimator} {sketch}"
+            unit = results.get(name, claims.inner_product, estimator, nbits, head_dim(model.config), sketch)
             name = f"{estimator}, {sketch} sketch" if estimator == "qjl" else estimator
             published = claims.PAPER_VARIANCE.get((nbits, estimator, sketch), "")
             products.add_row(name, str(nbits), f"{unit['slope']:.3f}", f"{unit['variance']:.4f}", published)
-    return Group(table, products)
+    return [table, products]
 
 
-def _add_caches(table: Table, caches: list[dict], cells: Callable[[str], Iterable]) -> Table:
-    """Adds rows for every cache, given its label; caches that share options get a common head that states them."""
-    for head, members in groupby(rows(caches), lambda row: row.head):
-        table.add_section()
-        if head:
-            table.add_row(f"[bold]{head}[/bold]")
-        for row in members:
-            for line in cells(row.label):
-                table.add_row(" " * bool(head) + row.text, *line)
-    return table
+def _rounded(numbers: Iterable[float]) -> list[float]:
+    return [float(f"{number:.4g}") for number in numbers]
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -199,5 +201,4 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-_UNITS = {"quality": _quality_units, "needle": _needle_units, "fidelity": _fidelity_units, "claims": _claims_units}
-_TABLES = {"quality": _quality_table, "needle": _needle_table, "fidelity": _fidelity_table, "claims": _claims_table}
+_PARTS = {"quality": _quality, "needle": _needle, "fidelity": _fidelity, "claims": _claims}

@@ -30,54 +30,31 @@ logger = logging.getLogger(__name__)
 MAX_KERNEL_QUERIES = 16
 
 
-def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, backend: str = "auto") -> None:
+def quantize(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer], backend: str = "auto") -> None:
     """
-    Quantises `states` and appends the codes to `buffer` in place; earlier codes do not change.
+    Quantises keys, values or both, and appends the codes to their buffers in place: all or none. Earlier codes do not
+    change. A single token of both takes a single launch.
 
     Args:
-        states (`torch.Tensor`): fp32, fp16 or bf16, of shape `[batch, heads, tokens, head_dim]`.
-        quantizer (`Quantizer`): the constants; its `new_buffer` must have made `buffer`.
-        buffer (`TokenBuffer`): grows if necessary.
+        parts (`tuple`):
+            States, fp32, fp16 or bf16, of shape `[batch, heads, tokens, head_dim]`, their quantizer, and a buffer that
+            its `new_buffer` made, which grows if necessary. With two parts, their numbers of tokens are equal.
         backend (`str`): see [`TurboQuantConfig`].
 
     Raises:
-        `ValueError`: `states` does not fit the quantizer or the buffer, or the backend cannot do it. The buffer is left
+        `ValueError`: states don't fit the quantizer or the buffer, or the backend cannot do it. The buffers are left
             unchanged.
     """
-    kernel = _pick_quantize(states, quantizer, buffer, backend)
-    buffer.reserve(buffer.length + states.shape[2])
-    before = buffer.length
+    functions = {_pick_quantize(*part, backend) for part in parts}
+    before = [buffer.length for _, _, buffer in parts]
     try:
-        kernel(states, quantizer, buffer)
+        for states, _, buffer in parts:
+            buffer.reserve(buffer.length + states.shape[2])
+        # If the kernels take only one of them, neither is theirs.
+        (functions.pop() if len(functions) == 1 else reference.quantize)(*parts)
     except BaseException:
         # Codes beyond the length are ignored, so restoring the length undoes all writes.
-        buffer.length = before
-        raise
-
-
-def quantize_pair(states, quantizers, buffers, backend: str = "auto") -> None:
-    """
-    [`quantize`] for the keys and the values of one layer, either both or none; a single token takes a single launch.
-
-    Args:
-        states, quantizers, buffers (`dict`): by role, `"keys"` and `"values"`, with equal numbers of tokens.
-
-    Raises:
-        `ValueError`: as `quantize`.
-    """
-    pairs = [(states[role], quantizers[role], buffers[role]) for role in ("keys", "values")]
-    kernels = [_pick_quantize(*pair, backend) for pair in pairs]
-    before = [buffer.length for _, _, buffer in pairs]
-    try:
-        for (new, _, buffer), length in zip(pairs, before, strict=True):
-            buffer.reserve(length + new.shape[2])
-        if kernels[0] is kernels[1] and kernels[0] is not reference.quantize:
-            quantize_kernels.quantize_pair(*zip(*pairs, strict=True))
-        else:
-            for kernel, pair in zip(kernels, pairs, strict=True):
-                kernel(*pair)
-    except BaseException:
-        for (_, _, buffer), length in zip(pairs, before, strict=True):
+        for (_, _, buffer), length in zip(parts, before, strict=True):
             buffer.length = length
         raise
 

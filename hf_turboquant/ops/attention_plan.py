@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..packing import codes_per_byte
 from ..quantizer import Quantizer
 from .attention_kernels import attend_kernel, combine_kernel
-from .launch import DTYPES, INTERPRETED, addresses, is_only_compiling, launch, overlaps, stream_of
+from .launch import DTYPES, INTERPRETED, Launcher, is_only_compiling, overlaps, stream_of
 from .prepare_kernel import prepare_kernel
 from .ptx import level_snippet, operand_offsets, value_snippet
 from .scores_kernel import scores_kernel
@@ -206,39 +206,6 @@ def count_splits(wave: int, programs: int, blocks: int, limit: int) -> int:
             break
     # At least two blocks each, to make up for starting a program, loading its query and storing its result.
     return min(best, -(-blocks // 2), limit)
-
-
-class Launcher:
-    """A kernel with its compile-time arguments. The first call compiles it; later calls skip Triton's dispatch."""
-
-    def __init__(self, kernel, constants: dict, **options):
-        self.kernel, self.constants, self.options = kernel, constants, options
-        self.compiled = None
-        self.values = tuple(constants.values())
-
-    def compile(self, *args):
-        if self.compiled is None and not INTERPRETED:
-            self.compiled = self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
-            self.compiled._init_handles()
-        return self.compiled
-
-    def __call__(self, grid: tuple[int, int, int], stream: int, args: tuple, fixed: tuple) -> None:
-        """Launches with `args` and then `fixed`, which this launcher's [`fix`] must have made."""
-        if INTERPRETED:
-            self.kernel[grid](*args, *fixed, **self.constants)
-        elif is_only_compiling():
-            args += fixed[: len(fixed) - len(self.values)]
-            self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
-        else:
-            # The first call passes tensors, because compilation depends on their types.
-            compiled = self.compiled or self.compile(*args, *fixed[: len(fixed) - len(self.values)])
-            launch(compiled, grid, stream, args, fixed)
-
-    def fix(self, args: tuple) -> tuple[tuple, tuple]:
-        """Arguments that many launches share, as `__call__` takes them: as tensors and as addresses."""
-        if INTERPRETED:
-            return args, args
-        return (*args, *self.values), (*addresses(args), *self.values)
 
 
 class Kernels:

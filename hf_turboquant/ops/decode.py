@@ -7,11 +7,9 @@ import triton.language as tl
 from ..packing import BLOCK
 from ..quantizer import Quantizer
 from ..storage import TokenBuffer
-from .attention_plan import Launcher, constants_of
+from .attention_plan import constants_of
 from .codes import code_at, codes_per_byte, value_token
-from .launch import DTYPES, INTERPRETED, stream_of
-
-_launchers: dict[tuple, Launcher] = {}
+from .launch import DTYPES, INTERPRETED, run
 
 
 def supports(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> str | None:
@@ -30,35 +28,30 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
     if not out.numel():
         return
     batch, heads, tokens, head_dim = out.shape
-    constants = constants_of(quantizer)
+    made = constants_of(quantizer)
     # Halves the bytes of a matrix that every tile reads; it is rounded no more than the output.
     operator_dtype = torch.float32 if INTERPRETED or out.dtype == torch.float32 else torch.float16
-    keys = quantizer.role == "keys"
-    key = (keys, quantizer.nbits, quantizer.estimator, head_dim, quantizer.mean is None, out.dtype)
-    key += (quantizer.scale is None, buffer["scales"].dtype, out.device)
-    padded = triton.next_power_of_2(head_dim)
-    if key not in _launchers:
-        # Dimensions of one product. All of these choices were fastest on an H100.
-        chunk = 32 if operator_dtype == torch.float32 else 64 if keys or padded > 128 else 128
-        options = {
-            "KEYS": keys,
-            "CODE_BITS": quantizer.code_bits,
-            "QJL": quantizer.estimator == "qjl",
-            "DIM": head_dim,
-            "DIM_PAD": padded,
-            "CHUNK": min(padded, chunk),
-            "SCALE": quantizer.scale is not None,
-            "MEAN": quantizer.mean is not None,
-        }
-        _launchers[key] = Launcher(dequantize_kernel, options, num_warps=4 if padded <= 128 else 8, num_stages=2)
+    keys, padded = quantizer.role == "keys", triton.next_power_of_2(head_dim)
+    # Dimensions of one product. All of these choices were fastest on an H100.
+    chunk = 32 if operator_dtype == torch.float32 else 64 if keys or padded > 128 else 128
+    constants = {
+        "KEYS": keys,
+        "CODE_BITS": quantizer.code_bits,
+        "QJL": quantizer.estimator == "qjl",
+        "DIM": head_dim,
+        "DIM_PAD": padded,
+        "CHUNK": min(padded, chunk),
+        "SCALE": quantizer.scale is not None,
+        "MEAN": quantizer.mean is not None,
+    }
     planes = [tensor for name, tensor in buffer.tensors.items() if name.startswith("plane")]
     args = (
         planes[0],
         planes[-1],
         buffer["scales"],
         buffer.tensors.get("residual_norms", buffer["scales"]),
-        constants.decode_levels(quantizer, operator_dtype),
-        constants.decode_operators(quantizer, operator_dtype),
+        made.decode_levels(quantizer, operator_dtype),
+        made.decode_operators(quantizer, operator_dtype),
         quantizer.centroids if quantizer.scale is None else quantizer.scale,
         quantizer.centroids if quantizer.mean is None else quantizer.mean,
         out,
@@ -68,11 +61,12 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
         buffer.capacity // BLOCK,
         1 if quantizer.scale is None else len(quantizer.scale),
         1 if quantizer.mean is None else len(quantizer.mean),
-        constants.scale,
+        made.scale,
     )
-    launcher, grid = _launchers[key], (-(-tokens // BLOCK), batch * heads, 1)
+    key = dequantize_kernel, *constants.values(), quantizer.nbits, out.dtype, buffer["scales"].dtype, out.device
+    grid, options = (-(-tokens // BLOCK), batch * heads, 1), {"num_warps": 4 if padded <= 128 else 8, "num_stages": 2}
     with torch.cuda.device_of(out):
-        launcher(grid, stream_of(out.device), args, launcher.fix(())[0])
+        run(dequantize_kernel, key, grid, out.device, args, options, constants)
 
 
 # Strides are multiples of 16, which `supports` ensures.

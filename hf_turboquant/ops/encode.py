@@ -18,7 +18,6 @@ from .step_kernel import step_kernel
 
 # What a launch needs of a quantizer, by the dtype of the states and the tile.
 _prepared: WeakKeyDictionary[Quantizer, dict] = WeakKeyDictionary()
-_specifications: dict[tuple, tuple] = {}
 
 
 def supports(states: torch.Tensor, quantizer: Quantizer) -> str | None:
@@ -32,26 +31,13 @@ def supports(states: torch.Tensor, quantizer: Quantizer) -> str | None:
     return None
 
 
-def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) -> None:
-    """Appends `states` to `buffer`, which must have the capacity, in place, in one launch. Its length changes last."""
-    _launch((states,), (quantizer,), (buffer,))
-
-
-def quantize_pair(
-    states: tuple[torch.Tensor, torch.Tensor],
-    quantizers: tuple[Quantizer, Quantizer],
-    buffers: tuple[TokenBuffer, TokenBuffer],
-) -> None:
+def quantize(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer]) -> None:
     """
-    [`quantize`] for the keys and the values of one layer: one launch for one token, else two.
-
-    Both must have the same batch, heads, tokens and device, and their buffers the same length and capacity.
+    [`ops.quantize`] to buffers that have the capacity: one launch for one token, else one for each part. Two parts must
+    have the same batch, heads, tokens and device, and their buffers the same length and capacity.
     """
-    if states[0].shape[2] == 1:
-        _launch(states, quantizers, buffers)
-    else:
-        for one in zip(states, quantizers, buffers, strict=True):
-            quantize(*one)
+    for launched in [parts] if parts[0][0].shape[2] == 1 else zip(parts, strict=True):
+        _launch(*launched)
 
 
 def append(states: LayerStates, new: dict[str, torch.Tensor]) -> None:
@@ -92,27 +78,27 @@ def token_sides(states: LayerStates, new: dict[str, torch.Tensor]):
     return sides, specs, key, options
 
 
-def _launch(states, quantizers, buffers) -> None:
-    batch, heads, tokens, _ = states[0].shape
-    if not states[0].numel():
+def _launch(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer]) -> None:
+    states, _, first = parts[0]
+    (batch, heads, tokens, _), device, length = states.shape, states.device, first.length
+    if not states.numel():
         return
-    device = states[0].device
     if on_other_device(device):
         with torch.cuda.device(device):
-            _launch(states, quantizers, buffers)
+            _launch(*parts)
         return
-    length = buffers[0].length
     tile = 1 if tokens == 1 else BLOCK
     sides, specs, key = [None, None], [None, None], [device.index]
-    for i, (x, quantizer, buffer) in enumerate(zip(states, quantizers, buffers, strict=True)):
-        outputs, constants, specs[i], options, parts = _side(x, quantizer, buffer, tile)
+    for i, (x, quantizer, buffer) in enumerate(parts):
+        outputs, constants, specs[i], options, more = _side(x, quantizer, buffer, tile)
         sides[i] = x, (x.stride(), outputs, constants)
         # A compiled kernel may rely on aligned addresses.
-        key += *parts, x.data_ptr() % 16
-    grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(states))
-    args = (*sides, length, tokens, buffers[0].capacity // BLOCK, heads, *specs, tile)
+        key += *more, x.data_ptr() % 16
+    grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(parts))
+    args = (*sides, length, tokens, first.capacity // BLOCK, heads, *specs, tile)
     run(quantize_kernel, (quantize_kernel, *key), grid, device, args, options)
-    for buffer in buffers:
+    # Their lengths change last.
+    for _, _, buffer in parts:
         buffer.length += tokens
 
 
@@ -122,7 +108,7 @@ def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int)
     buffers = tuple(buffer[name] for name in planes), buffer["scales"], buffer.tensors.get("residual_norms")
     # Triton specialises on these properties of an integer. The strides themselves hold the length of the prompt.
     strides = tuple((n == 1, n % 16 == 0, n >= 2**31) for n in x.stride())
-    key = (id(spec), x.dtype, quantizer.mean is None, quantizer.scale is None, strides)
+    key = (spec, x.dtype, quantizer.mean is None, quantizer.scale is None, strides)
     return buffers, constants, spec, options, key
 
 
@@ -180,8 +166,7 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
     exact = operand != tl.float32
     small = padded <= 128 and (tile == 1 or (quantizer.sketch is None and exact))
     options = {"num_warps": 4 if small else 8, "num_stages": 1}
-    # One object for equal specifications, because its id is part of the key.
-    return _specifications.setdefault(specification, specification), options
+    return specification, options
 
 
 def _flat(annealing: Annealing | None) -> tuple | None:

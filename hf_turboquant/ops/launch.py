@@ -11,8 +11,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 INTERPRETED = triton.knobs.runtime.interpret
-# Compiled kernels by the key that they were launched with. Keys must not hold lengths, of which there is no end.
-COMPILED: dict[tuple, object] = {}
 # Whether launches only compile.
 _only_compiling = False
 
@@ -84,18 +82,6 @@ def launch(compiled, grid: tuple[int, int, int], stream: int, args: tuple, fixed
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *fixed)
 
 
-def run(kernel, key: tuple, grid: tuple[int, int, int], device: torch.device, args: tuple, options: dict) -> None:
-    """Does `kernel[grid](*args, **options)` in a third of the time; `key` has all that Triton specialises on."""
-    if _only_compiling:
-        kernel.warmup(*args, grid=grid, **options)
-    elif key in COMPILED:
-        launch(COMPILED[key], grid, stream_of(device), args)
-    else:
-        compiled = kernel[grid](*args, **options)
-        if not INTERPRETED:
-            COMPILED[key] = compiled
-
-
 def on_other_device(device: torch.device) -> bool:
     """Whether `device` is a GPU and not the current one, on which Triton launches."""
     return device.type == "cuda" and device.index != torch._C._cuda_getDevice()
@@ -109,3 +95,50 @@ def addresses(tree):
     if isinstance(tree, torch.Tensor):
         return tree.data_ptr()
     return tuple(addresses(item) for item in tree) if isinstance(tree, tuple) else tree
+
+
+class Launcher:
+    """A kernel with its compile-time arguments. The first call compiles it; later calls skip Triton's dispatch."""
+
+    def __init__(self, kernel, constants: dict, **options):
+        self.kernel, self.constants, self.options = kernel, constants, options
+        self.compiled = None
+        self.values = tuple(constants.values())
+
+    def compile(self, *args):
+        if self.compiled is None and not INTERPRETED:
+            self.compiled = self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
+            self.compiled._init_handles()
+        return self.compiled
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, args: tuple, fixed: tuple) -> None:
+        """Launches with `args` and then `fixed`, which this launcher's [`fix`] must have made."""
+        if INTERPRETED:
+            self.kernel[grid](*args, *fixed, **self.constants)
+        elif is_only_compiling():
+            args += fixed[: len(fixed) - len(self.values)]
+            self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
+        else:
+            # The first call passes tensors, because compilation depends on their types.
+            compiled = self.compiled or self.compile(*args, *fixed[: len(fixed) - len(self.values)])
+            launch(compiled, grid, stream, args, fixed)
+
+    def fix(self, args: tuple) -> tuple[tuple, tuple]:
+        """Arguments that many launches share, as `__call__` takes them: as tensors and as addresses."""
+        if INTERPRETED:
+            return args, args
+        return (*args, *self.values), (*addresses(args), *self.values)
+
+
+LAUNCHERS: dict[tuple, Launcher] = {}
+
+
+def run(kernel, key: tuple, grid: tuple, device: torch.device, args: tuple, options: dict, constants=None) -> None:
+    """
+    Launches `kernel` with `args` and then `constants`, by name. `key` has all that Triton specialises on, and no
+    length, because there is no end of them.
+    """
+    launcher = LAUNCHERS.get(key)
+    if launcher is None:
+        launcher = LAUNCHERS[key] = Launcher(kernel, constants or {}, **options)
+    launcher(grid, stream_of(device), args, launcher.fix(())[0])

@@ -175,9 +175,14 @@ def decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer: Quan
     return nearest + (signs @ quantizer.sketch) * scales["residual_norms"].float().unsqueeze(-1)
 
 
+def quantize(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer]) -> None:
+    """[`ops.quantize`] to buffers that have the capacity. Their lengths change last."""
+    for part in parts:
+        _quantize(*part)
+
+
 @full_precision
-def quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) -> None:
-    """Appends `states` to `buffer`, which must have the capacity, in place. Its length changes last."""
+def _quantize(states: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer) -> None:
     for tile in states.split(TILE, dim=2):
         codes, scales = encode(tile, quantizer)
         first, offset = divmod(buffer.length, BLOCK)
@@ -222,7 +227,7 @@ def _append_one(states: LayerStates, new: dict[str, torch.Tensor]) -> None:
             # The caller updates its length, or it is in the counters.
             buffer = now.codes[role].snapshot()
             buffer.length = quantized
-            quantize(leaving, states.quantizers[role], buffer)
+            _quantize(leaving, states.quantizers[role], buffer)
     if now.kv_len < sinks or ring:
         # Everything that can run out of memory is done: the new token may now overwrite the slot of the one that left.
         slot = now.kv_len if now.kv_len < sinks else sinks + (now.kv_len - sinks) % ring

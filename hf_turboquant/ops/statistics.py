@@ -25,15 +25,7 @@ def supports(keys: torch.Tensor, values: torch.Tensor, *_) -> str | None:
     return None
 
 
-def channel_statistics(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    query_energy: torch.Tensor | None,
-    valid: torch.Tensor | None,
-    turns: tuple[torch.Tensor, torch.Tensor] | None,
-    least_tokens: int,
-    least_energy: float,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def channel_statistics(keys, values, query_energy, valid, turns, least_tokens: int, least_energy: float):
     """[`ops.channel_statistics`]."""
     if on_other_device(keys.device):
         with torch.cuda.device(keys.device):

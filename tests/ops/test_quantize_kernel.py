@@ -29,7 +29,7 @@ def appended(case: Case, states: torch.Tensor, pieces=None, quantize=kernels.qua
     for tensor in buffer.tensors.values():
         tensor.view(torch.uint8).random_()
     for piece in states.split(pieces or states.shape[2], dim=2):
-        quantize(piece, quantizer, buffer)
+        quantize((piece, quantizer, buffer))
     return quantizer, buffer
 
 
@@ -92,7 +92,7 @@ def test_an_error_is_found_where_nothing_is_searched(nbits):
     buffer = nearest.new_buffer(1, 1)
     buffer.reserve(131)
     for piece in states.split((128, 1, 2), dim=2):
-        kernels.quantize(piece, nearest, buffer)
+        kernels.quantize((piece, nearest, buffer))
     # the scales are right for what was chosen, and what was chosen is not good
     result = disagreement(states, quantizer, buffer)
     assert result.scale <= SCALE_ERROR and result.error > 0.2
@@ -156,7 +156,7 @@ def test_earlier_tokens_are_untouched(role, nbits, offset):
         quantizer, buffer = appended(case, states[:, :, :offset], quantize=ops.reference.quantize)
         buffer.reserve(offset + new)
         codes, scales = codes_of(quantizer, buffer)
-        kernels.quantize(states[:, :, offset : offset + new], quantizer, buffer)
+        kernels.quantize((states[:, :, offset : offset + new], quantizer, buffer))
         codes_now, scales_now = codes_of(quantizer, buffer, offset)
         assert torch.equal(codes_now, codes)
         assert torch.equal(scales_now["scales"], scales["scales"])
@@ -218,7 +218,7 @@ def test_prompts_of_all_lengths_share_compiled_kernels(monkeypatch):
         states = random_states(case, tokens, batch=2)
         # as models give them: of heads or of tokens next to each other
         for x in (states.transpose(1, 2).contiguous().transpose(1, 2), states):
-            kernels.quantize(x, quantizer, buffer)
+            kernels.quantize((x, quantizer, buffer))
             buffer.length = 0
     assert len(used) == 1
 
@@ -231,7 +231,7 @@ def test_pair():
     for buffer in buffers:
         buffer.reserve(132)
     for keys, values in zip(*(x.split((2, 129, 1), dim=2) for x in states), strict=True):
-        kernels.quantize_pair((keys, values), quantizers, buffers)
+        kernels.quantize(*zip((keys, values), quantizers, buffers, strict=True))
     for quantizer, buffer, single in zip(quantizers, buffers, singles, strict=True):
         (codes, scales), (expected, expected_scales) = codes_of(quantizer, buffer), codes_of(*single)
         assert buffer.length == 132 and torch.equal(codes, expected)
@@ -246,22 +246,22 @@ def test_failure_leaves_the_lengths(monkeypatch):
     for buffer in buffers:
         buffer.reserve(10)
 
-    def fail(states, *_):
-        if len(states) == 2 or states[0] is not keys:
+    def fail(*parts):
+        if len(parts) == 2 or parts[0][0] is not keys:
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(kernels, "_launch", fail)
     for tokens in (1, 2):
         keys, values = (x[:, :, :tokens] for x in states)
         with pytest.raises(RuntimeError, match="out of memory"):
-            kernels.quantize_pair((keys, values), quantizers, buffers)
+            kernels.quantize(*zip((keys, values), quantizers, buffers, strict=True))
         assert [buffer.length for buffer in buffers] == [3, 3]
 
 
 def test_no_tokens():
     case = Case(head_dim=64, heads=2)
     quantizer, buffer = appended(case, random_states(case, 5))
-    kernels.quantize(random_states(case, 5)[:, :, :0], quantizer, buffer)
+    kernels.quantize((random_states(case, 5)[:, :, :0], quantizer, buffer))
     assert buffer.length == 5
 
 
@@ -285,7 +285,7 @@ def test_the_backend_reaches_the_kernel(monkeypatch):
     states, buffer, seen = random_states(case, 3), quantizer.new_buffer(1, 1), []
     assert kernels.supports(states, quantizer) is None
     original = kernels.quantize
-    monkeypatch.setattr(kernels, "quantize", lambda *args: (seen.append(args[0].shape[2]), original(*args)))
-    ops.quantize(states, quantizer, buffer, "triton")
-    ops.quantize(states, quantizer, buffer, "torch")
+    monkeypatch.setattr(kernels, "quantize", lambda *parts: (seen.append(parts[0][0].shape[2]), original(*parts)))
+    ops.quantize((states, quantizer, buffer), backend="triton")
+    ops.quantize((states, quantizer, buffer), backend="torch")
     assert seen == [3] and buffer.length == 6

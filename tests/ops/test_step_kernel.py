@@ -58,7 +58,7 @@ def fill(states, keys, values, count):
     for role, new in (("keys", keys), ("values", values)):
         buffer = states.codes[role].snapshot()
         buffer.length = 0
-        quantize_kernels.quantize(new[:, :, sinks : sinks + quantized], states.quantizers[role], buffer)
+        quantize_kernels.quantize((new[:, :, sinks : sinks + quantized], states.quantizers[role], buffer))
         for position in [*range(min(sinks, count)), *range(sinks + quantized, count)]:
             slot = position if position < sinks else sinks + (position - sinks) % ring
             states.exact[role][:, :, slot] = new[:, :, position]
