@@ -76,8 +76,11 @@ def plane_shapes(nbits: int, layout: str, head_dim: int) -> dict[str, tuple[int,
         raise ValueError(
             f"`head_dim` must be a multiple of 4, 16 at least, to be packed, got {head_dim}. Use `skip_layers`."
         )
-    rows = {width: split[order[1]] for width, _, split, order in _fields(nbits, layout, head_dim)}
-    return {f"plane{width}": (count, BLOCK * head_dim * width // (8 * count)) for width, count in rows.items()}
+    shapes = {}
+    for name, width, _, split, order in _fields(nbits, layout, head_dim):
+        rows = split[order[1]]
+        shapes[name] = rows, BLOCK * head_dim * width // (8 * rows)
+    return shapes
 
 
 def pack(codes: torch.Tensor, nbits: int, layout: str) -> dict[str, torch.Tensor]:
@@ -93,8 +96,8 @@ def pack(codes: torch.Tensor, nbits: int, layout: str) -> dict[str, torch.Tensor
     """
     *batch, tokens, head_dim = codes.shape
     shapes, planes = plane_shapes(nbits, layout, head_dim), {}
-    for width, shift, split, order in _fields(nbits, layout, head_dim):
-        name, part = f"plane{width}", (codes >> shift) & (2**width - 1)
+    for name, width, shift, split, order in _fields(nbits, layout, head_dim):
+        part = (codes >> shift) & (2**width - 1)
         part = part.reshape(split).permute(order).reshape(*batch, tokens // BLOCK, *shapes[name], 8 // width)
         planes[name] = reduce(or_, (part[..., i] << bit for i, bit in enumerate(_bits(width))))
     return planes
@@ -103,20 +106,20 @@ def pack(codes: torch.Tensor, nbits: int, layout: str) -> dict[str, torch.Tensor
 def unpack(planes: dict[str, torch.Tensor], nbits: int, layout: str, head_dim: int) -> torch.Tensor:
     """The inverse of [`pack`]: uint8 codes of shape `[..., blocks * 128, head_dim]`."""
     parts = []
-    for width, shift, split, order in _fields(nbits, layout, head_dim):
-        *batch, blocks, _, _ = planes[f"plane{width}"].shape
-        part = torch.stack([(planes[f"plane{width}"] >> bit) & (2**width - 1) for bit in _bits(width)], dim=-1)
+    for name, width, shift, split, order in _fields(nbits, layout, head_dim):
+        *batch, blocks, _, _ = planes[name].shape
+        part = torch.stack([(planes[name] >> bit) & (2**width - 1) for bit in _bits(width)], dim=-1)
         part = part.reshape([split[axis] for axis in order]).movedim(tuple(range(len(order))), order)
         parts.append(part.reshape(*batch, blocks * BLOCK, head_dim) << shift)
     return reduce(or_, parts)
 
 
-def _fields(nbits: int, layout: str, head_dim: int) -> Iterator[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
-    """The fields of a code, widest first: width, lowest bit, and split and order of axes: see `LAYOUTS`."""
+def _fields(nbits: int, layout: str, head_dim: int) -> Iterator[tuple]:
+    """The fields of a code, widest first: name of the plane, width, lowest bit, split and order: see `LAYOUTS`."""
     shift = 0
     for width, (split, order) in LAYOUTS[layout].items():
         if nbits & width:
-            yield width, shift, split(head_dim), order
+            yield f"plane{width}", width, shift, split(head_dim), order
             shift += width
 
 
