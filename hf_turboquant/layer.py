@@ -160,11 +160,6 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         update = self._untraced_update if torch.compiler.is_compiling() else self._update
         return update(key_states, value_states)
 
-    # Lengths change with every step: a graph that contained them would be compiled again each time.
-    @torch.compiler.disable
-    def _untraced_update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._update(key_states, value_states)
-
     def _update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         previous = self.step
         held = self._append(key_states, value_states)
@@ -173,6 +168,9 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
             if self.step is previous:
                 self.step = None
         return self._train(held, key_states, value_states) if ops.trains(key_states, value_states) else held
+
+    # Lengths change with every step: a graph that contained them would be compiled again each time.
+    _untraced_update = torch.compiler.disable(_update)
 
     def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         states = {"keys": key_states, "values": value_states}

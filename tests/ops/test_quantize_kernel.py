@@ -218,7 +218,8 @@ def test_prompts_of_all_lengths_share_compiled_kernels(monkeypatch):
         states = random_states(case, tokens, batch=2)
         # as models give them: of heads or of tokens next to each other
         for x in (states.transpose(1, 2).contiguous().transpose(1, 2), states):
-            kernels.quantize((x, quantizer, buffer))
+            # and so do the layers of a model, each of which has a quantizer of its own
+            kernels.quantize((x, dataclasses.replace(quantizer), buffer))
             buffer.length = 0
     assert len(used) == 1
 
