@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from dataclasses import asdict, replace
 from functools import lru_cache
 
@@ -9,7 +10,7 @@ import torch
 
 from .config import TurboQuantConfig
 from .packing import BLOCK
-from .quantizer import Quantizer
+from .quantizer import ROLES, Quantizer
 from .states import LayerStates
 from .storage import TokenBuffer
 
@@ -29,15 +30,13 @@ def describe(config: TurboQuantConfig, layer_idx: int, key_states: torch.Tensor,
 
 @lru_cache(maxsize=1024)
 def _describe(config: TurboQuantConfig, layer_idx: int, batch: int, heads: int, dims: tuple, dtypes: tuple) -> str:
-    names = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-    roles = "keys", "values"
-    by_role = dict(zip(roles, dims, strict=True)), dict(zip(roles, names, strict=True))
-    return json.dumps([asdict(config), layer_idx, batch, heads, *by_role])
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return json.dumps([asdict(config), layer_idx, batch, heads, dims, names])
 
 
 def head_dims(description: str) -> dict[str, int]:
     """The head_dim of keys and of values."""
-    return json.loads(description)[4]
+    return dict(zip(ROLES, json.loads(description)[4], strict=True))
 
 
 def new_arena(description: str, device: torch.device) -> torch.Tensor:
@@ -55,71 +54,52 @@ def new_arena(description: str, device: torch.device) -> torch.Tensor:
 def open_arena(arena: torch.Tensor, description: str) -> LayerStates:
     """The states in `arena`, as views. Lengths are in `counters`; `kv_len` and buffer lengths are upper bounds."""
     layout = _layout(description, arena.device)
-    tensors = {name: layout.view(arena, name) for name in layout.tensors}
-
-    def part(role: str) -> dict[str, torch.Tensor]:
-        return {name[1]: tensor for name, tensor in tensors.items() if name[0] == role}
-
-    quantizers = dict(layout.quantizers)
-    if ("condition", "mean") in tensors:
-        quantizers["keys"] = replace(quantizers["keys"], **part("condition"))
-    config = layout.config
-    codes = {role: TokenBuffer.over(part(role), block=BLOCK, length=layout.code_tokens) for role in quantizers}
+    parts = {
+        part: {name: arena[start:stop].view(dtype).view(shape) for name, (start, stop, dtype, shape) in tensors.items()}
+        for part, tensors in layout.parts.items()
+    }
+    quantizers, config = dict(layout.quantizers), layout.config
+    if "condition" in parts:
+        quantizers["keys"] = replace(quantizers["keys"], **parts["condition"])
+    codes = {role: TokenBuffer.over(parts[role], block=BLOCK, length=layout.code_tokens) for role in quantizers}
     return LayerStates(
         quantizers,
         codes,
-        part("exact"),
+        parts["exact"],
         config.max_cache_len,
         layout.code_tokens,
         config.sink_length,
         config.held_length,
         0,
         config.backend,
-        tensors["arena", "counters"],
+        parts["lengths"]["counters"],
     )
 
 
 class _Layout:
-    """The layout of an arena: offset, dtype and shape of every tensor by (part, name)."""
+    """The layout of an arena: by part and name, every tensor's first byte, the one after its last, dtype and shape."""
 
     def __init__(self, description: str, device: torch.device):
-        options, layer_idx, batch, heads, dims, dtypes = json.loads(description)
+        options, layer_idx, batch, heads, _, dtypes = json.loads(description)
         self.config = config = TurboQuantConfig(**options)
-        self.quantizers = {
-            role: _quantizer(config, role, layer_idx, head_dim, device) for role, head_dim in dims.items()
-        }
-        exact = min(config.sink_length + config.held_length, config.max_cache_len)
+        dims, self.quantizers, self.nbytes, self.parts = head_dims(description), {}, 0, defaultdict(dict)
+        slots = min(config.sink_length + config.held_length, config.max_cache_len)
         self.code_tokens = max(config.max_cache_len - config.sink_length - config.residual_length, 0)
-        self.tensors: dict[tuple[str, str], tuple[int, torch.dtype, tuple[int, ...]]] = {}
-        self.nbytes = 0
-        self._add("arena", "counters", torch.int32, (len(dims), batch * heads, 3))
+        self._add("lengths", "counters", torch.int32, (len(dims), batch * heads, 3))
         if config.condition != "none":
             for name in ("mean", "scale"):
                 self._add("condition", name, torch.float32, (heads, 1, dims["keys"]))
-        for role, head_dim in dims.items():
-            self._add("exact", role, getattr(torch, dtypes[role]), (batch, heads, exact, head_dim))
+        for (role, head_dim), dtype in zip(dims.items(), dtypes, strict=True):
+            self._add("exact", role, getattr(torch, dtype), (batch, heads, slots, head_dim))
+            self.quantizers[role] = Quantizer.create(config, role, layer_idx, head_dim, device)
             for name, (code_dtype, shape) in self.quantizers[role].buffer_shapes().items():
                 self._add(role, name, code_dtype, (batch, heads, -(-self.code_tokens // BLOCK), *shape))
 
     def _add(self, part: str, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        self.tensors[part, name] = self.nbytes, dtype, shape
-        nbytes = math.prod(shape) * dtype.itemsize
-        self.nbytes += -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-    def view(self, arena: torch.Tensor, name: tuple[str, str]) -> torch.Tensor:
-        offset, dtype, shape = self.tensors[name]
-        return arena[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        stop = self.nbytes + math.prod(shape) * dtype.itemsize
+        self.parts[part][name] = self.nbytes, stop, dtype, shape
+        self.nbytes = -(-stop // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 # Every length of a request has another description.
 _layout = lru_cache(maxsize=1024)(_Layout)
-# Never freed: graphs that torch.compile captured read their constants, and run again for an arena at the address of a
-# freed one. Two for each layer and setting, whatever the requests.
-_quantizers: dict[tuple, Quantizer] = {}
-
-
-def _quantizer(config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device: torch.device) -> Quantizer:
-    key = replace(config, max_cache_len=None), role, layer_idx, head_dim, device
-    if key not in _quantizers:
-        _quantizers[key] = Quantizer.create(config, role, layer_idx, head_dim, device)
-    return _quantizers[key]

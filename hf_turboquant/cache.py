@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 )
 
 from .conditioning import known_head_dims, rotary_frequencies
-from .config import PRESETS, TurboQuantConfig, check_names
+from .config import KEYWORDS, PRESETS, TurboQuantConfig, check_names
 from .hybrid import TurboQuantHybridLayer, TurboQuantStaticHybridLayer
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
@@ -325,10 +325,7 @@ TurboQuantCache.__signature__ = inspect.Signature(
         inspect.Parameter(
             "config", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=PreTrainedConfig | None
         ),
-        *(
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in inspect.signature(TurboQuantConfig).parameters.values()
-        ),
+        *KEYWORDS,
         *(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
             for name in ("offloading", "offload_only_non_sliding")

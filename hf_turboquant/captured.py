@@ -191,14 +191,11 @@ class Steps:
     def _run(self) -> torch.Tensor:
         inputs = {**self.static, self.name: self.cache}
         if self.inside:
-            inputs = self._prepare(self.static["input_ids"], {**self.model_kwargs, **self._rest()})
+            inputs = self._prepare(inputs.pop("input_ids"), {**self.model_kwargs, **inputs})
         logits = self.model(**inputs, return_dict=True).logits[:, -1]
         if self.inside and "position_ids" in self.static:
             self.static["position_ids"].add_(1)
         return logits
-
-    def _rest(self) -> dict:
-        return {key: value for key, value in self.static.items() if key != "input_ids"}
 
     def _captured(self) -> torch.Tensor:
         sliding = (layer for layer in self.cache.layers if isinstance(layer, StaticSlidingLayer))

@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 from transformers import logging
 
 from . import __version__
-from .config import KEY_ESTIMATORS, TurboQuantConfig
+from .config import CHOICES, TurboQuantConfig
 from .estimate import MAX_CONTEXT, Estimate
 from .evaluation import load
 from .evaluation.caches import parse_value
@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         add("--contexts", type=load.parse_count, nargs="+", default=contexts, metavar="TOKENS", help="such as 128k")
         add("--batch", type=load.parse_count, default=1, help="number of sequences, each that long")
         add("--nbits", type=parse_value, nargs="+", default=[4, 3, 2], help="bits of keys and values")
-        add("--key-estimator", choices=KEY_ESTIMATORS, default=TurboQuantConfig.key_estimator, help="kind of keys")
+        estimators, default = CHOICES["key_estimator"], TurboQuantConfig.key_estimator
+        add("--key-estimator", choices=estimators, default=default, help="kind of keys")
         add("--json", action="store_true", help="print everything as json")
     for add in (benchmark, evaluate):
         add("--dtype", help="such as bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")

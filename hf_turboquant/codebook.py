@@ -59,34 +59,21 @@ def lloyd_max(nbits: int, head_dim: int) -> Codebook:
     half = _lloyd_max_half(2 ** (nbits - 1), head_dim)
     offset = 0.5 if nbits == 4 else 0.0
     # The largest level may be anything that the int8 grid holds: scan for the scale that costs least.
-    candidates = [half[-1] / (top + offset) for top in np.linspace(96, 127, 512)]
-    books = []
-    for scale in candidates:
-        levels = np.clip(np.round(half / scale - offset), 0, 127)
-        books.append((_distortion((levels + offset) * scale, head_dim), scale, levels.astype(np.int8)))
-    _, scale, levels = min(books, key=lambda book: book[0])
-    return _build((levels + offset) * scale, head_dim, levels, offset, scale)
+    scales = half[-1] / (np.linspace(96, 127, 512) + offset)
+    rounded = [(scale, np.clip(np.round(half / scale - offset), 0, 127)) for scale in scales]
+    costs = [_distortion((levels + offset) * scale, head_dim) for scale, levels in rounded]
+    distortion, (scale, levels) = min(zip(costs, rounded, strict=True), key=lambda book: book[0])
+    # At 4 bits codes 0-7 are the positive values, 8-15 their negatives; -(l + 1/2) = ~l + 1/2.
+    levels = np.concatenate([levels, -1 - levels] if offset else [-levels[::-1], levels])
+    centroids = (levels + offset) * scale
+    ranks_to_codes = np.argsort(centroids).astype(np.uint8)
+    ascending = centroids[ranks_to_codes]
+    boundaries = (ascending[1:] + ascending[:-1]) / 2
+    return Codebook(centroids, levels.astype(np.int8), offset, scale, boundaries, ranks_to_codes, distortion)
 
 
-def _build(half, head_dim, levels, offset, scale) -> Codebook:
-    """Mirrors the positive half of a codebook (ascending) and numbers its codes."""
-    values = np.concatenate([-half[::-1], half])
-    boundaries = (values[1:] + values[:-1]) / 2
-    count = len(values)
-    if offset:
-        # Sign and magnitude: codes 0-7 are the positive values, 8-15 their negatives; -(l + 1/2) = ~l + 1/2.
-        ranks_to_codes = np.concatenate([np.arange(count - 1, count // 2 - 1, -1), np.arange(count // 2)])
-        levels = np.concatenate([levels, ~levels])
-    else:
-        ranks_to_codes = np.arange(count)
-        levels = np.concatenate([-levels[::-1], levels])
-    centroids = np.empty(count)
-    centroids[ranks_to_codes] = values
-    ranks_to_codes = ranks_to_codes.astype(np.uint8)
-    return Codebook(centroids, levels, offset, scale, boundaries, ranks_to_codes, _distortion(half, head_dim))
-
-
-def _lloyd_max_half(count: int, head_dim: int, tolerance: float = 1e-10) -> np.ndarray:
+def _lloyd_max_half(count: int, head_dim: int) -> np.ndarray:
+    """The positive values before rounding, ascending, float64 of shape `[count]`."""
     # Start at the optimum for large counts: points of density f^(1/3), which is a beta density too.
     exponent = (head_dim - 3) / 6 + 1
     quantiles = 0.5 + (np.arange(count) + 0.5) / (2 * count)
@@ -96,7 +83,7 @@ def _lloyd_max_half(count: int, head_dim: int, tolerance: float = 1e-10) -> np.n
         mass, moment = _cell_integrals(half, head_dim)
         half = moment / mass
         distortion = 1 - 2 * head_dim * np.sum(moment * half)
-        if previous - distortion < tolerance * distortion:
+        if previous - distortion < 1e-10 * distortion:
             break
         previous = distortion
     return half

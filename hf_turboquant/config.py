@@ -5,17 +5,18 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import wraps
+from inspect import signature
 
-KEY_ESTIMATORS = ("qjl", "rescaled", "mse")
-VALUE_ESTIMATORS = ("rescaled", "mse")
-SKETCHES = ("orthogonal", "gaussian")
-ROTATIONS = ("hadamard", "haar")
-CONDITIONS = ("attention", "center", "none")
-BACKENDS = ("auto", "triton", "torch")
-# Choices for `key_bits` and `value_bits`.
-BITS = (2, 3, 4, 8)
-# Choices for `nbits`: a half means that keys get one bit more than values.
-NBITS = (2, 2.5, 3, 3.5, 4, 8)
+# A half of `nbits` means that keys get one bit more than values.
+BITS = {"nbits": (2, 2.5, 3, 3.5, 4, 8), "key_bits": (2, 3, 4, 8), "value_bits": (2, 3, 4, 8)}
+CHOICES = {
+    "key_estimator": ("qjl", "rescaled", "mse"),
+    "value_estimator": ("rescaled", "mse"),
+    "sketch": ("orthogonal", "gaussian"),
+    "rotation": ("hadamard", "haar"),
+    "condition": ("attention", "center", "none"),
+    "backend": ("auto", "triton", "torch"),
+}
 # Keys are conditioned by at least so many tokens.
 LEARNED_TOKENS = 128
 
@@ -140,7 +141,7 @@ class TurboQuantConfig:
         if not isinstance(preset, str) or preset not in PRESETS:
             got = repr(preset) if isinstance(preset, str) else type(preset).__name__
             raise ValueError(f"`preset` must be one of {tuple(PRESETS)}, got {got}.")
-        return cls(**{**PRESETS[preset], **options})
+        return cls(**(PRESETS[preset] | options))
 
     @property
     def held_length(self) -> int:
@@ -148,18 +149,10 @@ class TurboQuantConfig:
         return self.residual_length if self.condition == "none" else max(self.residual_length, LEARNED_TOKENS)
 
     def __post_init__(self):
-        object.__setattr__(self, "nbits", _check_bits("nbits", self.nbits, NBITS))
-        for name, whole in (("key_bits", math.ceil), ("value_bits", math.floor)):
-            given = getattr(self, name)
-            object.__setattr__(self, name, whole(self.nbits) if given is None else _check_bits(name, given, BITS))
-        for name, choices in (
-            ("key_estimator", KEY_ESTIMATORS),
-            ("value_estimator", VALUE_ESTIMATORS),
-            ("sketch", SKETCHES),
-            ("rotation", ROTATIONS),
-            ("condition", CONDITIONS),
-            ("backend", BACKENDS),
-        ):
+        self._check_bits("nbits", None)
+        self._check_bits("key_bits", math.ceil(self.nbits))
+        self._check_bits("value_bits", math.floor(self.nbits))
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         for name in ("residual_length", "sink_length", "seed"):
@@ -174,6 +167,18 @@ class TurboQuantConfig:
             _check_integer("skip_layers", layer, -(2**31), 2**31 - 1, "Give layer indices, such as `(0, -1)`.")
         object.__setattr__(self, "skip_layers", skip_layers)
 
+    def _check_bits(self, name: str, default: int | None) -> None:
+        value, choices = getattr(self, name), BITS[name]
+        value = default if value is None else value
+        if not isinstance(value, (int, float)) or value not in choices:
+            *others, last = choices
+            raise ValueError(
+                f"`{name}` must be {', '.join(map(str, others))} or {last}, got {value!r}. Take the nearest of them, "
+                "or `DynamicCache` for full precision."
+            )
+        # 4.0 becomes 4.
+        object.__setattr__(self, name, choices[choices.index(value)])
+
 
 def _refuse(self, name: str, value) -> None:
     raise ValueError(
@@ -185,15 +190,8 @@ def _refuse(self, name: str, value) -> None:
 # transformers' exporters begin by assigning to everything that a cache holds, its options first.
 TurboQuantConfig.__setattr__ = _refuse
 
-
-def _check_bits(name: str, value, choices: tuple) -> int | float:
-    if not isinstance(value, (int, float)) or value not in choices:
-        *others, last = choices
-        raise ValueError(
-            f"`{name}` must be {', '.join(map(str, others))} or {last}, got {value!r}. Take the nearest of them, or "
-            "`DynamicCache` for full precision."
-        )
-    return int(value) if value == int(value) else value
+# For the signatures of what takes options.
+KEYWORDS = tuple(option.replace(kind=option.KEYWORD_ONLY) for option in signature(TurboQuantConfig).parameters.values())
 
 
 def _check_integer(name: str, value, low: int, high: int, advice: str) -> None:

@@ -41,8 +41,8 @@ def run(
             )
         if returned:
             store_prompt(cache)
-        if surplus and returned:
-            cache.crop(-surplus)
+            if surplus:
+                cache.crop(-surplus)
     except BaseException:
         _roll_back(cache, before)
         raise

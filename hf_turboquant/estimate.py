@@ -1,6 +1,7 @@
 """Estimates the memory of a model's cache from its config alone, without making or reading weights."""
 
 import copy
+import functools
 from bisect import bisect
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from .cache import TurboQuantCache, check_config
 from .config import TurboQuantConfig
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
+from .quantizer import ROLES
 
 # The search for the longest context stops here.
 MAX_CONTEXT = 2**40
@@ -52,16 +54,15 @@ class LayerCost:
     compressed: bool
 
     def __str__(self) -> str:
-        shapes = {f"{heads} KV heads of {dim}" if heads > 1 else f"1 KV head of {dim}" for heads, dim in self.shapes}
-        if len(shapes) > 1:
+        parts = [self.kind + (f" of {self.window:,} tokens" if self.window else "")]
+        if self.shapes:
             (heads, keys), (_, values) = self.shapes
-            shapes = {f"{heads} KV head{'s' * (heads > 1)} with keys of {keys} and values of {values}"}
-        window = f" of {self.window:,} tokens" if self.window else ""
-        notes = []
+            dims = f"of {keys}" if keys == values else f"with keys of {keys} and values of {values}"
+            parts.append(f"{heads} KV head{'s' * (heads > 1)} {dims}")
         if self.kind.startswith("full") and not self.compressed:
             # Layers that attend to an image, say, hold nothing here.
-            notes = ["cannot be packed"] if self.shapes else ["empty for text alone"]
-        return ", ".join([self.kind + window, *shapes, *notes])
+            parts.append("cannot be packed" if self.shapes else "empty for text alone")
+        return ", ".join(parts)
 
     def full_bytes(self, context: int) -> int:
         """Bytes of keys and values in the model's dtype, for one sequence."""
@@ -93,26 +94,28 @@ class Estimate:
             `ValueError`: it is no config or no decoder-only model, or transformers cannot make or run it from that.
         """
         check_config(config)
-        must = f"`config` must be of a decoder-only model that transformers can make, got {config.model_type!r}: "
         try:
             one, two = (_run(config, tokens, dtype) for tokens in (1, 2))
-        except _NoDecoder as error:
-            raise ValueError(f"{must}{error}.") from None
         except Exception as error:
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise ValueError(f"{must}{reason}. {COUNT}, or update transformers.") from None
+            advice = "" if isinstance(error, _NoDecoder) else f" {COUNT}, or update transformers."
+            raise ValueError(
+                "`config` must be of a decoder-only model that transformers can make, got "
+                f"{config.model_type!r}: {reason}.{advice}"
+            ) from None
         layers = []
         for first, second in zip(one.layers, two.layers, strict=True):
-            token_bytes = layer_memory(second).full_bytes - layer_memory(first).full_bytes
-            keys_values = [second.keys, second.values] if getattr(second, "keys", None) is not None else []
+            one_token, two_tokens = (layer_memory(layer).full_bytes for layer in (first, second))
+            # Layers with recurrent states alone have no keys.
+            held = [states for states in (getattr(second, role, None) for role in ROLES) if states is not None]
             layers.append(
                 LayerCost(
                     kind=KINDS[type(second).__name__],
-                    token_bytes=token_bytes,
-                    state_bytes=layer_memory(first).full_bytes - token_bytes,
+                    token_bytes=two_tokens - one_token,
+                    state_bytes=2 * one_token - two_tokens,
                     window=getattr(second, "sliding_window", None),
-                    shapes=tuple((states.shape[1], states.shape[3]) for states in keys_values),
-                    compressed=isinstance(second, TurboQuantLayer) and bool(keys_values),
+                    shapes=tuple((states.shape[1], states.shape[3]) for states in held),
+                    compressed=isinstance(second, TurboQuantLayer) and bool(held),
                 )
             )
         return cls(config, layers, dtype)
@@ -144,18 +147,14 @@ class Estimate:
             context (`int`), batch (`int`): tokens of each sequence, and number of sequences.
             **options: see [`TurboQuantConfig`].
         """
-        compressed, total, known = self.compressed(**options), MemoryReport(), {}
+        compressed, total = self.compressed(**options), MemoryReport()
+        # Layers that differ only in their index hold the same.
+        filled = functools.cache(lambda cost: _filled(cost, context, batch, self.dtype, options))
         for index, cost in enumerate(self.layers):
-            other = MemoryReport(other_bytes=batch * cost.state_bytes, full_bytes=batch * cost.state_bytes)
-            if index not in compressed:
-                held = batch * cost.full_bytes(context)
-                total += other + MemoryReport(other_bytes=held, full_bytes=held)
-                continue
-            if cost not in known:
-                # Layers that differ only in their index hold the same.
-                layer = TurboQuantLayer(TurboQuantConfig(**options), 0)
-                known[cost] = _filled(layer, cost, context, batch, self.dtype)
-            total += other + known[cost]
+            held = batch * (cost.state_bytes + (0 if index in compressed else cost.full_bytes(context)))
+            total += MemoryReport(other_bytes=held, full_bytes=held)
+            if index in compressed:
+                total += filled(cost)
         return total
 
     def longest_context(self, budget_bytes: int, batch: int = 1, **options) -> int:
@@ -217,8 +216,9 @@ def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuan
     return cache
 
 
-def _filled(layer: TurboQuantLayer, cost: LayerCost, context: int, batch: int, dtype: torch.dtype) -> MemoryReport:
-    """The report of a layer after a prefill of `context` tokens."""
+def _filled(cost: LayerCost, context: int, batch: int, dtype: torch.dtype, options: dict) -> MemoryReport:
+    """The report of a compressed layer after a prefill of `context` tokens."""
+    layer = TurboQuantLayer(TurboQuantConfig(**options), 0)
     states = [torch.empty(batch, heads, 0, dim, dtype=dtype, device="meta") for heads, dim in cost.shapes]
     layer.lazy_initialization(*states)
     waits = context <= layer.config.sink_length + layer.config.held_length

@@ -1,34 +1,27 @@
 """The decoding loop behind `model.generate(..., custom_generate=hf_turboquant.generate)`."""
 
 import inspect
-import logging
-from dataclasses import fields, replace
-from functools import lru_cache
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMode, StopStringCriteria
 from transformers.generation.utils import GENERATION_MODES_MAPPING
+from transformers.utils import logging
 
 from .cache import TurboQuantCache
 from .captured import Graph
-from .config import TurboQuantConfig
+from .config import KEYWORDS, TurboQuantConfig
 from .decoding import run
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
-OPTIONS = tuple(field.name for field in fields(TurboQuantConfig))
 # Capacity is rounded up to a multiple of this, so that a slightly longer request can reuse the cache.
 ROOM_TOKENS = 256
 
 # For each model, the cache of its last request and the key that a request must have to reuse it.
 _kept: WeakKeyDictionary = WeakKeyDictionary()
-
-
-@lru_cache(maxsize=64)
-def _say(message: str) -> None:
-    logger.warning(message)
 
 
 def generate(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -53,7 +46,7 @@ def generate(model, input_ids, logits_processor, stopping_criteria, generation_c
             then restored, if it can be cropped.
     """
     lost = _lost_arguments()
-    options = {name: model_kwargs.pop(name) for name in OPTIONS if name in model_kwargs}
+    options = {option.name: model_kwargs.pop(option.name) for option in KEYWORDS if option.name in model_kwargs}
     stop_strings, inputs_tensor = (model_kwargs.pop(name, None) for name in ("stop_strings", "inputs_tensor"))
     if stop_strings is not None:
         stopping_criteria.append(_stop_strings(lost.get("tokenizer"), stop_strings))
@@ -68,7 +61,10 @@ def generate(model, input_ids, logits_processor, stopping_criteria, generation_c
     reason = _not_ours(model, mode, generation_config, name, lost)
     if reason is not None:
         if own:
-            model_kwargs[name] = _growing(model, options, model_kwargs[name])
+            cache = _growing(model, options)
+            if type(model_kwargs[name]) is EncoderDecoderCache:
+                cache = EncoderDecoderCache(cache, model_kwargs[name].cross_attention_cache)
+            model_kwargs[name] = cache
         lost["inputs_tensor"] = inputs_tensor
         return _hand_back(model, mode, reason, input_ids, lost, prepared, model_kwargs)
     returned, key = not own or generation_config.return_dict_in_generate, None
@@ -101,10 +97,7 @@ generate.__signature__ = inspect.Signature(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
             for name in ("inputs_tensor", "stop_strings")
         ),
-        *(
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in inspect.signature(TurboQuantConfig).parameters.values()
-        ),
+        *KEYWORDS,
         inspect.Parameter("model_kwargs", inspect.Parameter.VAR_KEYWORD),
     ]
 )
@@ -143,10 +136,8 @@ def _is_our_choice(cache: Cache | None, options: dict, config) -> bool:
     return own
 
 
-def _growing(model, options: dict, made: Cache) -> Cache:
-    """A cache that grows, to replace the one that `generate` made."""
-    cache = TurboQuantCache(model.config, **{**options, "max_cache_len": None})
-    return EncoderDecoderCache(cache, made.cross_attention_cache) if type(made) is EncoderDecoderCache else cache
+def _growing(model, options: dict) -> TurboQuantCache:
+    return TurboQuantCache(model.config, **options | {"max_cache_len": None})
 
 
 def _not_ours(model, mode, config, name, lost) -> str | None:
@@ -170,7 +161,7 @@ def _hand_back(model, mode, reason, input_ids, lost, prepared, model_kwargs):
             f"`custom_generate=hf_turboquant.generate` must be greedy search, sampling, beam search or a draft, got "
             f"{reason}. Pass `custom_generate='{method}'` and a `TurboQuantCache` as the cache."
         )
-    _say(f"`hf_turboquant.generate` leaves {reason} to the loop of transformers, over the same cache.")
+    logger.warning_once(f"`hf_turboquant.generate` leaves {reason} to the loop of transformers, over the same cache.")
     method = getattr(type(model), method)
     names = inspect.signature(method).parameters.keys() - prepared.keys() - {"self", "input_ids", "model_kwargs"}
     if mode == GenerationMode.BEAM_SEARCH and "streamer" in lost:
@@ -197,10 +188,9 @@ def _take_cache(model, options: dict, batch: int, room: int) -> tuple[tuple, Tur
     del cache
     if Graph.runs_on(model):
         try:
-            return key, TurboQuantCache(
-                model.config, **{**options, "max_cache_len": -(-room // ROOM_TOKENS) * ROOM_TOKENS}
-            )
+            room = -(-room // ROOM_TOKENS) * ROOM_TOKENS
+            return key, TurboQuantCache(model.config, **options | {"max_cache_len": room})
         except ValueError as error:
             # Some layers have no static kind.
-            _say(f"`hf_turboquant.generate` goes on without CUDA graphs: {error}")
-    return key, TurboQuantCache(model.config, **{**options, "max_cache_len": None})
+            logger.warning_once(f"`hf_turboquant.generate` goes on without CUDA graphs: {error}")
+    return key, _growing(model, options)

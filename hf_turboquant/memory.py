@@ -1,12 +1,15 @@
 """MemoryReport: the bytes of a cache, counted from its tensors."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field, fields
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from .layer import TurboQuantLayer
 from .packing import BLOCK
+from .tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -67,21 +70,14 @@ def layer_memory(layer) -> MemoryReport:
     # A compressed layer has its tokens in buffers or an arena, and else recurrent states and waiting tokens.
     if isinstance(layer, TurboQuantLayer):
         layer._store_deferred()
-    held = _tensor_bytes({name: value for name, value in vars(layer).items() if name != "arena"})
+    leaves = tree_leaves({name: value for name, value in vars(layer).items() if name != "arena"})
+    held = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
     if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:
         return MemoryReport(other_bytes=held, full_bytes=held)
     layer.measure()
-    tokens, codes, scales = layer.tokens, 0, 0
-    for buffer in tokens.codes.values():
-        used = buffer.used_nbytes
-        scale_bytes = sum(t.nbytes for name, t in buffer.tensors.items() if "plane" not in name)
-        scale_bytes = scale_bytes * buffer.length // buffer.capacity if buffer.capacity else 0
-        codes, scales = codes + used - scale_bytes, scales + scale_bytes
-    token_bytes = sum(
-        tensor.shape[0] * tensor.shape[1] * tensor.shape[3] * tensor.element_size()
-        for tensor in tokens.exact.tensors.values()
-    )
-    exact = token_bytes * (tokens.length - tokens.quantized)
+    tokens, per_token = layer.tokens, _token_bytes(layer.tokens)
+    codes, scales = (int(per_token[kind] * tokens.quantized) for kind in ("codes", "scales"))
+    exact = int(per_token["exact"] * (tokens.length - tokens.quantized))
     constants = sum(quantizer.nbytes for quantizer in tokens.quantizers.values())
     return MemoryReport(
         codes_bytes=codes,
@@ -90,32 +86,30 @@ def layer_memory(layer) -> MemoryReport:
         slack_bytes=layer.nbytes - codes - scales - exact,
         constants_bytes=constants,
         other_bytes=held,
-        full_bytes=token_bytes * tokens.length + held,
-        smaller_from=_smaller_from(layer, token_bytes, constants),
+        full_bytes=int(per_token["exact"] * tokens.length) + held,
+        smaller_from=_smaller_from(layer, per_token, constants),
     )
 
 
-def _smaller_from(layer: TurboQuantLayer, token_bytes: int, constants: int) -> int:
+def _token_bytes(tokens: Tokens) -> Counter:
+    """Bytes of one token: exact, and its codes and scales. A code of 3 bits may end within a byte."""
+    per_token = Counter()
+    for buffer in (tokens.exact, *tokens.codes.values()):
+        for name, t in buffer.tensors.items():
+            kind = "exact" if buffer is tokens.exact else "codes" if name.startswith("plane") else "scales"
+            per_token[kind] += math.prod((*t.shape[:2], *t.shape[3:])) * t.itemsize / buffer.block
+    return per_token
+
+
+def _smaller_from(layer: TurboQuantLayer, per_token: Counter, constants: int) -> int:
     """Tokens whose codes have saved as much as the constants and a block of spare codes take."""
-    room = layer.config.max_cache_len
-    if room is not None:
-        tokens = math.ceil((layer.nbytes + constants) / token_bytes)
-        return tokens if tokens <= room else 0
-    tensors = [(t, buffer.block) for buffer in layer.tokens.codes.values() for t in buffer.tensors.values()]
-    code_bytes = sum(math.prod((*t.shape[:2], *t.shape[3:])) * t.itemsize / block for t, block in tensors)
-    config = layer.config
-    saved = math.ceil((constants + BLOCK * code_bytes) / (token_bytes - code_bytes))
+    config, exact, coded = layer.config, per_token["exact"], per_token["codes"] + per_token["scales"]
+    if config.max_cache_len is not None:
+        tokens = math.ceil((layer.nbytes + constants) / exact)
+        return tokens if tokens <= config.max_cache_len else 0
+    saved = math.ceil((constants + BLOCK * coded) / (exact - coded))
     # Until keys are conditioned, all tokens are exact.
-    waits = 0 if config.condition == "none" else config.sink_length + config.held_length + 1
-    return max(config.sink_length + config.residual_length + saved, waits)
-
-
-def _tensor_bytes(tree) -> int:
-    if isinstance(tree, torch.Tensor):
-        return tree.nbytes
-    if isinstance(tree, dict):
-        return sum(_tensor_bytes(value) for value in tree.values())
-    return 0
+    return config.sink_length + max(config.residual_length + saved, config.held_length + 1)
 
 
 def readable(count: int) -> str:

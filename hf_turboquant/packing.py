@@ -28,49 +28,36 @@ These orders let a kernel turn a 32-bit word into matrix operands by byte look-u
 that each of its words belongs to two words of the 2-bit plane.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import reduce
+from operator import or_
 
 import torch
 
 BLOCK = 128
 
-
-@dataclass(frozen=True)
-class Field:
-    """The positions of the `width`-bit fields of one block `[128, head_dim]`, as a permutation of axes."""
-
-    width: int
-    split: Callable[[int], tuple[int, ...]]  # the block seen with one axis for each index of the bit picture
-    order: tuple[int, ...]  # the axes in the order bytes × positions within a byte
-    rows: Callable[[int], tuple[int, int]]  # shape of the plane of one block
-    flip: int | None = None  # the axis that runs backwards
-
-
-# The axes of a split are named after the bit pictures above: t = token, r = row, h = half of the tokens or dims,
-# b = byte, i = position, j = word, o = quarter of the tokens (o = 2 oh + ol, i = 2 ih + il)
-_KEYS = {
-    8: Field(8, lambda d: (128, d, 1), (0, 1, 2), lambda d: (128, d)),
-    4: Field(4, lambda d: (128, d // 2, 2), (0, 1, 2), lambda d: (128, d // 2)),
-    2: Field(2, lambda d: (128, d // 4, 4), (0, 1, 2), lambda d: (128, d // 4)),
-    # h r b i e -> r b | i h e
-    1: Field(1, lambda d: (2, 64, d // 4, 2, 2), (1, 2, 3, 0, 4), lambda d: (64, d // 4), flip=0),
+# By the width of a field: how blocks `[blocks, 128, head_dim]` are split into one axis for each index of the bit
+# pictures, and the order of these axes in a plane: blocks, rows, bytes of a row | positions within a byte. The axes are
+# named after the pictures: t = token, r = row, h = half of the tokens or dims, b = byte, i = position, j = word,
+# o = quarter of the tokens (o = 2 oh + ol, i = 2 ih + il). d is the head_dim.
+LAYOUTS = {
+    "keys": {
+        8: (lambda d: (-1, 128, d), (0, 1, 2)),
+        4: (lambda d: (-1, 128, d // 2, 2), (0, 1, 2, 3)),
+        2: (lambda d: (-1, 128, d // 4, 4), (0, 1, 2, 3)),
+        # h r b i e -> r b | i h e
+        1: (lambda d: (-1, 2, 64, d // 4, 2, 2), (0, 2, 3, 4, 1, 5)),
+    },
+    "values": {
+        8: (lambda d: (-1, 128, d), (0, 2, 1)),
+        # h j ih il d -> d j h ih | il
+        4: (lambda d: (-1, 2, 16, 2, 2, d), (0, 5, 2, 1, 3, 4)),
+        # oh ol j ih il d -> d j ol ih | il oh
+        2: (lambda d: (-1, 2, 2, 8, 2, 2, d), (0, 6, 3, 2, 4, 5, 1)),
+        # oh ol j ih il h d -> d j ol ih | il h oh
+        1: (lambda d: (-1, 2, 2, 8, 2, 2, 2, d // 2), (0, 7, 3, 2, 4, 5, 6, 1)),
+    },
 }
-_VALUES = {
-    8: Field(8, lambda d: (128, d, 1), (1, 0, 2), lambda d: (d, 128)),
-    # h j ih il d -> d j h ih | il
-    4: Field(4, lambda d: (2, 16, 2, 2, d), (4, 1, 0, 2, 3), lambda d: (d, 64)),
-    # oh ol j ih il d -> d j ol ih | il oh
-    2: Field(2, lambda d: (2, 2, 8, 2, 2, d), (5, 2, 1, 3, 4, 0), lambda d: (d, 32)),
-    # oh ol j ih il h d -> d j ol ih | il h oh
-    1: Field(1, lambda d: (2, 2, 8, 2, 2, 2, d // 2), (6, 2, 1, 3, 4, 5, 0), lambda d: (d // 2, 32), flip=5),
-}
-LAYOUTS = {"keys": _KEYS, "values": _VALUES}
-
-
-def field_widths(nbits: int) -> list[int]:
-    """Widths of the fields of a code, widest first: `field_widths(3) == [2, 1]`."""
-    return [width for width in (8, 4, 2, 1) if nbits & width]
 
 
 def codes_per_byte(nbits: int) -> int:
@@ -89,7 +76,11 @@ def plane_shapes(nbits: int, layout: str, head_dim: int) -> dict[str, tuple[int,
         raise ValueError(
             f"`head_dim` must be a multiple of 4, 16 at least, to be packed, got {head_dim}. Use `skip_layers`."
         )
-    return {f"plane{width}": LAYOUTS[layout][width].rows(head_dim) for width in field_widths(nbits)}
+    shapes = {}
+    for name, width, _, split, order in _fields(nbits, layout, head_dim):
+        rows = split[order[1]]
+        shapes[name] = rows, BLOCK * head_dim * width // (8 * rows)
+    return shapes
 
 
 def pack(codes: torch.Tensor, nbits: int, layout: str) -> dict[str, torch.Tensor]:
@@ -104,42 +95,34 @@ def pack(codes: torch.Tensor, nbits: int, layout: str) -> dict[str, torch.Tensor
         Planes by name, uint8, of shape `[..., tokens / 128, *plane_shapes(...)[name]]`.
     """
     *batch, tokens, head_dim = codes.shape
-    planes = {}
-    shift = 0
-    for width in field_widths(nbits):
-        field = LAYOUTS[layout][width]
+    shapes, planes = plane_shapes(nbits, layout, head_dim), {}
+    for name, width, shift, split, order in _fields(nbits, layout, head_dim):
         part = (codes >> shift) & (2**width - 1)
-        part = part.reshape(*batch, tokens // BLOCK, *field.split(head_dim))
-        first = len(batch) + 1
-        if field.flip is not None:
-            part = part.flip(first + field.flip)
-        part = part.permute(*range(first), *(first + axis for axis in field.order))
-        part = part.reshape(*batch, tokens // BLOCK, *field.rows(head_dim), 8 // width)
-        packed = part[..., 0].clone()
-        for position in range(1, 8 // width):
-            packed |= part[..., position] << (position * width)
-        planes[f"plane{width}"] = packed
-        shift += width
+        part = part.reshape(split).permute(order).reshape(*batch, tokens // BLOCK, *shapes[name], 8 // width)
+        planes[name] = reduce(or_, (part[..., i] << bit for i, bit in enumerate(_bits(width))))
     return planes
 
 
 def unpack(planes: dict[str, torch.Tensor], nbits: int, layout: str, head_dim: int) -> torch.Tensor:
     """The inverse of [`pack`]: uint8 codes of shape `[..., blocks * 128, head_dim]`."""
-    codes = None
+    parts = []
+    for name, width, shift, split, order in _fields(nbits, layout, head_dim):
+        *batch, blocks, _, _ = planes[name].shape
+        part = torch.stack([(planes[name] >> bit) & (2**width - 1) for bit in _bits(width)], dim=-1)
+        part = part.reshape([split[axis] for axis in order]).movedim(tuple(range(len(order))), order)
+        parts.append(part.reshape(*batch, blocks * BLOCK, head_dim) << shift)
+    return reduce(or_, parts)
+
+
+def _fields(nbits: int, layout: str, head_dim: int) -> Iterator[tuple]:
+    """The fields of a code, widest first: name of the plane, width, lowest bit, split and order: see `LAYOUTS`."""
     shift = 0
-    for width in field_widths(nbits):
-        field = LAYOUTS[layout][width]
-        plane = planes[f"plane{width}"]
-        *batch, blocks, _, _ = plane.shape
-        first = len(batch) + 1
-        split = field.split(head_dim)
-        part = torch.stack([(plane >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)
-        part = part.reshape(*batch, blocks, *(split[axis] for axis in field.order))
-        inverse = [field.order.index(axis) for axis in range(len(split))]
-        part = part.permute(*range(first), *(first + axis for axis in inverse))
-        if field.flip is not None:
-            part = part.flip(first + field.flip)
-        part = part.reshape(*batch, blocks * BLOCK, head_dim) << shift
-        codes = part if codes is None else codes | part
-        shift += width
-    return codes
+    for width, (split, order) in LAYOUTS[layout].items():
+        if nbits & width:
+            yield f"plane{width}", width, shift, split(head_dim), order
+            shift += width
+
+
+def _bits(width: int) -> list[int]:
+    """The lowest bit of every position in a byte. With fields of 1 bit, the first half h has the upper bit pairs."""
+    return [i ^ 2 for i in range(8)] if width == 1 else list(range(0, 8, width))

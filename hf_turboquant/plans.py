@@ -17,8 +17,5 @@ class Plans(dict):
             del self[stale]
         self[key] = plan
 
-    def __deepcopy__(self, memo) -> "Plans":
-        return Plans()
-
     def __reduce__(self):
         return Plans, ()

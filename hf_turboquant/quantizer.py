@@ -1,7 +1,7 @@
 """Quantizer: everything needed to encode and decode the keys or the values of one layer."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from .packing import BLOCK, plane_shapes
 from .rotation import rotation_matrix, sketch_matrix
 from .search import ANNEALINGS, STRETCHES, Annealing
 from .storage import TokenBuffer
+
+ROLES = ("keys", "values")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +81,7 @@ class Quantizer:
     annealing: Annealing | None = None
 
     @classmethod
-    def create(cls, config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device=None) -> "Quantizer":
+    def create(cls, config: TurboQuantConfig, role: str, layer_idx: int, head_dim: int, device="cpu") -> "Quantizer":
         """
         The quantizer of one layer: equal for equal (`config.seed`, `layer_idx`, `role`, `head_dim`) on every device
         and in every process. Caches share it.
@@ -90,9 +92,10 @@ class Quantizer:
         nbits, estimator = (
             (config.key_bits, config.key_estimator) if role == "keys" else (config.value_bits, config.value_estimator)
         )
-        device = torch.device("cpu" if device is None else device)
-        seeds = config.seed, layer_idx, ("keys", "values").index(role), head_dim
-        return _create(nbits, estimator, config.sketch, config.rotation, seeds, role, head_dim, device)
+        # Neither another estimator nor a sketch would improve 8 bits.
+        estimator = "int8" if nbits == 8 else estimator
+        shared = config.sketch, config.rotation, config.seed, layer_idx, head_dim, torch.device(device)
+        return _create(role, nbits, estimator, *shared)
 
     def __deepcopy__(self, memo) -> "Quantizer":
         return self
@@ -114,50 +117,44 @@ class Quantizer:
 
     def buffer_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of one block of every stored tensor: see `packing` for the planes."""
-        shapes = {
-            name: (torch.uint8, shape) for name, shape in plane_shapes(self.nbits, self.role, self.head_dim).items()
-        }
-        shapes["scales"] = (torch.bfloat16, (BLOCK,))
-        if self.estimator == "qjl":
-            shapes["residual_norms"] = (torch.bfloat16, (BLOCK,))
-        return shapes
+        planes = plane_shapes(self.nbits, self.role, self.head_dim)
+        scales = ("scales", "residual_norms") if self.estimator == "qjl" else ("scales",)
+        codes = {name: (torch.uint8, shape) for name, shape in planes.items()}
+        return codes | dict.fromkeys(scales, (torch.bfloat16, (BLOCK,)))
 
     def new_buffer(self, batch: int, heads: int) -> TokenBuffer:
         """An empty buffer for the codes and scales of `batch * heads` sequences."""
         return TokenBuffer(self.buffer_shapes(), BLOCK, batch, heads, self.transform.device)
 
 
-# Kept for the prefill of the next sequence, because drawing matrices takes longer than quantising with them.
-@lru_cache(maxsize=1024)
-def _create(nbits, estimator, sketch, rotation, seeds, role, head_dim, device) -> Quantizer:
-    if nbits == 8:
-        # Neither another estimator nor a sketch would improve them.
-        estimator = "int8"
-    joint = estimator == "qjl" and sketch == "orthogonal"
-    code_bits = nbits - (estimator == "qjl")
+# Never freed: graphs that torch.compile captured read these constants, and run again for an arena at the address of a
+# freed one. Two for each layer and setting, whatever the requests.
+@cache
+def _create(role, nbits, estimator, sketch, rotation, seed, layer_idx, head_dim, device) -> Quantizer:
+    sketched, code_bits = estimator == "qjl", nbits - (estimator == "qjl")
     codebook = INT8 if estimator == "int8" else lloyd_max(code_bits, head_dim)
     plane_shapes(nbits, role, head_dim)
     # numpy draws the same stream on every machine; torch's generators differ between devices.
-    generator = np.random.default_rng(seeds)
+    generator = np.random.default_rng((seed, layer_idx, ROLES.index(role), head_dim))
+
+    def tensor(array: np.ndarray | None, dtype: type = np.float32) -> torch.Tensor | None:
+        return None if array is None else torch.from_numpy(array.astype(dtype)).to(device)
+
     # Ordinary tensors even if the first prefill runs in inference mode.
     with torch.inference_mode(False):
-        matrix = _tensor(rotation_matrix(rotation, head_dim, generator)[None], device)
+        matrix = tensor(rotation_matrix(rotation, head_dim, generator)[None])
         return Quantizer(
             role=role,
             nbits=nbits,
             estimator=estimator,
             codebook=codebook,
-            centroids=_tensor(codebook.centroids, device),
-            boundaries=None if codebook is INT8 else _tensor(codebook.boundaries, device),
-            ranks_to_codes=None if codebook is INT8 else torch.from_numpy(codebook.ranks_to_codes).to(device),
+            centroids=tensor(codebook.centroids),
+            boundaries=tensor(codebook.boundaries),
+            ranks_to_codes=tensor(codebook.ranks_to_codes, np.uint8),
             transform=matrix,
             # A rotation is its own inverse transpose.
             dual=matrix,
-            sketch=_tensor(sketch_matrix(sketch, head_dim, generator), device) if estimator == "qjl" else None,
+            sketch=tensor(sketch_matrix(sketch, head_dim, generator)) if sketched else None,
             stretches=STRETCHES if estimator == "rescaled" else (),
-            annealing=ANNEALINGS[code_bits] if joint else None,
+            annealing=ANNEALINGS[code_bits] if sketched and sketch == "orthogonal" else None,
         )
-
-
-def _tensor(array: np.ndarray, device) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.float32)).to(device)

@@ -9,11 +9,9 @@ from . import ops
 from .config import TurboQuantConfig
 from .packing import BLOCK
 from .plans import Plans
-from .quantizer import Quantizer
+from .quantizer import ROLES, Quantizer
 from .states import LayerStates
 from .storage import SlotBuffer, TokenBuffer
-
-ROLES = ("keys", "values")
 
 
 class Tokens:

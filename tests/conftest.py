@@ -44,7 +44,6 @@ def forget_quantizers():
     from hf_turboquant import arena, quantizer
 
     arena._layout.cache_clear()
-    arena._quantizers.clear()
     quantizer._create.cache_clear()
 
 
