@@ -1,5 +1,5 @@
 """
-Time the kernel that quantises and appends, and the one that dequantises. `tests/ops` check them.
+Time the kernel that quantizes and appends, and the one that dequantizes. `tests/ops` check them.
 
     python examples/benchmark_quantize.py
     python examples/benchmark_quantize.py --tokens 1 --batches 1 8 --caches turboquant:nbits=4
@@ -63,7 +63,7 @@ def rows(args):
         for roles, conditioned in ((both[:1], False), (both[1:], False), (both, False), (both, True)):
             layers = [Layer(options, shape, roles, conditioned) for _ in range(4 if tokens > 1024 else 32)]
             yield f"{name}: {' and '.join(roles)}{', conditioned' * conditioned}", layers, Layer.quantize
-        yield f"{name}: dequantise what the row above quantised", layers, Layer.dequantize
+        yield f"{name}: dequantize what the row above quantized", layers, Layer.dequantize
 
 
 def main() -> None:

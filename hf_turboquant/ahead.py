@@ -15,7 +15,7 @@ def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, q
     kernels on disk for later processes.
 
     Args:
-        layer (`TurboQuantLayer`): before its first token is quantised.
+        layer (`TurboQuantLayer`): before its first token is quantized.
         key_states, value_states, query (`torch.Tensor`): of the prompt.
         masked (`bool`): whether the prompt has a mask.
     """

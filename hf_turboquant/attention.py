@@ -37,7 +37,7 @@ def turboquant_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Attends straight from the codes if the layer's cache is quantised, and exactly otherwise: in the first prefill, in
+    Attends straight from the codes if the layer's cache is quantized, and exactly otherwise: in the first prefill, in
     layers that are not compressed, and in models without a cache.
 
     Args:

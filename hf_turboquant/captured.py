@@ -92,7 +92,7 @@ class Graph:
 
 
 def store_prompt(cache: Cache) -> None:
-    """Quantises the prompt where a layer has deferred that."""
+    """Quantizes the prompt where a layer has deferred that."""
     for layer in cache.layers:
         if isinstance(layer, TurboQuantLayer):
             layer.settle()

@@ -136,7 +136,7 @@ def _estimate(args) -> None:
     if growing < layers:
         print(f"Note: {growing} of {layers} layers hold a KV cache that grows with the context.")
     if any(len({dim for _, dim in estimate.layers[index].shapes}) > 1 for index in compressed):
-        print("Note: keys and values of different widths are latents (MLA): every step dequantises them.")
+        print("Note: keys and values of different widths are latents (MLA): every step dequantizes them.")
     # The cache's own widths: fp8 takes sliding windows too.
     context, row = max(rows.items())
     total, best = row["bf16"] + states, min(row[name] for name in options) + states

@@ -11,7 +11,7 @@ from scipy.stats import beta
 @dataclass(frozen=True, eq=False)
 class Codebook:
     """
-    The quantiser of one coordinate: up to 4 bits of a unit vector of `head_dim` dimensions (TurboQuant, section 3.1).
+    The quantizer of one coordinate: up to 4 bits of a unit vector of `head_dim` dimensions (TurboQuant, section 3.1).
 
     Args:
         centroids (`np.ndarray` of shape `[2**nbits]`, float64): value of every code, indexed by the code.

@@ -71,7 +71,7 @@ class Conditioning:
         self.config, self.layer_idx, self.frequencies, self.verdict = config, layer_idx, frequencies, verdict
         # What was found, possibly on the device only; None while there is too little to learn from.
         self.found: Learned | torch.Tensor | None = NOT_CONDITIONED if config.condition == "none" else None
-        # With a static capacity, what would be found if the next token were quantised.
+        # With a static capacity, what would be found if the next token were quantized.
         self.provisional: Learned | torch.Tensor = NOT_CONDITIONED
         # What it will need: queries so far, and which of the tokens so far are no padding.
         self.query_energy: torch.Tensor | None = None
@@ -126,7 +126,7 @@ class Conditioning:
 
     def learn(self, tokens: Tokens, states: dict[str, torch.Tensor], coming: int = 0) -> Tokens | None:
         """
-        What `tokens` become when keys are conditioned by `states`, all tokens so far, of which none is quantised yet.
+        What `tokens` become when keys are conditioned by `states`, all tokens so far, of which none is quantized yet.
         `None` as long as there are too few or, while there is room for them and `coming` ones, too few different ones.
         """
         length = states["keys"].shape[2]

@@ -78,7 +78,7 @@ class TurboQuantConfig:
         key_estimator (`str`, defaults to `"qjl"`):
             `"qjl"`: `key_bits - 1` bits of codes and the 1-bit QJL sketch (Algorithm 2 of TurboQuant, arXiv
             2504.19874), chosen together if the sketch is orthogonal; has the least error at 2 and 3 bits. `"rescaled"`
-            spends all bits on the codes (EDEN, arXiv 2105.08339), needs one scale less per key, and quantises faster
+            spends all bits on the codes (EDEN, arXiv 2105.08339), needs one scale less per key, and quantizes faster
             on a CPU. Both give unbiased scores. `"mse"` is Algorithm 1 as printed.
         value_estimator (`str`, defaults to `"rescaled"`):
             `"rescaled"` or `"mse"`.
@@ -87,7 +87,7 @@ class TurboQuantConfig:
         rotation (`str`, defaults to `"hadamard"`):
             `"hadamard"` (randomised) or `"haar"` (uniform over all rotations).
         condition (`str`, defaults to `"attention"`):
-            What the quantiser of keys learns from the first tokens, frozen when the first token is quantised:
+            What the quantizer of keys learns from the first tokens, frozen when the first token is quantized:
             `"attention"` takes a mean and a scale per channel from keys and queries, `"center"` the mean only,
             `"none"` nothing. Unless it is `"none"`, all tokens stay exact until there are 128 beside the sinks. See
             `conditioning`.

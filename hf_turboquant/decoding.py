@@ -108,7 +108,7 @@ def _decode(steps, logits, ids, logits_processor, stopping_criteria, config, str
 
 @contextmanager
 def _first_token_first(cache: Cache):
-    """Within this context, layers of static capacity leave quantising a short prompt to [`captured.store_prompt`]."""
+    """Within this context, layers of static capacity leave quantizing a short prompt to [`captured.store_prompt`]."""
     layers = [layer for layer in cache.layers if isinstance(layer, TurboQuantStaticLayer)]
     for layer in layers:
         layer.defers = True

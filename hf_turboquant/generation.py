@@ -78,7 +78,7 @@ def generate(model, input_ids, logits_processor, stopping_criteria, generation_c
         out = run(model, input_ids, name, returned, lost.get("streamer"), **prepared, model_kwargs=model_kwargs)
     # Keeping a cache that grows would gain nothing.
     if not returned and cache.is_compileable:
-        # A prompt without a step is not quantised yet.
+        # A prompt without a step is not quantized yet.
         cache.reset()
         _kept[model] = key, cache
     return out

@@ -24,12 +24,12 @@ _METADATA = {
 class QuantizedStates(torch.Tensor):
     """
     Stands for the keys or the values of a layer: a tensor of shape `[batch, num_key_value_heads, kv_len, head_dim]`
-    in the model's dtype, of which only the codes exist, or which is quantised once a query has attended to it. Valid
+    in the model's dtype, of which only the codes exist, or which is quantized once a query has attended to it. Valid
     until the layer's next update.
 
     Shape, dtype and device are those of that tensor. `scaled_dot_product_attention` with both handles runs on the
     codes; repeating KV heads as transformers may do before it (index, expand, reshape) returns a handle. Any other
-    operation runs on a dequantised tensor, made for that operation alone; one that writes to it, or to a view of it,
+    operation runs on a dequantized tensor, made for that operation alone; one that writes to it, or to a view of it,
     raises a `ValueError`.
 
     Args:
@@ -191,7 +191,7 @@ def _attention_call(
 @lru_cache(maxsize=1)
 def _log_dequantize() -> None:
     logger.warning(
-        "Quantised keys or values were dequantised for an operation that does not read codes: the result is right, but "
+        "Quantized keys or values were dequantized for an operation that does not read codes: the result is right, but "
         "takes the memory of full precision. Load the model with `attn_implementation='sdpa'` or `'turboquant'` to "
         "attend straight from the codes."
     )
@@ -210,7 +210,7 @@ def plain(handle: QuantizedStates) -> torch.Tensor:
 
 class ReadOnly(torch.Tensor):
     """
-    Shares memory with a tensor that was dequantised for one operation, as a slice of keys does. A write to it would be
+    Shares memory with a tensor that was dequantized for one operation, as a slice of keys does. A write to it would be
     lost, so it raises a `ValueError`; everything else gives plain tensors.
     """
 
@@ -258,7 +258,7 @@ def _call_plain(func, args, kwargs, kind: type, protect: bool = True):
     if written or any(copy._version != version for copy, version in copies):
         raise ValueError(
             f"Keys and values of a TurboQuantCache that are codes must not be written to, got `{name}`, which would "
-            "change a dequantised copy alone. Write to a `.clone()`; to change what a cache holds, `update` a new one "
+            "change a dequantized copy alone. Write to a `.clone()`; to change what a cache holds, `update` a new one "
             "with the changed tensors."
         )
     if not copies or not protect:

@@ -18,7 +18,7 @@ from .tokens import ROLES, Tokens
 
 # Keys wait for enough different tokens while there are at most so many beside the sinks.
 MAX_WAITING_TOKENS = 512
-# A layer that defers quantising does so for prompts of at most so many tokens, in all sequences.
+# A layer that defers quantizing does so for prompts of at most so many tokens, in all sequences.
 MAX_DEFERRED_TOKENS = 2_048
 
 
@@ -26,7 +26,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
     """
     The keys and values of one full-attention layer.
 
-    The first `sink_length` tokens and the last `residual_length` tokens stay exact. A token is quantised once, when it
+    The first `sink_length` tokens and the last `residual_length` tokens stay exact. A token is quantized once, when it
     leaves the recent window. All of them stay exact until there are `LEARNED_TOKENS` to condition keys by, and longer,
     up to `MAX_WAITING_TOKENS`, while most of them are alike.
 
@@ -87,7 +87,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         return self.conditioning.condition
 
     def __getstate__(self) -> dict:
-        # Otherwise each copy would quantise the prompt again.
+        # Otherwise each copy would quantize the prompt again.
         self._store_deferred()
         return dict(vars(self))
 
@@ -99,7 +99,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
     def keys(self) -> torch.Tensor | None:
         """
         The keys held, as a handle that later updates don't change; `None` before the first token. While nothing is
-        quantised, writing to it changes what is held; after that it raises a `ValueError`.
+        quantized, writing to it changes what is held; after that it raises a `ValueError`.
         """
         self.come_to_rest()
         return self._held()[0] if self.is_initialized else None
@@ -269,7 +269,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
     def _defers(self) -> bool:
         """
         Whether tokens that wait may do so until the next update. On a GPU it takes the host longer to launch their
-        quantising than everything else in a short prompt, and the first token need not wait for that.
+        quantizing than everything else in a short prompt, and the first token need not wait for that.
         """
         batch, _, tokens, _ = self.pending["keys"].shape
         return self.device.type == "cuda" and batch * tokens <= MAX_DEFERRED_TOKENS
@@ -377,7 +377,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """
         Removes the last `-tokens_to_remove` tokens from the codes and the exact slots. The remaining tokens are
-        unchanged: exact tokens stay exact, quantised ones stay quantised.
+        unchanged: exact tokens stay exact, quantized ones stay quantized.
         """
         if not self.is_initialized:
             return

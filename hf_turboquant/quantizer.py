@@ -37,7 +37,7 @@ class Quantizer:
     cosine win.
 
     With the orthogonal sketch, codes and signs are chosen together: levels in one orthonormal basis and signs in
-    another form an additive vector quantiser. Given the signs, the best codes come from rounding; given the codes, the
+    another form an additive vector quantizer. Given the signs, the best codes come from rounding; given the codes, the
     best signs are those of S (y - c). `annealing` alternates between both, softly at first. (s, ρ) are the
     least-squares scales of the two parts, multiplied so that ⟨ẑ, z⟩ = |z|². At 2 and 3 bits, and at 4 from head_dim
     128 on, the bit of the sketch is then worth more than another bit of codes.

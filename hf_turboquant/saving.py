@@ -205,7 +205,7 @@ def _restore(layer: TurboQuantLayer, saved: dict) -> None:
     conditioning, length, quantized = layer.conditioning, saved["length"], saved["quantized"]
     fits, room = 0 <= quantized <= max(length - layer.tokens.sinks, 0), layer.config.max_cache_len
     if not fits or (room is not None and (length > room or quantized > layer.tokens.codes["keys"].capacity)):
-        raise ValueError(f"length must fit the rest of layer {layer.layer_idx}, got {length}, {quantized} quantised")
+        raise ValueError(f"length must fit the rest of layer {layer.layer_idx}, got {length}, {quantized} quantized")
     if not saved["waits"]:
         conditioning.finish(known)
         layer.tokens = layer.tokens.emptied(layer.config.residual_length)

@@ -26,7 +26,7 @@ class LayerStates:
         backend (`str`): `"auto"`, `"triton"` or `"torch"`: see [`TurboQuantConfig`].
         counters (`torch.Tensor`, *optional*):
             With a static capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 3]`: for keys
-            and for values, the number of all tokens, of quantised ones, and of the recent ones that stay exact, at most
+            and for values, the number of all tokens, of quantized ones, and of the recent ones that stay exact, at most
             `ring`. `kv_len` and `quantized` are upper bounds in that case.
         plans (`Plans`, *optional*): the layer's plans for launches.
         newest (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
@@ -35,7 +35,7 @@ class LayerStates:
         leaving (`int`): tokens that `newest` pushes out of the recent window: 1 or 0.
         training (`dict[str, torch.Tensor]`, *optional*):
             By role, the last tokens as they came, if gradients flow to them: then attention reads these, and of all
-            others dequantised ones.
+            others dequantized ones.
         outdated (`bool`): whether the layer went on, and may have overwritten what these states read.
         window (`int`, *optional*): recent tokens that stay exact if they are fewer than `ring`.
     """
@@ -109,7 +109,7 @@ class LayerStates:
 @dataclass(frozen=True, eq=False)
 class ExactStates:
     """
-    All tokens of a layer while none is quantised and the layer waits for the query that attends to them.
+    All tokens of a layer while none is quantized and the layer waits for the query that attends to them.
 
     Args:
         exact (`dict[str, torch.Tensor]`): by role, of shape `[batch, num_key_value_heads, kv_len, head_dim]`.

@@ -38,7 +38,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     callers that replay a graph must call `count`, and `measure` fetches the exact lengths.
 
     Tokens wait to be learned from in the exact slots, of which there are `config.held_length` beside the sinks. Before
-    a step would fill them, the host conditions keys; the step itself is the same before and afterwards.
+    a step that no longer fits there, the host conditions keys; the step itself is the same before and afterwards.
 
     Args:
         config (`TurboQuantConfig`): must have a `max_cache_len`.
@@ -264,7 +264,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     @property
     def condition(self) -> str | None:
-        """As [`TurboQuantLayer.condition`], after fetching lengths: a step may have quantised the first token."""
+        """As [`TurboQuantLayer.condition`], after fetching lengths: a step may have quantized the first token."""
         self.measure()
         return super().condition
 

@@ -121,7 +121,7 @@ class Tokens:
         return True
 
     def whole(self, role: str) -> torch.Tensor:
-        """All tokens, as long as none is quantised; shares memory."""
+        """All tokens, as long as none is quantized; shares memory."""
         return self.exact[role][:, :, : self.length]
 
     def parts(self) -> dict[str, dict]:
@@ -152,7 +152,7 @@ class Tokens:
         return {role: torch.cat([self.exact[role][:, :, :count], states[role]], dim=2) for role in ROLES}
 
     def append(self, states: dict[str, torch.Tensor]) -> None:
-        """Writes new tokens to the exact slots, and quantises what leaves them."""
+        """Writes new tokens to the exact slots, and quantizes what leaves them."""
         before, after = self.length, self.length + states["keys"].shape[2]
         first, last = self.sinks + self.quantized, after - self.window
         # Everything that can run out of memory comes first; codes beyond a buffer's length are ignored.
@@ -209,7 +209,7 @@ class Tokens:
         self.length, self.quantized = states.kv_len, states.quantized
 
     def crop(self, length: int) -> None:
-        """Keeps the first `length` tokens, exact or quantised as they are."""
+        """Keeps the first `length` tokens, exact or quantized as they are."""
         self.length, self.quantized = length, min(self.quantized, max(length - self.sinks, 0))
 
     def snapshot(self) -> "Tokens":
@@ -237,7 +237,7 @@ class Tokens:
         return twin
 
     def emptied(self, window: int) -> "Tokens":
-        """The same without tokens, of which none was quantised, and with so many recent ones exact from now on."""
+        """The same without tokens, of which none was quantized, and with so many recent ones exact from now on."""
         twin = self.snapshot()
         twin.length, twin.window = 0, window
         if not self.fixed and window != twin.exact.ring:

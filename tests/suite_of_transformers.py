@@ -123,7 +123,7 @@ def main() -> None:
             print(f"{name}: {len(full)} pass with DynamicCache, {len(full & ours)} of them with codes", flush=True)
             for test in sorted(full - ours):
                 print(f"    {test}: {why.get(test, 'did not run')[:160]}", flush=True)
-    print(f"{Codes.tokens:,} tokens of layers were quantised")
+    print(f"{Codes.tokens:,} tokens of layers were quantized")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ GEMMA2 = Gemma2Config(
 
 @pytest.fixture
 def paths(monkeypatch):
-    """What ran: attention on codes, or dequantised layers."""
+    """What ran: attention on codes, or dequantized layers."""
     ran = []
     attention, dequantize = ops.attention, ops.dequantize_all
     monkeypatch.setattr(ops, "attention", lambda *a, **k: ran.append("codes") or attention(*a, **k))
@@ -184,7 +184,7 @@ def test_gradients_that_are_cut_off_are_said_once(prompt, caplog):
     assert all(torch.equal(found[0][name], x) for name, x in found[1].items())
 
 
-def test_eager_attention_says_once_that_it_dequantises(paths, caplog):
+def test_eager_attention_says_once_that_it_dequantizes(paths, caplog):
     handle._log_dequantize.cache_clear()
     with caplog.at_level(logging.WARNING, logger="hf_turboquant.handle"):
         run("eager", False, paths)

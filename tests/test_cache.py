@@ -41,7 +41,7 @@ CONFIG = LlamaConfig(
     eos_token_id=2,
     pad_token_id=0,
 )
-# 8 bits, everything quantised: close to exact, and nothing is close by accident
+# 8 bits, everything quantized: close to exact, and nothing is close by accident
 STREAMING = {"nbits": 8, "residual_length": 0, "sink_length": 0}
 
 

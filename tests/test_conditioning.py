@@ -1,4 +1,4 @@
-"""What the first tokens teach the quantiser of keys, and that nothing but their precision changes."""
+"""What the first tokens teach the quantizer of keys, and that nothing but their precision changes."""
 
 import copy
 import pickle
@@ -87,7 +87,7 @@ def test_scores_stay_what_they_were_and_get_better(estimator):
         exact = query[:, :, -5:] @ keys[:, :, :710].repeat_interleave(2, dim=1).mT
         logits = ops.scores(query[:, :, -5:], handle.states, scaling=1.0)
         dequantized = query[:, :, -5:] @ handle.dequantize().repeat_interleave(2, dim=1).mT
-        # scores from the codes and from dequantised keys are one thing, mean and scale included
+        # scores from the codes and from dequantized keys are one thing, mean and scale included
         torch.testing.assert_close(logits, dequantized, rtol=1e-3, atol=1e-2)
         assert torch.allclose(logits[..., :4], exact[..., :4], atol=1e-2)
         assert torch.allclose(logits[..., -32:], exact[..., -32:], atol=1e-2)
@@ -108,7 +108,7 @@ def test_attention_of_all_paths_agrees_after_conditioning():
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_first_prefill_is_quantised_once_its_query_was_seen():
+def test_the_first_prefill_is_quantized_once_its_query_was_seen():
     query, keys, values = skewed_states(300)
     layer = TurboQuantLayer(TurboQuantConfig(residual_length=16), 0)
     handles = layer.update(keys, values)
@@ -483,7 +483,7 @@ def test_frequencies_come_from_the_config():
 
 @pytest.fixture
 def deferring(monkeypatch):
-    """Prompts are quantised at the next update, as on a GPU."""
+    """Prompts are quantized at the next update, as on a GPU."""
     monkeypatch.setattr(TurboQuantLayer, "_defers", lambda layer: True)
 
 

@@ -402,7 +402,7 @@ BENCHMARKS = {
     ],
     "benchmark_quantize --tokens 20 1 --head-dims 64 --kv-heads 2 --caches turboquant:nbits=4": [
         r"\| 1 × 20, D=64, turboquant 4 bits: keys and values, conditioned \| [\d.]+ \| \d+ \| \d+ \|",
-        r"\| 1 × 1, D=64, turboquant 4 bits: dequantise what the row above quantised \|",
+        r"\| 1 × 1, D=64, turboquant 4 bits: dequantize what the row above quantized \|",
     ],
     "benchmark_generate --contexts 300 --batches 2 --caches dynamic turboquant:nbits=4 --in-turns --prefill 200": [
         r"\| 2 × 300 \| dynamic \| ([\d.]+ \| ){4}[\d.]+ \|",

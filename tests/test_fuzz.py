@@ -135,7 +135,7 @@ class SlowLayer:
         self.store()
 
     def store(self):
-        """Quantises, one by one, what left the recent window."""
+        """Quantizes, one by one, what left the recent window."""
         if self.kind is None:
             self.learn()
         if self.kind is None:

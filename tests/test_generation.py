@@ -139,7 +139,7 @@ def graphs(monkeypatch):
     fake = type("Fake", (FakeGraph,), {"made": 0, "replays": 0})
     monkeypatch.setattr(captured, "Graph", fake)
     monkeypatch.setattr(generation, "Graph", fake)
-    # as on a GPU: a prompt is quantised after its token
+    # as on a GPU: a prompt is quantized after its token
     monkeypatch.setattr(TurboQuantLayer, "_defers", lambda layer: True)
     # the kernels' steps can be captured; here the reference does their work
     monkeypatch.setattr(TurboQuantCache, "is_compileable", True)
@@ -259,7 +259,7 @@ def test_the_next_step_is_under_way_while_the_host_looks(llama, monkeypatch):
 
 
 @pytest.mark.parametrize("capacity", [None, 400])
-def test_the_first_token_does_not_wait_for_quantising(llama, graphs, capacity):
+def test_the_first_token_does_not_wait_for_quantizing(llama, graphs, capacity):
     cache, notes = TurboQuantCache(llama.config, **OPTIONS, max_cache_len=capacity), []
 
     class Watcher(Collector):

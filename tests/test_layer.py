@@ -1,4 +1,4 @@
-"""One layer: what stays exact, what is quantised when, and that nothing is ever half changed."""
+"""One layer: what stays exact, what is quantized when, and that nothing is ever half changed."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def plain(handle):
 @pytest.mark.parametrize("sinks", (0, 3))
 @pytest.mark.parametrize("window", (0, 5, 64))
 @pytest.mark.parametrize("pieces", ([200], [1] * 90, [100, 1, 1, 30, 1, 67], [2, 1, 197]))
-def test_exact_tokens_are_exact_and_the_rest_is_quantised_once(sinks, window, pieces):
+def test_exact_tokens_are_exact_and_the_rest_is_quantized_once(sinks, window, pieces):
     layer = TurboQuantLayer(options(nbits=4, sink_length=sinks, residual_length=window), 0)
     keys, values = states(sum(pieces))
     feed(layer, keys, values, pieces)

@@ -25,7 +25,7 @@ INT8_ERROR = {64: (3.55e-5, 3.93e-5), 128: (4.20e-5, 4.02e-5), 256: (4.85e-5, 4.
 
 
 def round_trip(states, quantizer):
-    """Quantises `[batch, heads, tokens, head_dim]` through packed bytes and back, fp32."""
+    """Quantizes `[batch, heads, tokens, head_dim]` through packed bytes and back, fp32."""
     buffer = quantizer.new_buffer(*states.shape[:2])
     ops.quantize((states, quantizer, buffer))
     out = torch.full(states.shape, torch.nan)

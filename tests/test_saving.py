@@ -236,7 +236,7 @@ def test_more_tokens_than_the_capacity_are_refused(tmp_path):
     assert TurboQuantCache.from_pretrained(tmp_path).get_seq_length() == 150
     # codes need not be more than tokens to be more than there is room for
     in_options("residual_length", 40)(tmp_path)
-    with pytest.raises(ValueError, match="length must fit the rest of layer 0, got 150, 130 quantised"):
+    with pytest.raises(ValueError, match="length must fit the rest of layer 0, got 150, 130 quantized"):
         TurboQuantCache.from_pretrained(tmp_path)
     in_options("residual_length", 16)(tmp_path)
     in_tokens("quantized", 146)(tmp_path)

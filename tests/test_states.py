@@ -25,7 +25,7 @@ def handles():
 
 @pytest.fixture
 def dequantized(monkeypatch):
-    """Counts the dequantisations of whole layers."""
+    """Counts the dequantizations of whole layers."""
     calls = []
     dequantize = ops.dequantize_all
 
@@ -64,7 +64,7 @@ def test_metadata_reads_no_code(handles, dequantized):
         lambda x: torch.tensor(x.tolist()),
     ],
 )
-def test_any_other_operation_sees_the_dequantised_tensor(handles, dequantized, operation):
+def test_any_other_operation_sees_the_dequantized_tensor(handles, dequantized, operation):
     key, _ = handles
     expected = operation(key.dequantize())
     dequantized.clear()
@@ -149,7 +149,7 @@ def test_sdpa_runs_on_the_codes(handles, dequantized, mask, query_length):
     dequantized.clear()
     out = sdpa(query, *handles, attn_mask=mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    # a long query reads every code often: there one layer is dequantised, for that call
+    # a long query reads every code often: there one layer is dequantized, for that call
     assert dequantized == ([] if query_length <= ops.MAX_KERNEL_QUERIES else ["keys", "values"])
 
 
@@ -170,7 +170,7 @@ def test_repeated_heads_still_run_on_the_codes(handles, dequantized):
 
 
 @pytest.mark.parametrize("options", ({"is_causal": True}, {"dropout_p": 0.5}))
-def test_what_sdpa_means_differently_is_dequantised(handles, dequantized, options):
+def test_what_sdpa_means_differently_is_dequantized(handles, dequantized, options):
     query = torch.randn(2, 6, 2, 32)
     torch.manual_seed(0)
     out = sdpa(query, *handles, enable_gqa=True, **options)

@@ -201,7 +201,7 @@ def test_a_copy_has_memory_of_its_own(twin):
 
 @pytest.mark.parametrize("prompt", [2, 30, 80])
 @pytest.mark.parametrize("told", [True, False])
-def test_a_short_prompt_and_steps_condition_what_steps_quantise(prompt, told):
+def test_a_short_prompt_and_steps_condition_what_steps_quantize(prompt, told):
     layer = new_layer(300, condition="center")
     keys, values = states(200)
     keys = keys + 10

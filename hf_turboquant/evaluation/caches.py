@@ -161,7 +161,7 @@ def bits_per_coordinate(cache, with_exact: bool = False) -> float:
 
 
 def _count(states) -> int:
-    """The number of states before quantisation: HQQ stores them with a description, fp8 with a scale."""
+    """The number of states before quantization: HQQ stores them with a description, fp8 with a scale."""
     if not isinstance(states, tuple):
         return states.numel()
     return math.prod(states[1]["shape"]) if isinstance(states[1], dict) else states[0].numel()

@@ -59,7 +59,7 @@ def inner_product(
 
 
 def _through(x: torch.Tensor, nbits: int, estimator: str, seed: int, sketch: str = "orthogonal"):
-    """Vectors of shape `[tokens, head_dim]` as codes give them back, and their quantiser."""
+    """Vectors of shape `[tokens, head_dim]` as codes give them back, and their quantizer."""
     config = TurboQuantConfig(nbits=nbits, key_estimator=estimator, sketch=sketch, rotation="haar", seed=seed)
     quantizer = Quantizer.create(config, "keys", 0, x.shape[-1])
     return (decode(*encode(x[None, None], quantizer), quantizer) @ quantizer.dual)[0, 0], quantizer

@@ -115,7 +115,7 @@ class Settings:
 
 
 def baselines(config) -> list[dict]:
-    """transformers' own quantised caches that are installed and support this model."""
+    """transformers' own quantized caches that are installed and support this model."""
     found = []
     for options in parse("quanto:nbits=4/2", "hqq:nbits=4/2", "fp8"):
         with suppress(ValueError):

@@ -26,13 +26,13 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger(__name__)
 
-# Longer queries would read every code many times: for them the layer is dequantised once per call.
+# Longer queries would read every code many times: for them the layer is dequantized once per call.
 MAX_KERNEL_QUERIES = 16
 
 
 def quantize(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer], backend: str = "auto") -> None:
     """
-    Quantises keys, values or both, and appends the codes to their buffers in place: all or none. Earlier codes do not
+    Quantizes keys, values or both, and appends the codes to their buffers in place: all or none. Earlier codes do not
     change. A single token of both takes a single launch.
 
     Args:
@@ -61,7 +61,7 @@ def quantize(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer], backend: str =
 
 def append(states: LayerStates, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     """
-    Runs one step in place: quantises the token that leaves the recent window, if one does, and writes the new token to
+    Runs one step in place: quantizes the token that leaves the recent window, if one does, and writes the new token to
     its exact slot. The kernels need one launch, and the host waits for nothing. The buffers must have the capacity, and
     the caller must update the lengths.
 
@@ -169,7 +169,7 @@ def channel_statistics(
 
 def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor, backend: str = "auto") -> None:
     """
-    Dequantises all tokens of `buffer` into `out`.
+    Dequantizes all tokens of `buffer` into `out`.
 
     Args:
         out (`torch.Tensor`): of shape `[batch, heads, buffer.length, head_dim]`, any floating-point dtype; may be a
@@ -224,7 +224,7 @@ def dequantize_all(states: LayerStates, role: str) -> torch.Tensor:
 
 def attention(query: torch.Tensor, states: LayerStates, **options) -> torch.Tensor:
     """
-    Attends to the exact tokens and codes of one layer without dequantising the codes to memory.
+    Attends to the exact tokens and codes of one layer without dequantizing the codes to memory.
 
     Args:
         query (`torch.Tensor`): of shape `[batch, num_attention_heads, query_length, head_dim]`.

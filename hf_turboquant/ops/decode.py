@@ -1,4 +1,4 @@
-"""Dequantises codes with Triton, for operations that need plain tensors and for long queries."""
+"""Dequantizes codes with Triton, for operations that need plain tensors and for long queries."""
 
 import torch
 import triton

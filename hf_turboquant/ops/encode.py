@@ -1,4 +1,4 @@
-"""Quantises and appends with Triton: launches `quantize_kernels` and `step_kernel`."""
+"""Quantizes and appends with Triton: launches `quantize_kernels` and `step_kernel`."""
 
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,7 @@ _prepared: WeakKeyDictionary[Quantizer, dict] = WeakKeyDictionary()
 
 
 def supports(states: torch.Tensor, quantizer: Quantizer) -> str | None:
-    """`None` if the kernel can quantise these states, else the reason why not, in words."""
+    """`None` if the kernel can quantize these states, else the reason why not, in words."""
     if quantizer.head_dim % 16 or quantizer.head_dim > 256:
         return f"the kernel takes a head_dim of 16 to 256 in steps of 16, and the states have {quantizer.head_dim}"
     if states.dtype not in DTYPES:

@@ -165,7 +165,7 @@ def _store_values(
 
 @triton.jit
 def append_tile(states, side, tile, sequence, length, tokens, blocks, heads, SPEC: tl.constexpr, T: tl.constexpr):
-    """Quantises those of `tokens` tokens that are in tile `tile` of `sequence` (batch · heads + head)."""
+    """Quantizes those of `tokens` tokens that are in tile `tile` of `sequence` (batch · heads + head)."""
     strides, buffers, constants = side
     planes, scales, residual_norms = buffers
     transform, transform_stride, mean, mean_stride, factors, factors_stride, sketch, boundaries, centroids = constants

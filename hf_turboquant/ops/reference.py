@@ -165,7 +165,7 @@ def _stretch(size: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, scales: dict[str, torch.Tensor], quantizer: Quantizer) -> torch.Tensor:
-    """Inverts [`encode`] up to quantisation; returns ẑ, still transformed and centred, fp32, shaped like `codes`."""
+    """Inverts [`encode`] up to quantization; returns ẑ, still transformed and centred, fp32, shaped like `codes`."""
     norms = scales["scales"].float().unsqueeze(-1)
     if quantizer.estimator != "qjl":
         return quantizer.centroids[codes.int()] * norms
@@ -252,7 +252,7 @@ def codes_of(buffer: TokenBuffer, quantizer: Quantizer, start: int, stop: int):
 
 @full_precision
 def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> None:
-    """Dequantises the tokens of `buffer` into `out`, of shape `[batch, heads, buffer.length, head_dim]`, any dtype."""
+    """Dequantizes the tokens of `buffer` into `out`, of shape `[batch, heads, buffer.length, head_dim]`, any dtype."""
     for start in range(0, buffer.length, TILE):
         stop = min(start + TILE, buffer.length)
         codes, scales = codes_of(buffer, quantizer, start, stop)

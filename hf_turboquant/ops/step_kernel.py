@@ -14,7 +14,7 @@ def append_token(
     SPEC: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """
-    Writes the key or value of one token of `sequence` (batch · heads + head), and quantises the token that leaves.
+    Writes the key or value of one token of `sequence` (batch · heads + head), and quantizes the token that leaves.
 
     Args:
         new: of shape `[batch, heads, 1, D]`.

@@ -1,4 +1,4 @@
-"""How far stored codes deviate from the mathematics in float64, in every configuration of the kernel that quantises."""
+"""How far stored codes deviate from the mathematics in float64, in every configuration of the kernel that quantizes."""
 
 from dataclasses import dataclass, replace
 
@@ -59,7 +59,7 @@ class Disagreement:
         direction (`float`): largest (best cosine - cosine) / (1 - best cosine), where the best is over all α.
         sign (`float`): largest |⟨sketch row, residual⟩| of a wrong sign, over |row| |residual| / √head_dim.
         scale (`float`): largest relative error of a scale or residual norm, given the codes.
-        error (`float`): squared error of the dequantised vectors, over that of the reference's, minus one.
+        error (`float`): squared error of the dequantized vectors, over that of the reference's, minus one.
     """
 
     codes: float

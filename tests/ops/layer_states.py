@@ -58,7 +58,7 @@ def random_states(
 
 
 def torch_attention(query, states, scaling, attention_mask=None, is_causal=False, softcap=None, sinks=None):
-    """The same attention in the query's own dtype, on dequantised states."""
+    """The same attention in the query's own dtype, on dequantized states."""
     keys, values = (ops.dequantize_all(states, role).to(query.dtype) for role in ("keys", "values"))
     kv_len, length = states.kv_len, query.shape[2]
     bias = torch.zeros((1, 1, length, kv_len), device=query.device)

@@ -1,7 +1,7 @@
 """
 The attention and scores kernels against the fp32 reference: in Triton's interpreter without a GPU, else on it.
 
-Tolerance: at most twice the error of torch's own attention in the same dtype on the dequantised states.
+Tolerance: at most twice the error of torch's own attention in the same dtype on the dequantized states.
 """
 
 import dataclasses

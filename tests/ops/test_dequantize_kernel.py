@@ -1,4 +1,4 @@
-"""The dequantising kernel against the torch reference: in Triton's interpreter without a GPU, else on it."""
+"""The dequantizing kernel against the torch reference: in Triton's interpreter without a GPU, else on it."""
 
 import importlib.util
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The kernel that quantises and appends, against float64 mathematics and the reference."""
+"""The kernel that quantizes and appends, against float64 mathematics and the reference."""
 
 import dataclasses
 import importlib.util

@@ -46,7 +46,7 @@ def dense(query, states, scaling, mask=None, is_causal=False, softcap=None, sink
 @pytest.mark.parametrize("condition", ("none", "center", "attention"))
 @pytest.mark.parametrize("estimator", ("qjl", "rescaled", "mse"))
 @pytest.mark.parametrize("nbits", (2, 3, 4, 8))
-def test_scores_and_attention_are_those_of_the_dequantised_states(nbits, estimator, condition):
+def test_scores_and_attention_are_those_of_the_dequantized_states(nbits, estimator, condition):
     states, _, _ = layer_states(nbits=nbits, key_estimator=estimator, condition=condition)
     query = torch.randn(2, 6, 3, 64)
     logits, expected = dense(query, states, 0.1, softcap=20.0)

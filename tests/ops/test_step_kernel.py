@@ -89,7 +89,7 @@ def assert_same_tokens(ours, theirs, role):
 
 
 def contents(states, role):
-    """Codes and scales of all tokens that are quantised, and those of the exact slots that are taken."""
+    """Codes and scales of all tokens that are quantized, and those of the exact slots that are taken."""
     now = states.measured()
     codes, scales = reference.codes_of(now.codes[role], states.quantizers[role], 0, now.quantized)
     slots = [slot for _, run in now.exact_runs() for slot in range(run.start, run.stop)]
