@@ -1,4 +1,4 @@
-"""TurboQuantCache: a drop-in for `DynamicCache` that holds keys and values in 2-4 bits."""
+"""TurboQuantCache: a drop-in for `DynamicCache` that holds keys and values in 2 to 8 bits."""
 
 import inspect
 import logging

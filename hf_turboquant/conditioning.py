@@ -13,7 +13,7 @@ from . import ops
 from .config import TurboQuantConfig
 from .ops.reference_statistics import energy, fill
 from .quantizer import Quantizer
-from .tokens import Tokens
+from .tokens import ROLES, Tokens
 
 # The scale that fewer different tokens give predicts too little about later tokens.
 MIN_TOKENS = 64
@@ -112,7 +112,7 @@ class Conditioning:
         # Constants must be ordinary tensors even if the first prefill runs in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             plain = replace(quantizer, mean=None, scale=None)
-            seen = *(states[role][:, :, sinks:] for role in ("keys", "values")), self.query_energy, valid
+            seen = *(states[role][:, :, sinks:] for role in ROLES), self.query_energy, valid
             return condition(plain, *seen, self.frequencies, sinks, self.config.backend)
 
     def differ(self, found: torch.Tensor, length: int) -> bool:
@@ -142,7 +142,7 @@ class Conditioning:
         self.finish(found)
         return conditioned
 
-    def finish(self, found: torch.Tensor) -> None:
+    def finish(self, found: Learned | torch.Tensor) -> None:
         """Keeps what was found, and nothing of what it took."""
         self.found, self.query_energy, self.valid = found, None, None
 

@@ -330,10 +330,13 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def _hold(self, tokens: Tokens) -> None:
         """Copies `tokens` to its memory, or to new memory if they have another batch size or dtype."""
-        self._outdate()
         held, description = self.tokens, describe(self.config, self.layer_idx, *tokens.exact.tensors.values())
-        if description != self.description:
-            arena, keys = new_arena(description, self.device), self.states.quantizers["keys"]
+        fits = description == self.description
+        # Memory may run out.
+        arena = self.arena if fits else new_arena(description, self.device)
+        self._outdate()
+        if not fits:
+            keys = self.states.quantizers["keys"]
             self.arena, self.states, self.description = arena, None, description
             held = self._opened()
             self._condition(keys.mean, keys.scale)

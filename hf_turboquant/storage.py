@@ -1,7 +1,7 @@
 """TokenBuffer: named tensors that grow by tokens, in place. SlotBuffer: the same for exact tokens, in fixed slots."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -83,6 +83,18 @@ class TokenBuffer:
     def snapshot(self) -> "TokenBuffer":
         """A buffer with the same tensors but its own length: it does not see later appends and moves."""
         return copy.copy(self)
+
+
+def reserve_all(buffers: Sequence[TokenBuffer], tokens: int) -> None:
+    """[`TokenBuffer.reserve`] for all of them or, if memory runs out, for none: kernels rely on one capacity."""
+    before = [buffer.tensors for buffer in buffers]
+    try:
+        for buffer in buffers:
+            buffer.reserve(tokens)
+    except BaseException:
+        for buffer, tensors in zip(buffers, before, strict=True):
+            buffer.tensors = tensors
+        raise
 
 
 class SlotBuffer(TokenBuffer):

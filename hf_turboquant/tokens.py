@@ -11,7 +11,7 @@ from .packing import BLOCK
 from .plans import Plans
 from .quantizer import ROLES, Quantizer
 from .states import LayerStates
-from .storage import SlotBuffer, TokenBuffer
+from .storage import SlotBuffer, TokenBuffer, reserve_all
 
 
 class Tokens:
@@ -91,7 +91,8 @@ class Tokens:
             if given == self.checked:
                 return True
         for role, new in states.items():
-            name = _name(role)
+            # As `update` calls them.
+            name = f"{role[:-1]}_states"
             if not isinstance(new, torch.Tensor) or new.dim() != 4 or not new.is_floating_point():
                 got = f"{new.dtype} of shape {list(new.shape)}" if isinstance(new, torch.Tensor) else new
                 raise ValueError(
@@ -110,7 +111,7 @@ class Tokens:
             expected, got = (*held.shape[:2], held.shape[3], device), (*new.shape[:2], new.shape[3], new.device)
             if expected != got:
                 raise ValueError(
-                    f"`{_name(role)}` must keep the batch size, heads, head_dim and device of the cached tokens, "
+                    f"`{role[:-1]}_states` must keep the batch size, heads, head_dim and device of the cached tokens, "
                     f"{expected}, got {got} at layer {layer_idx}. Use a new cache or `reset()` for another batch, and "
                     "`batch_repeat_interleave` or `batch_select_indices` to change the batch of this one."
                 )
@@ -197,8 +198,7 @@ class Tokens:
             self.exact.reserve(min(self.length + 1, self.sinks + self.window), limit=self.sinks + self.window)
         elif quantized % BLOCK == 0:
             # Buffers grow by whole blocks.
-            for buffer in self.codes.values():
-                buffer.reserve(quantized + 1)
+            reserve_all(list(self.codes.values()), quantized + 1)
         quantized += leaving
         states = self.read_from(self.exact.tensors, quantized, ring, quantized % ring if ring else 0)
         states.kv_len, states.newest, states.leaving = self.length + 1, newest, leaving
@@ -244,8 +244,3 @@ class Tokens:
             twin.exact.ring = window
             twin.exact.map(lambda tensor: tensor.new_empty((*tensor.shape[:2], 0, tensor.shape[3])))
         return twin
-
-
-def _name(role: str) -> str:
-    """What `update` calls them."""
-    return {"keys": "key_states", "values": "value_states"}[role]

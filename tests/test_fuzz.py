@@ -93,12 +93,12 @@ class SlowLayer:
         # no token, of the right shape
         self.none = {}
         self.is_waiting = False
-        self.kind, self.newest = None, 0
+        self.newest = 0
         self.forget()
 
     def forget(self):
         self.energy = None
-        self.kind = self.kind and {"none": "none"}.get(self.config.condition)
+        self.kind = "none" if self.config.condition == "none" else None
         self.quantizers = {role: Quantizer.create(self.config, role, LAYER_IDX, HEAD_DIM) for role in ROLES}
 
     @property
@@ -109,8 +109,6 @@ class SlowLayer:
         """Appends, and returns what attention should read."""
         self.settle()
         before, self.newest = self.length, states["keys"].shape[2]
-        if self.config.condition == "none":
-            self.kind = "none"
         for role in ROLES:
             self.none[role] = states[role][:, :, :0]
             self.tokens[role] += [states[role][:, :, i : i + 1] for i in range(states[role].shape[2])]

@@ -8,6 +8,7 @@ from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
 from hf_turboquant.states import LayerStates
 from hf_turboquant.static import TurboQuantStaticLayer
+from hf_turboquant.storage import TokenBuffer
 
 
 def options(**options):
@@ -346,6 +347,33 @@ def test_too_small_head_dim_is_refused_before_anything_is_made():
     with pytest.raises(ValueError, match="`head_dim` must be at least 16"):
         layer.update(*states(5, head_dim=8))
     assert not layer.is_initialized and layer.keys is None
+
+
+@pytest.mark.parametrize("tokens", (1, 700))
+def test_buffers_of_keys_and_values_grow_together(monkeypatch, tokens):
+    """The kernels take the capacity of one for that of both: otherwise they would write beyond the other."""
+    layer = TurboQuantLayer(options(residual_length=0, sink_length=0), 0)
+    keys, values = states(1100)
+    layer.update(keys[:, :, :256], values[:, :, :256])
+    buffers = layer.tokens.codes
+    # a step grows them where a block is full
+    filled = 256 if tokens == 700 else buffers["keys"].capacity
+    layer.update(keys[:, :, 256:filled], values[:, :, 256:filled]) if filled > 256 else None
+    before, reserve = buffers["keys"].capacity, TokenBuffer.reserve
+
+    def fail(buffer, tokens, limit=None):
+        if buffer is layer.tokens.codes["values"]:
+            raise torch.OutOfMemoryError("no memory left")
+        reserve(buffer, tokens, limit)
+
+    monkeypatch.setattr(TokenBuffer, "reserve", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.update(keys[:, :, filled : filled + tokens], values[:, :, filled : filled + tokens])
+    assert {buffer.capacity for buffer in layer.tokens.codes.values()} == {before}
+    monkeypatch.undo()
+    layer.update(keys[:, :, filled : filled + tokens], values[:, :, filled : filled + tokens])
+    capacities = {buffer.capacity for buffer in layer.tokens.codes.values()}
+    assert len(capacities) == 1 and capacities.pop() > before
 
 
 @pytest.mark.parametrize("fails_at", (0, 1))

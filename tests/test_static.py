@@ -28,7 +28,7 @@ from transformers import (
 from transformers.cache_utils import StaticSlidingWindowLayer
 from transformers.generation import CompileConfig
 
-from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, arena, conditioning, ops
+from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, arena, conditioning, ops, static
 from hf_turboquant._supported import cache_name
 from hf_turboquant.hybrid import TurboQuantStaticHybridLayer
 from hf_turboquant.layer import TurboQuantLayer
@@ -71,6 +71,26 @@ def held(layer):
     pairs = (layer.keys, layer.values)
     plain = [x.dequantize() if isinstance(x, QuantizedStates) else x for x in pairs]
     return [x[:, :, : layer.tokens.length] for x in plain]
+
+
+def test_a_batch_operation_that_finds_no_memory_changes_nothing(monkeypatch):
+    layer = TurboQuantStaticLayer(TurboQuantConfig(max_cache_len=300, condition="none"), 0)
+    keys, values = states(202)
+    feed(layer, keys, values, [200])
+    given = layer.update(keys[:, :, 200:201], values[:, :, 200:201])
+    before = [x.dequantize() for x in given]
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(static, "new_arena", fail)
+    for operation in (lambda: layer.batch_repeat_interleave(2), lambda: layer.batch_select_indices([0])):
+        with pytest.raises(torch.OutOfMemoryError):
+            operation()
+        # what the last update returned is valid until the next one
+        assert all(torch.equal(x.dequantize(), y) for x, y in zip(given, before, strict=True))
+    assert layer.update(keys[:, :, 201:], values[:, :, 201:])[0].shape[0] == 2
+    assert layer.get_seq_length() == 202
 
 
 def new_layer(capacity=400, **options):

@@ -9,7 +9,7 @@ import torch
 
 from ..quantizer import Quantizer
 from ..states import AttentionOptions, LayerStates
-from ..storage import TokenBuffer
+from ..storage import TokenBuffer, reserve_all
 from . import reference
 
 try:
@@ -46,15 +46,15 @@ def quantize(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer], backend: str =
             unchanged.
     """
     functions = {_pick_quantize(*part, backend) for part in parts}
-    before = [buffer.length for _, _, buffer in parts]
+    buffers = [buffer for _, _, buffer in parts]
+    before = [buffer.length for buffer in buffers]
+    reserve_all(buffers, max(before) + parts[0][0].shape[2])
     try:
-        for states, _, buffer in parts:
-            buffer.reserve(buffer.length + states.shape[2])
         # If the kernels take only one of them, neither is theirs.
         (functions.pop() if len(functions) == 1 else reference.quantize)(*parts)
     except BaseException:
         # Codes beyond the length are ignored, so restoring the length undoes all writes.
-        for (_, _, buffer), length in zip(parts, before, strict=True):
+        for buffer, length in zip(buffers, before, strict=True):
             buffer.length = length
         raise
 

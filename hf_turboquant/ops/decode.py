@@ -64,6 +64,8 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
         made.scale,
     )
     key = dequantize_kernel, *constants.values(), quantizer.nbits, out.dtype, buffer["scales"].dtype, out.device
+    # Strides have 64 bits only where they need them.
+    key = *key, max(out.stride()) >= 2**31
     grid, options = (-(-tokens // BLOCK), batch * heads, 1), {"num_warps": 4 if padded <= 128 else 8, "num_stages": 2}
     with torch.cuda.device_of(out):
         run(dequantize_kernel, key, grid, out.device, args, options, constants)

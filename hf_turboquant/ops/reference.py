@@ -122,7 +122,7 @@ def _choose_jointly(y: torch.Tensor, quantizer: Quantizer):
     for _ in range(2):
         codes, nearest = _nearest((y - part) / annealing.grid, quantizer)
         sketched = (y - annealing.grid * nearest) @ S.mT
-        # not by `torch.where`, which would give them the default dtype
+        # `torch.where` would give them the default dtype.
         signs = (sketched >= 0).float() * 2 - 1
         part = amplitude * signs @ S
     return codes, nearest, sketched, signs

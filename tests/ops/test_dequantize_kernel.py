@@ -68,6 +68,17 @@ def test_mean_and_scale_of_every_head():
     assert_right("keys", change=change)
 
 
+def test_strides_of_64_bits_have_a_kernel_of_their_own(monkeypatch):
+    states, used = random_states(1, 1, 200, 64, device=DEVICE), set()
+    buffer, quantizer = states.codes["keys"], states.quantizers["keys"]
+    monkeypatch.setattr(kernels, "run", lambda kernel, key, *_: used.add(key))
+    for stride, expected in ((2**14, 1), (2**15, 1), (2**31, 2)):
+        strides = stride, 2**13, 64, 1
+        out = torch.empty_strided((2, 1, buffer.length, 64), strides, dtype=torch.float16, device="meta")
+        kernels.dequantize(buffer, quantizer, out)
+        assert len(used) == expected
+
+
 def test_the_backend_is_the_one_asked_for(monkeypatch):
     states = random_states(1, 1, 200, 64, device=DEVICE)
     calls = []
