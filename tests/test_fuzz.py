@@ -509,6 +509,8 @@ def test_running_out_of_memory_anywhere_changes_nothing(case):
         # with the query seen and the tokens stored, only attention itself failed
         stored = case in ATTENTION_FAILURES and layer.pending is None
         assert stored or same(before, fingerprint(layer)), f"changed by a failure at allocation {at}"
+        # kernels take one capacity for keys and values
+        assert len({buffer.capacity for buffer in layer.tokens.codes.values()}) <= 1
         # and the second try gives what the first would have
         operation()
         retried = fingerprint(layer)
