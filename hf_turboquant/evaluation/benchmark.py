@@ -234,7 +234,7 @@ def show(found: dict) -> None:
     if conditions["device_type"] != "cuda":
         console.print("Without a GPU the torch reference attends to codes: that saves memory, not time.")
     columns = "context", "cache", "attention", "×", "GB/s", "of copy", "step", "×", "prefill"
-    table, full = Table(*columns, box=box.SIMPLE), None
+    table, full = Table(*columns, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False), None
     for row in found["rows"]:
         full = row if row["options"] is None else full
         name, rate = "full" if row is full else label(row["options"]), row["bytes"] / row["attention_ms"] * 1e3
