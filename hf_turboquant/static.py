@@ -310,8 +310,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """As [`TurboQuantLayer.crop`]."""
         if self.is_initialized:
-            self.settle()
-            self.measure()
+            self.come_to_rest()
             self._outdate()
             super().crop(tokens_to_remove)
             self._write_lengths()

@@ -13,7 +13,6 @@ from ..storage import TokenBuffer, reserve_all
 from . import reference
 
 try:
-    # Imported before the functions below, which replace these submodules as attributes of the package.
     from . import attend as attention_kernels
     from . import decode as dequantize_kernels
     from . import encode as quantize_kernels

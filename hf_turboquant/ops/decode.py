@@ -63,9 +63,9 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor) -> 
         1 if quantizer.mean is None else len(quantizer.mean),
         made.scale,
     )
-    key = dequantize_kernel, *constants.values(), quantizer.nbits, out.dtype, buffer["scales"].dtype, out.device
     # Strides have 64 bits only where they need them.
-    key = *key, max(out.stride()) >= 2**31
+    wide = max(out.stride()) >= 2**31
+    key = dequantize_kernel, *constants.values(), quantizer.nbits, out.dtype, buffer["scales"].dtype, out.device, wide
     grid, options = (-(-tokens // BLOCK), batch * heads, 1), {"num_warps": 4 if padded <= 128 else 8, "num_stages": 2}
     with torch.cuda.device_of(out):
         run(dequantize_kernel, key, grid, out.device, args, options, constants)

@@ -103,7 +103,8 @@ class Launcher:
     def __init__(self, kernel, constants: dict, **options):
         self.kernel, self.constants, self.options = kernel, constants, options
         self.compiled = None
-        self.values = tuple(constants.values())
+        # The interpreter takes them by name.
+        self.values = () if INTERPRETED else tuple(constants.values())
 
     def compile(self, *args):
         if self.compiled is None and not INTERPRETED:
@@ -125,9 +126,7 @@ class Launcher:
 
     def fix(self, args: tuple) -> tuple[tuple, tuple]:
         """Arguments that many launches share, as `__call__` takes them: as tensors and as addresses."""
-        if INTERPRETED:
-            return args, args
-        return (*args, *self.values), (*addresses(args), *self.values)
+        return (*args, *self.values), (*(args if INTERPRETED else addresses(args)), *self.values)
 
 
 LAUNCHERS: dict[tuple, Launcher] = {}
@@ -141,4 +140,4 @@ def run(kernel, key: tuple, grid: tuple, device: torch.device, args: tuple, opti
     launcher = LAUNCHERS.get(key)
     if launcher is None:
         launcher = LAUNCHERS[key] = Launcher(kernel, constants or {}, **options)
-    launcher(grid, stream_of(device), args, launcher.fix(())[0])
+    launcher(grid, stream_of(device), args, launcher.values)
