@@ -49,6 +49,11 @@ class TokenBuffer:
         """Bytes allocated, spare capacity included."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the tokens held."""
+        return self.nbytes * self.length // self.capacity if self.capacity else 0
+
     def reserve(self, tokens: int, limit: int | None = None) -> None:
         """Grows to a capacity of `tokens` in all, allocating at most `limit`. If memory runs out, nothing changes."""
         if tokens <= self.capacity:

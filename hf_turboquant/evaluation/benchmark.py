@@ -22,7 +22,6 @@ from transformers.generation.streamers import BaseStreamer
 from ..config import TurboQuantConfig
 from ..estimate import Estimate
 from ..layer import TurboQuantLayer
-from ..memory import layer_memory
 from .caches import label
 from .load import machine
 
@@ -145,8 +144,7 @@ def new_layer(options: dict | None, query: torch.Tensor, keys: torch.Tensor, val
 def attended_bytes(layer) -> int:
     """What attention reads of a layer."""
     if isinstance(layer, TurboQuantLayer):
-        memory = layer_memory(layer)
-        return memory.codes_bytes + memory.scales_bytes + layer.tokens.exact.nbytes
+        return sum(buffer.used_nbytes for buffer in layer.tokens.codes.values()) + layer.tokens.exact.nbytes
     return layer.keys.nbytes + layer.values.nbytes
 
 
