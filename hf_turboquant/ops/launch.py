@@ -1,8 +1,8 @@
 """What all launches share: which compiled kernel runs, on which stream, and fast ways to pass arguments."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -25,6 +25,11 @@ def compile_only():
             yield
         finally:
             _only_compiling = False
+
+
+def _load(device: int, compiled: Future) -> None:
+    with torch.cuda.device(device):
+        compiled.result()._init_handles()
 
 
 def is_only_compiling() -> bool:
@@ -118,7 +123,11 @@ class Launcher:
             self.kernel[grid](*args, *fixed, **self.constants)
         elif is_only_compiling():
             args += fixed[: len(fixed) - len(self.values)]
-            self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
+            kernel = self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
+            future = getattr(kernel, "future", None)
+            if future is not None:
+                # The thread that compiles goes on with what the first launch needs: a C compiler makes its launcher.
+                future.add_done_callback(partial(_load, torch.cuda.current_device()))
         else:
             # The first call passes tensors, because compilation depends on their types.
             compiled = self.compiled or self.compile(*args, *fixed[: len(fixed) - len(self.values)])

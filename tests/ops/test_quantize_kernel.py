@@ -16,8 +16,10 @@ if importlib.util.find_spec("triton") is None:
 from hf_turboquant.ops import encode as kernels
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
-# half a unit of bf16; the interpreter cuts where a GPU rounds
-SCALE_ERROR = (2**-7 if kernels.INTERPRETED else 2**-8) + 1e-5
+# half a unit of bf16, and of the 16 bits in which a search multiplies; the interpreter cuts where a GPU rounds
+SCALE_ERROR = 2**-7 + 1e-5 if kernels.INTERPRETED else 2**-8 + 2**-11
+# codes of a search that differ from the reference's: where it meets a boundary in 16 bits, it may end elsewhere, as near
+MOST_ELSEWHERE = 0.03 if kernels.INTERPRETED else 0.08
 PIECES = (1, 126, 1, 3, 130, 1)
 
 
@@ -129,9 +131,9 @@ def assert_right(case: Case):
     quantizer, buffer = appended(case, states, case.pieces)
     assert buffer.length == states.shape[2]
     result = disagreement(states, quantizer, buffer)
-    # one coordinate on a boundary changes the residual, and with it some signs of its vector; a search that meets one
-    # may end elsewhere, as near; a scale of 8 bits on a boundary changes many codes of its vector
-    assert result.codes <= (1e-3 if quantizer.annealing is None and quantizer.nbits < 8 else 0.03)
+    # one coordinate on a boundary changes the residual, and with it some signs of its vector; a scale of 8 bits on a
+    # boundary changes many codes of its vector
+    assert result.codes <= (1e-3 if quantizer.annealing is None and quantizer.nbits < 8 else MOST_ELSEWHERE)
     assert abs(result.error) <= 0.01
     # nor the cosine: which of two codes at a boundary a factor gives is decided by rounding
     assert result.coordinate <= 1e-5 and result.direction <= 0.1 and result.sign <= 1e-4
@@ -210,10 +212,10 @@ def test_strided_states():
 def test_prompts_of_all_lengths_share_compiled_kernels(monkeypatch):
     """The table of compiled kernels would otherwise have one more for every length, since strides hold it."""
     used = set()
-    monkeypatch.setattr(kernels, "run", lambda kernel, key, *_: used.add(key))
     case = Case("keys", 4, "qjl", 64)
     quantizer, buffer = appended(case, random_states(case, 1))
     buffer.reserve(600)
+    monkeypatch.setattr(kernels, "run", lambda kernel, key, *_: used.add(key))
     for tokens in range(130, 170):
         states = random_states(case, tokens, batch=2)
         # as models give them: of heads or of tokens next to each other

@@ -74,7 +74,8 @@ def assert_same_tokens(ours, theirs, role):
             reference.decode(codes, {"scales": scales, "residual_norms": norms}, ours.quantizers[role])
             for codes, scales, norms, _ in zip(*pairs, strict=True)
         ]
-        assert (read[0] - read[1]).norm() < 0.6 * read[1].norm()
+        # of the first steps, nothing is in codes yet
+        assert (read[0] - read[1]).norm() <= 0.6 * read[1].norm()
         pairs = pairs[-1:]
     elif DEVICE == "cuda" and ours.quantizers[role].estimator == "int8":
         # a scale on a boundary changes many codes of its vector; all are nearest to the same numbers
