@@ -1,18 +1,19 @@
-"""Compiles all kernels of a layer at once when its first prompt comes, in place of one by one as they are needed."""
+"""Compiles all kernels of a layer beside its first prompt, in place of one by one as they are needed."""
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
 from . import ops
 from .conditioning import HORIZON
+from .config import TurboQuantConfig
 
 
 def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, query: torch.Tensor, masked: bool):
     """
-    Compiles what the prompt and decode steps of `layer` will launch on a GPU, in several threads. Triton keeps the
-    kernels on disk for later processes.
+    Starts to compile what the prompt and decode steps of `layer` will launch on a GPU, in other threads: a model goes on
+    until the first of these launches. Triton keeps the kernels on disk for later processes.
 
     Args:
         layer (`TurboQuantLayer`): before its first token is quantized.
@@ -25,13 +26,23 @@ def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, q
         groups = query.shape[1] // key_states.shape[1]
         frequencies = None if layer.frequencies is None else tuple(layer.frequencies)
         short = key_states.shape[2] < HORIZON
-        # Kernels are the same for every capacity, and requests have many.
-        config = replace(layer.config, max_cache_len=1) if layer.config.max_cache_len else layer.config
-        _compile(type(layer), config, frequencies, shapes, dtypes, groups, short, masked, key_states.device)
+        config = _of_any_capacity(layer.config)
+        _start(type(layer), config, frequencies, shapes, dtypes, groups, short, masked, key_states.device)
+
+
+@lru_cache(maxsize=1024)
+def _of_any_capacity(config: TurboQuantConfig) -> TurboQuantConfig:
+    # Kernels are the same for every capacity, and requests have many.
+    return replace(config, max_cache_len=1) if config.max_cache_len else config
 
 
 @lru_cache(maxsize=64)
-def _compile(kind, config, frequencies, shapes, dtypes, groups, short, masked, device) -> None:
+def _start(*args) -> None:
+    ops.compile_in_background(partial(_launch, *args))
+
+
+def _launch(kind, config, frequencies, shapes, dtypes, groups, short, masked, device) -> None:
+    """Launches everything once, where launches only compile."""
     heads, key_dim, value_dim = shapes
     # So many that nothing waits for more different tokens, which would look at what was not computed.
     tokens = HORIZON // 2 if short else HORIZON + 256
@@ -52,7 +63,7 @@ def _compile(kind, config, frequencies, shapes, dtypes, groups, short, masked, d
         torch.empty((1, tokens, *size), dtype=dtype, device=device).transpose(1, 2)
         for size, dtype in zip(sizes, dtypes, strict=True)
     )
-    with ops.compile_only(), torch.cuda.device_of(keys):
+    with torch.cuda.device_of(keys):
         layer.update(keys, values)
         layer.settle(query, torch.ones((1, 1, 1, tokens), dtype=torch.bool, device=device) if masked else None)
         states = layer.update(keys[:, :, :1], values[:, :, :1])[0].states

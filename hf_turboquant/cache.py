@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .conditioning import known_head_dims, rotary_frequencies
+from .conditioning import known_head_dims, layer_kinds, rotary_frequencies
 from .config import KEYWORDS, PRESETS, TurboQuantConfig, check_names
 from .hybrid import TurboQuantHybridLayer, TurboQuantStaticHybridLayer
 from .layer import TurboQuantLayer
@@ -95,11 +95,15 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
         self.unpacked: dict[int, int] = {}
         if config is None:
             self.layer_class_to_replicate = self._next_layer
-        for index, layer in enumerate(self.layers):
-            self.layers[index] = ours = self._compressed(layer, index)
+        # By kind of layer: reading a config takes long.
+        known = {}
+        for index, kind in enumerate(() if config is None else layer_kinds(config, len(self.layers))):
+            if kind not in known:
+                known[kind] = rotary_frequencies(config, index), known_head_dims(config, index)
+            self.layers[index] = ours = self._compressed(self.layers[index], index)
             if isinstance(ours, TurboQuantLayer):
-                ours.frequencies = rotary_frequencies(config, index)
-                self._fit(index, known_head_dims(config, index))
+                ours.frequencies, head_dims = known[kind]
+                self._fit(index, head_dims)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -260,6 +260,15 @@ def known_head_dims(config: PreTrainedConfig, layer_idx: int) -> list[int]:
         return []
 
 
+def layer_kinds(config: PreTrainedConfig, count: int) -> list:
+    """For each of `count` layers, what those with the same head_dim and rotary embedding have in common."""
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "is_heterogeneous", False):
+        return list(range(count))
+    kinds = list(getattr(text, "layer_types", None) or ())[:count]
+    return kinds + [None] * (count - len(kinds))
+
+
 def _layer_config(config: PreTrainedConfig, layer_idx: int) -> PreTrainedConfig:
     text = config.get_text_config(decoder=True)
     # Where layers differ, the whole config refuses to give one value for all of them.

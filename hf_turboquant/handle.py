@@ -91,6 +91,8 @@ class QuantizedStates(torch.Tensor):
                 return ops.attention(**call)
             if call is not None:
                 call["states"].observe(call["query"], call["attention_mask"])
+                plain_args = [x.dequantize() if isinstance(x, cls) else x for x in args]
+                return func(*plain_args, **{k: x.dequantize() if isinstance(x, cls) else x for k, x in kwargs.items()})
         elif func is torch.Tensor.to and isinstance(args[0], cls):
             # Models that share a layer's states move them to the device that they are already on.
             like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)

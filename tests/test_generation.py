@@ -15,12 +15,20 @@ from transformers import (
     DynamicCache,
     FalconH1Config,
     FalconH1ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
     StaticCache,
@@ -58,13 +66,25 @@ KINDS = {
     "qwen3-next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SHAPE, **LINEAR)),
     "falcon-h1": lambda: FalconH1ForCausalLM(FalconH1Config(**SHAPE, **MAMBA2)),
 }
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+# more of them where there is a GPU
+FAMILIES = KINDS | {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, **SLIDING, tie_word_embeddings=False, attn_implementation="turboquant")),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, **EXPERTS)),
+    "gpt-oss": lambda: GptOssForCausalLM(
+        GptOssConfig(
+            **SHAPE, **EXPERTS, layer_types=SLIDING["layer_types"], sliding_window=64, attn_implementation="turboquant"
+        )
+    ),
+}
 OPTIONS = {"nbits": 3, "residual_length": 16}
 NEW = 24
 
 
 def make(kind):
     torch.manual_seed(0)
-    model = KINDS[kind]().eval()
+    model = FAMILIES[kind]().eval()
     # otherwise all tokens are alike to a tiny model
     with torch.no_grad():
         for parameter in model.parameters():
@@ -469,9 +489,10 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs nee
 
 
 @cuda
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_cuda_graph_gives_the_tokens_of_generate(kind):
-    model = make(kind).cuda()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_cuda_graph_gives_the_tokens_of_generate(kind, dtype):
+    model = make(kind).to("cuda", dtype)
     for way, options in WAYS.items():
         if "attention_mask" in options:
             options = {**options, "attention_mask": options["attention_mask"].cuda()}
@@ -507,14 +528,30 @@ def test_a_model_that_no_graph_can_hold_goes_on_uncaptured(caplog):
 def test_requests_of_changing_lengths_leave_no_memory():
     model = make("llama").cuda()
     used = []
-    for round in range(30):
+    for round in range(200):
         ours(model, prompt(batch=1 + round % 3, tokens=50 + 97 * (round % 5)).cuda())
-        if round % 15 == 14:
+        if round % 100 == 99:
             generation.release(model)
             gc.collect()
             torch.cuda.empty_cache()
             used.append(torch.cuda.memory_allocated())
     assert used[0] == used[1]
+
+
+@cuda
+def test_a_long_answer_takes_no_more_memory_than_its_cache():
+    model, used = make("llama").cuda(), []
+
+    class Watch(BaseStreamer):
+        def put(self, value):
+            used.append(torch.cuda.memory_allocated())
+
+        def end(self):
+            pass
+
+    out = ours(model, prompt(batch=1).cuda(), max_new_tokens=10_000, eos_token_id=None, streamer=Watch())
+    # the ids so far, int64, are joined anew at each step
+    assert out.shape[1] == 10_150 and used[-1] - used[1_000] < 2**20
 
 
 @cuda

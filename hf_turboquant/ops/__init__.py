@@ -1,7 +1,7 @@
 """The operations on codes. Only this module checks arguments and picks the backend."""
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -93,14 +93,17 @@ def append(states: LayerStates, key_states: torch.Tensor, value_states: torch.Te
     (kernels.pop() if len(kernels) == 1 else reference.append)(states, new)
 
 
-def compile_only():
-    """A context in which launches only compile their kernels; does nothing where there are none."""
-    compiles = launch is not None and not launch.INTERPRETED and hasattr(launch.triton, "AsyncCompileMode")
-    return launch.compile_only() if compiles else nullcontext()
+def compile_in_background(work: Callable[[], None]) -> None:
+    """
+    Compiles the kernels that `work` would launch, in other threads. The first launch of a kernel waits for them. Does
+    nothing where there are no kernels, or Triton cannot compile in threads.
+    """
+    if launch is not None and not launch.INTERPRETED and hasattr(launch.triton, "AsyncCompileMode"):
+        launch.compile_in_background(work)
 
 
 def is_only_compiling() -> bool:
-    """Whether this runs within [`compile_only`]."""
+    """Whether launches of this thread only compile."""
     return launch is not None and launch.is_only_compiling()
 
 

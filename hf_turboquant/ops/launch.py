@@ -1,7 +1,9 @@
 """What all launches share: which compiled kernel runs, on which stream, and fast ways to pass arguments."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial
 
 import torch
@@ -11,20 +13,33 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 INTERPRETED = triton.knobs.runtime.interpret
-# Whether launches only compile.
-_only_compiling = False
+# Whether launches of this thread only compile.
+_only_compiling: ContextVar[bool] = ContextVar("only_compiling", default=False)
+# What compiles in another thread; the first real launch of a kernel waits for it.
+_in_background: list[Future] = []
 
 
 @contextmanager
 def compile_only():
     """Within it, launches do nothing but compile their kernels, at the same time in several threads."""
-    global _only_compiling
     with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
-        _only_compiling = True
+        token = _only_compiling.set(True)
         try:
             yield
         finally:
-            _only_compiling = False
+            _only_compiling.reset(token)
+
+
+def compile_in_background(work: Callable[[], None]) -> None:
+    """Calls `work` in another thread, which compiles what `work` launches."""
+
+    def compile():
+        with compile_only():
+            work()
+
+    thread = ThreadPoolExecutor(1)
+    _in_background.append(thread.submit(compile))
+    thread.shutdown(wait=False)
 
 
 def _load(device: int, compiled: Future) -> None:
@@ -34,7 +49,7 @@ def _load(device: int, compiled: Future) -> None:
 
 def is_only_compiling() -> bool:
     """Whether this runs within `compile_only`."""
-    return _only_compiling
+    return _only_compiling.get()
 
 
 @lru_cache(maxsize=64)
@@ -113,6 +128,8 @@ class Launcher:
 
     def compile(self, *args):
         if self.compiled is None and not INTERPRETED:
+            while _in_background and not is_only_compiling():
+                _in_background.pop().result()
             self.compiled = self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
             self.compiled._init_handles()
         return self.compiled

@@ -85,7 +85,9 @@ kind, capacity = (TurboQuantStaticLayer, 4096) if sys.argv[1] == "static" else (
 config = TurboQuantConfig(backend="triton", max_cache_len=capacity)
 half = (torch.float16,) * 3
 for _ in range(2):
-    ahead._compile(kind, config, None, (2, 64, 64), half, 4, True, False, torch.device("cpu"))
+    ahead._start(kind, config, None, (2, 64, 64), half, 4, True, False, torch.device("cpu"))
+    while launch._in_background:
+        launch._in_background.pop().result()
     assert not launch.is_only_compiling()
     print(json.dumps(sorted(seen, key=str)))
     seen.clear()
@@ -148,7 +150,9 @@ config, dtypes = TurboQuantConfig(backend="triton", nbits=3, **room), (torch.bfl
 frequencies = tuple(10_000 ** (-i / 32) for i in range(32))
 new = lambda heads, tokens: torch.zeros(1, tokens, heads, 64, dtype=torch.bfloat16).transpose(1, 2)
 ones = lambda tokens: torch.ones(1, 1, 1, tokens, dtype=torch.bool)
-ahead._compile(kind, config, frequencies, (2, 64, 64), dtypes, 4, False, masked, torch.device("cpu"))
+ahead._start(kind, config, frequencies, (2, 64, 64), dtypes, 4, False, masked, torch.device("cpu"))
+while launch._in_background:
+    launch._in_background.pop().result()
 known, count = set(seen), len(seen)
 layer = kind(config, 3)
 layer.frequencies = list(frequencies)
