@@ -252,7 +252,10 @@ class AttentionPlan:
         out = query.new_empty_strided(self.out_shape, self.out_strides)
         if "combine" in launches:
             args = at(query if sinks is None else sinks), at(out)
-            self.combine(self.combine_grid, stream, args, self.fixed_combine[compiled])
+            # Longer contexts, with more splits, will need the others.
+            sizes = CODED_SPLITS if is_only_compiling() else ()
+            for combine in [self.kernels.combine(size, sinks is not None) for size in sizes] or [self.combine]:
+                combine(self.combine_grid, stream, args, self.fixed_combine[compiled])
         self.compiled = not INTERPRETED and launches is LAUNCHES and not is_only_compiling()
         return out
 

@@ -98,6 +98,7 @@ for _ in range(2):
 SAME = (
     PROGRAM.split("launch.Launcher.compile, plan")[0]
     + """
+import dataclasses
 from types import SimpleNamespace
 
 from triton.runtime.jit import JITFunction
@@ -154,13 +155,16 @@ ahead._start(kind, config, frequencies, (2, 64, 64), dtypes, 4, False, masked, t
 while launch._in_background:
     launch._in_background.pop().result()
 known, count = set(seen), len(seen)
-layer = kind(config, 3)
-layer.frequencies = list(frequencies)
-layer.update(new(2, 3000), new(2, 3000))
-layer.settle(new(8, 3000), ones(3000) if masked else None)
-for step in range(2):
-    states = layer.update(new(2, 1), new(2, 1))[0].states
-    ops.attention(new(8, 1), states, scaling=0.1, attention_mask=ones(8192) if static else None)
+for tokens in (3000, 12_000):
+    # of a length that needs as many splits as there can be, too
+    layer = kind(dataclasses.replace(config, max_cache_len=tokens + 100) if static else config, 3)
+    layer.frequencies = list(frequencies)
+    layer.update(new(2, tokens), new(2, tokens))
+    layer.settle(new(8, tokens), ones(tokens) if masked else None)
+    for step in range(2):
+        states = layer.update(new(2, 1), new(2, 1))[0].states
+        mask = ones(tokens + 100) if static else None
+        ops.attention(new(8, 1), states, scaling=0.1, attention_mask=mask)
 print(json.dumps([count, sorted(map(str, seen - known))]))
 """
 )
