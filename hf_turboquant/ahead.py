@@ -12,8 +12,8 @@ from .config import TurboQuantConfig
 
 def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, query: torch.Tensor, masked: bool):
     """
-    Starts to compile what the prompt and decode steps of `layer` will launch on a GPU, in other threads: a model goes on
-    until the first of these launches. Triton keeps the kernels on disk for later processes.
+    Starts to compile, in other threads, what the prompt and decode steps of `layer` will launch on a GPU. The first of
+    these launches waits for that. Triton keeps the kernels on disk for later processes.
 
     Args:
         layer (`TurboQuantLayer`): before its first token is quantized.

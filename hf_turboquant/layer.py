@@ -73,10 +73,8 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         self.is_offloaded = False
         # Whether a gradient could have flowed to a token that is held now.
         self.cut_off = False
-        # What the last update returned, if it reads codes: the token of a step may not be stored anywhere else yet.
+        # What the last update returned, if it reads codes.
         self._outdate()
-        # Whether attention read what the last step returned, so that the next token may wait for it too.
-        self.attended = False
         # Whether what `keys` and `values` returned shares memory with the layer.
         self.lent = False
 
@@ -149,8 +147,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
 
         Returns:
             Keys and values of all tokens, as [`QuantizedStates`] or, if all of them are exact, as plain tensors. They
-            are valid until the next update. The states given belong to the caller again once this returns or, if
-            attention read what it returned the last time, once attention does.
+            are valid until the next update. The states given belong to the caller again once this returns.
             Attention reads the first prefill, and any chunk longer than the recent window, exactly. If the new states
             require gradients, these flow to them through plain tensors; none flow to tokens of earlier calls.
 
@@ -175,7 +172,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
     def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         states = {"keys": key_states, "values": value_states}
         as_held = self.tokens.check(states, self.device, self.layer_idx)
-        if self.pending is not None or (self.step is not None and self.step.newest is not None):
+        if self.pending is not None:
             self.settle()
         if self.lent:
             # Others read and write there.
@@ -205,7 +202,6 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         coded = held.quantized > 0 or before + tokens > sinks + window
         if before > 0 and coded and tokens == 1:
             return self._step(*states.values())
-        self.attended = False
         # Attention reads the first tokens, or the sinks, and the new ones exactly. Allocate that before anything
         # changes: memory may run out.
         exact = None
@@ -237,15 +233,9 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
 
     def settle(self, query: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
         """
-        Stores the tokens of the last update if they wait.
-
-        The first tokens wait because conditioning needs queries; the token of a decode step waits because attention
-        stores it. Without a query, now or before, keys are only centred. Arguments are those of [`observe`].
+        Stores the tokens of the last update if they wait, because conditioning needs queries. Without a query, now or
+        before, keys are only centred. Arguments are those of [`observe`].
         """
-        if self.step is not None and self.step.newest is not None:
-            # No attention has read it: the next token may not wait where the caller may write.
-            self.attended = False
-            ops.settle(self.step)
         if self.pending is None:
             return
         with self._all_or_nothing():
@@ -291,18 +281,11 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
             self.tokens.append(states)
 
     def _step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends one token, which pushes at most one out of the recent window; returns what attention reads."""
+        """Appends one token; returns what attention reads."""
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
-        if not self.attended:
-            key_states, value_states = key_states.clone(), value_states.clone()
-        states = self.tokens.read_step((key_states, value_states))
-        # Offloaded tensors move before attention reads them, so the token must be stored now.
-        if self.is_offloaded:
-            ops.settle(states)
-        self.tokens.count(states)
-        self.step, self.attended = states, True
-        return handles(states)
+        self.step = self.tokens.step(key_states, value_states)
+        return handles(self.step)
 
     def _train(self, held, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Lets gradients flow from what attention reads to the new tokens, the last of it: codes have none."""

@@ -29,7 +29,7 @@ that each of its words belongs to two words of the 2-bit plane.
 """
 
 from collections.abc import Iterator
-from functools import cache, reduce
+from functools import lru_cache, reduce
 from operator import or_
 
 import torch
@@ -70,7 +70,7 @@ def can_pack(head_dim: int) -> bool:
     return head_dim >= 16 and head_dim % 4 == 0
 
 
-@cache
+@lru_cache(maxsize=1024)
 def plane_shapes(nbits: int, layout: str, head_dim: int) -> dict[str, tuple[int, int]]:
     """Name and shape of every plane of one block; `layout` is `"keys"` or `"values"`, names are `"plane2"` etc."""
     if not can_pack(head_dim):

@@ -3,15 +3,33 @@
 from .states import LayerStates
 
 
+class Plan:
+    """What launches on the buffers of some states share. Keeps those alive, because it holds their addresses."""
+
+    def __init__(self, states: LayerStates):
+        self.quantizers, self.exact = states.quantizers, states.exact
+        self.key_codes, self.value_codes = (states.codes[role].tensors for role in ("keys", "values"))
+
+    def fits(self, states: LayerStates) -> bool:
+        """Whether these states have the same buffers: one that changes a tensor makes a new dict of them."""
+        codes = states.codes
+        return (
+            self.exact is states.exact
+            and self.key_codes is codes["keys"].tensors
+            and self.value_codes is codes["values"].tensors
+            and self.quantizers is states.quantizers
+        )
+
+
 class Plans(dict):
     """The plans of one layer by kind of call. Copies begin empty: a plan may hold addresses of the original."""
 
-    def find(self, key: tuple, states: LayerStates):
+    def find(self, key: tuple, states: LayerStates) -> Plan | None:
         """Returns the plan for these buffers, if there is one."""
         plan = self.get(key)
         return plan if plan is not None and plan.fits(states) else None
 
-    def keep(self, key: tuple, plan, states: LayerStates) -> None:
+    def keep(self, key: tuple, plan: Plan, states: LayerStates) -> None:
         """Keeps a new plan, and drops those that would keep other buffers alive."""
         for stale in [name for name, held in self.items() if not held.fits(states)]:
             del self[stale]

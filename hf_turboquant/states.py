@@ -29,10 +29,6 @@ class LayerStates:
             and for values, the number of all tokens, of quantized ones, and of the recent ones that stay exact, at most
             `ring`. `kv_len` and `quantized` are upper bounds in that case.
         plans (`Plans`, *optional*): the layer's plans for launches.
-        newest (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
-            Key and value of the last token, of shape `[batch, num_key_value_heads, 1, head_dim]`, while they are not
-            stored yet: the attention kernels append them, all other readers call [`ops.settle`] first.
-        leaving (`int`): tokens that `newest` pushes out of the recent window: 1 or 0.
         training (`dict[str, torch.Tensor]`, *optional*):
             By role, the last tokens as they came, if gradients flow to them: then attention reads these, and of all
             others dequantized ones.
@@ -51,8 +47,6 @@ class LayerStates:
     backend: str = "auto"
     counters: torch.Tensor | None = None
     plans: dict | None = None
-    newest: tuple[torch.Tensor, torch.Tensor] | None = None
-    leaving: int = 0
     training: dict[str, torch.Tensor] | None = None
     outdated: bool = False
     window: int | None = None

@@ -187,25 +187,28 @@ class Tokens:
             self.plans,
         )  # fmt: skip
 
-    def read_step(self, newest: tuple[torch.Tensor, torch.Tensor]) -> LayerStates:
-        """
-        Makes room for one token, which pushes at most one out of the recent window; returns what attention reads, and
-        is to write: [`count`] it then.
-        """
-        quantized, ring = self.quantized, self.exact.ring
-        leaving = int(self.length + 1 - self.sinks - self.window > quantized)
+    def step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> LayerStates:
+        """Appends one token, which pushes at most one out of the recent window; returns what attention reads."""
+        exact, codes = self.exact, self.codes
+        quantized, ring = codes["keys"].length, exact.ring
+        # With the sinks.
+        window = exact.sinks + self.window
+        leaving = self.length + 1 - window > quantized
         if not leaving:
-            self.exact.reserve(min(self.length + 1, self.sinks + self.window), limit=self.sinks + self.window)
+            exact.reserve(min(self.length + 1, window), limit=window)
         elif quantized % BLOCK == 0:
             # Buffers grow by whole blocks.
-            reserve_all(list(self.codes.values()), quantized + 1)
-        quantized += leaving
-        states = self.read_from(self.exact.tensors, quantized, ring, quantized % ring if ring else 0)
-        states.kv_len, states.newest, states.leaving = self.length + 1, newest, leaving
+            reserve_all(list(codes.values()), quantized + 1)
+        states = self.read_from(exact.tensors, quantized, ring, quantized % ring if ring else 0)
+        ops.append(states, key_states, value_states)
+        states.kv_len = self.length = self.length + 1
+        if leaving:
+            states.quantized = codes["keys"].length = codes["values"].length = quantized + 1
+            states.phase = states.quantized % ring if ring else 0
         return states
 
     def count(self, states: LayerStates) -> None:
-        """Counts the token of a step."""
+        """Counts the tokens that these states hold."""
         self.length, self.quantized = states.kv_len, states.quantized
 
     def crop(self, length: int) -> None:

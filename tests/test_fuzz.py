@@ -428,9 +428,6 @@ def test_any_sequence_of_operations(options):
 def fingerprint(layer):
     """All that a layer is, with the values of its tensors up to their lengths; never settles what waits for a query."""
     tensors = {}
-    if layer.step is not None:
-        # attention would do it
-        ops.settle(layer.step)
     for role in ROLES if layer.is_initialized else ():
         if layer.tokens.codes[role].length:
             codes, scales = reference.codes_of(

@@ -70,7 +70,9 @@ EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 # more of them where there is a GPU
 FAMILIES = KINDS | {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, **SLIDING, tie_word_embeddings=False, attn_implementation="turboquant")),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SHAPE, **SLIDING, tie_word_embeddings=False, attn_implementation="turboquant")
+    ),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, **EXPERTS)),
     "gpt-oss": lambda: GptOssForCausalLM(
         GptOssConfig(

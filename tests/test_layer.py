@@ -129,21 +129,6 @@ def test_what_was_taken_may_be_written_to(new_layer, pieces, attends):
         assert torch.equal(plain(ours), plain(expected)) and plain(ours)[:, :, : sum(pieces)].any(-1).all()
 
 
-def test_a_token_that_attention_reads_is_not_copied():
-    layer = TurboQuantLayer(options(residual_length=16), 0)
-    keys, values = states(110)
-    feed(layer, keys, values, [100])
-    copied = []
-    for at in range(100, 110):
-        token = [x[:, :, at : at + 1] for x in (keys, values)]
-        handles = layer.update(*token)
-        copied.append(layer.step.newest[0].data_ptr() != token[0].data_ptr())
-        if at != 105:
-            torch.nn.functional.scaled_dot_product_attention(torch.ones(2, 2, 1, 32), *handles)
-    # the first, and the one after that which was not read
-    assert copied == [at in (100, 106) for at in range(100, 110)]
-
-
 def test_what_was_given_stays_what_it_was(new_layer):
     keys, values = states(300)
     layer, given = new_layer(), []
@@ -428,5 +413,4 @@ def test_a_step_after_wider_ones_is_widened_too():
     for at in range(140, 150):
         dtype = torch.bfloat16 if at % 2 == 0 else torch.float32
         held = layer.update(keys[:, :, at : at + 1].to(dtype), values[:, :, at : at + 1].to(dtype))
-        newest = held[0].states.newest[0].dtype
-        assert newest == layer.tokens.exact["keys"].dtype == (torch.bfloat16 if at == 140 else torch.float32)
+        assert held[0].dtype == layer.tokens.exact["keys"].dtype == (torch.bfloat16 if at == 140 else torch.float32)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -77,6 +76,8 @@ def append(states: LayerStates, key_states: torch.Tensor, value_states: torch.Te
             up. Nothing is written in that case. The kernels can't raise errors: beyond the capacity they write
             nothing, and attention is NaN until the layer is reset.
     """
+    if states.plans and quantize_kernels.append_again(states, key_states, value_states):
+        return
     new = {"keys": key_states, "values": value_states}
     for role, state in new.items():
         batch, heads, _, head_dim = states.exact[role].shape
@@ -187,17 +188,12 @@ def dequantize(buffer: TokenBuffer, quantizer: Quantizer, out: torch.Tensor, bac
     _pick(backend, out.device, dequantize_kernels, "dequantize", buffer, quantizer, out)(buffer, quantizer, out)
 
 
-def settle(states: LayerStates) -> None:
-    """Appends the newest token if attention has not done so; raises a `ValueError` if these states are outdated."""
+def _check_current(states: LayerStates) -> None:
     if states.outdated:
         raise ValueError(
             "Keys and values that `update` returned must be read before the next update or reset of their layer, "
             "got a later read. Keep a `.clone()`, or take `cache.layers[i].keys`, which stay what they were."
         )
-    if states.newest is not None:
-        lengths = {"kv_len": states.kv_len - 1, "quantized": states.quantized - states.leaving}
-        append(replace(states, **lengths, newest=None), *states.newest)
-        states.newest = None
 
 
 def dequantize_all(states: LayerStates, role: str) -> torch.Tensor:
@@ -208,7 +204,7 @@ def dequantize_all(states: LayerStates, role: str) -> torch.Tensor:
     if states.counters is not None:
         plain = dequantize_all(states.measured(), role)
         return torch.nn.functional.pad(plain, (0, 0, 0, states.kv_len - plain.shape[2]))
-    settle(states)
+    _check_current(states)
     exact = states.exact[role]
     out = exact.new_empty(states.shape(role))
     buffer = states.codes[role].snapshot()
@@ -242,8 +238,7 @@ def attention(query: torch.Tensor, states: LayerStates, **options) -> torch.Tens
     """
     options = AttentionOptions(**options)
     if states.outdated:
-        # Raises the error.
-        settle(states)
+        _check_current(states)
     differentiable = trains(query) or states.training is not None
     if states.plans and options.attention_mask is None and not differentiable:
         out = attention_kernels.attention_again(query, states, options)
@@ -255,11 +250,7 @@ def attention(query: torch.Tensor, states: LayerStates, **options) -> torch.Tens
     plain = options.softcap is None and options.sinks is None
     if plain and (differentiable or query.shape[2] > MAX_KERNEL_QUERIES):
         return _dequantized_attention(query, states.measured(), options)
-    function = _pick(states.backend, query.device, attention_kernels, "attention", query, states)
-    if function is reference.attention:
-        # The kernels append the newest token themselves.
-        settle(states)
-    return function(query, states, options)
+    return _pick(states.backend, query.device, attention_kernels, "attention", query, states)(query, states, options)
 
 
 def trains(*tensors: torch.Tensor) -> bool:
@@ -282,7 +273,7 @@ def scores(query: torch.Tensor, states: LayerStates, **options) -> torch.Tensor:
     """
     options = AttentionOptions(**options)._replace(sinks=None)
     _check_query(query, states, options)
-    settle(states)
+    _check_current(states)
     if states.counters is not None:
         return reference.scores(query, states, options)
     return _pick(states.backend, query.device, attention_kernels, "scores", query, states)(query, states, options)

@@ -5,6 +5,7 @@ from itertools import chain
 import torch
 
 from ..packing import BLOCK
+from ..plans import Plan
 from ..states import AttentionOptions, LayerStates
 from .attention_plan import (
     CODED_SPLITS,
@@ -18,7 +19,6 @@ from .attention_plan import (
     kernels_for,
     scratch_of,
 )
-from .encode import token_sides
 from .launch import DTYPES, INTERPRETED, is_only_compiling, on_other_device, stream_of
 
 LOG2E = 1.4426950408889634
@@ -57,7 +57,7 @@ def attention(
     launches: tuple[str, ...] = LAUNCHES,
 ) -> torch.Tensor:
     """
-    [`ops.attention`] in three launches: query, exact tokens and the newest one | codes | merge and rotate back.
+    [`ops.attention`] in three launches: query and exact tokens | codes | merge and rotate back.
 
     Args:
         portable (`bool`, *optional*): run the kernels without inline assembly; by default only if it cannot run.
@@ -70,7 +70,7 @@ def attention(
 
 def attention_again(query: torch.Tensor, states: LayerStates, options: AttentionOptions) -> torch.Tensor | None:
     """[`attention`] without a mask if an earlier call prepared a plan for the same buffers; else `None`."""
-    plan = states.plans.find(_key(query, states, options, _NO_MASK, None), states)
+    plan = states.plans.find(_key(query, options, _NO_MASK, None), states)
     return None if plan is None else plan.run(query, states, options, (query, 0, 0, 0, 0))
 
 
@@ -100,7 +100,7 @@ def scores(
 
 
 def _plan(query, states: LayerStates, options: AttentionOptions, mask_kind: tuple, portable) -> "AttentionPlan":
-    key = _key(query, states, options, mask_kind, portable)
+    key = _key(query, options, mask_kind, portable)
     plan = None if states.plans is None else states.plans.find(key, states)
     if plan is None:
         # Compiled kernels belong to a device.
@@ -111,7 +111,7 @@ def _plan(query, states: LayerStates, options: AttentionOptions, mask_kind: tupl
     return plan
 
 
-class AttentionPlan:
+class AttentionPlan(Plan):
     """
     What calls on the same buffers share while the codes fill the same blocks: in a decode step everything but the
     lengths is ready.
@@ -124,9 +124,7 @@ class AttentionPlan:
     def __init__(self, query, states: LayerStates, options: AttentionOptions, mask_kind: tuple, portable):
         keys, values = states.quantizers["keys"], states.quantizers["values"]
         self.stream = stream_of(query.device)
-        # Keeps the buffers alive whose addresses it holds.
-        self.quantizers, self.exact = states.quantizers, states.exact
-        self.key_codes, self.value_codes = (states.codes[role].tensors for role in ("keys", "values"))
+        super().__init__(states)
         batch, heads, query_length, _ = query.shape
         # The layout that the model needs: heads next to each other.
         width = heads * values.head_dim
@@ -161,20 +159,15 @@ class AttentionPlan:
         self.exact_tiles = max(-(-self.slots // EXACT_TILE), int(static))
         self.code_splits = count_splits(kernels.wave, self.rotations, self.blocks, CODED_SPLITS[-1])
         self.chunks = -(-self.blocks // kernels.score_blocks)
-        self.prepare, sides = kernels.prepare, (None, None)
-        programs = self.rotations * (1 + self.exact_tiles)
-        if states.newest is not None:
-            sides, specifications, key, _ = token_sides(states, dict(zip(states.exact, states.newest, strict=True)))
-            self.prepare = kernels.append((*key, _aligned(states)), specifications, states.ring > 0)
-            programs += 2 * self.pairs
-        self.attend, self.combine = kernels.attend, kernels.combine(self.code_splits, options.sinks is not None)
-        self.prepare_grid, self.attend_grid = (programs, 1, 1), (self.code_splits * self.row_tiles, self.pairs, 1)
+        self.combine = kernels.combine(self.code_splits, options.sinks is not None)
+        self.prepare_grid = self.rotations * (1 + self.exact_tiles), 1, 1
+        self.attend_grid = self.code_splits * self.row_tiles, self.pairs, 1
         self.combine_grid = self.pairs * self.rows, -(-values.head_dim // COMBINE_COLUMNS), 1
-        self._fix(query.stride()[:3], states, sides, matrices, NewScratch if static else scratch_of)
+        self._fix(query.stride()[:3], states, matrices, NewScratch if static else scratch_of)
         # Whether everything is compiled: launches then take addresses.
         self.compiled = False
 
-    def _fix(self, strides: tuple, states: LayerStates, sides: tuple, matrices: torch.Tensor, kind) -> None:
+    def _fix(self, strides: tuple, states: LayerStates, matrices: torch.Tensor, kind) -> None:
         """For each launch, the arguments that stay the same from call to call, as tensors and as addresses."""
         keys, values = states.quantizers["keys"], states.quantizers["values"]
         key_constants, value_constants = constants_of(keys), constants_of(values)
@@ -192,12 +185,12 @@ class AttentionPlan:
         units = key_constants.scale, key_constants.offset, *map(float, chain(*zip(units, sketch_units, strict=True)))
         dual = value_constants.dual_operator(values, self.kernels.dual_dtype)
         exact = states.sink_length, states.ring, self.slots, held
-        self.fixed_prepare = self.prepare.fix(
-            (*sides, states.counters, matrices, *factors, operands, constants, *states.exact.values(), partial, stats)
-            + (*strides, *self.sizes, *map(len, factors), *exact, states.codes["keys"].capacity // BLOCK)
-            + (self.row_tiles, self.pairs, splits, self.code_splits, *units)
+        self.fixed_prepare = self.kernels.prepare.fix(
+            (states.counters, matrices, *factors, operands, constants, *states.exact.values(), partial, stats)
+            + (*strides, *self.sizes, *map(len, factors), *exact, self.row_tiles, self.pairs, splits)
+            + (self.code_splits, *units)
         )
-        self.fixed_attend = self.attend.fix(
+        self.fixed_attend = self.kernels.attend.fix(
             (states.counters, *of_keys, *_planes(self.value_codes), value_constants.tables, partial, stats)
             + (*self.sizes, states.sink_length, scales.shape[2], self.value_codes["scales"].shape[2])
             + (self.row_tiles, splits, self.code_splits)
@@ -214,14 +207,7 @@ class AttentionPlan:
 
     def fits(self, states: LayerStates) -> bool:
         """Whether these are the same buffers and the codes fill the same blocks."""
-        codes = states.codes
-        return (
-            self.blocks == -(-states.quantized // BLOCK)
-            and self.exact is states.exact
-            and self.key_codes is codes["keys"].tensors
-            and self.value_codes is codes["values"].tensors
-            and self.quantizers is states.quantizers
-        )
+        return self.blocks == -(-states.quantized // BLOCK) and super().fits(states)
 
     def run(self, query, states: LayerStates, options: AttentionOptions, mask: tuple, launches=LAUNCHES):
         """
@@ -241,14 +227,11 @@ class AttentionPlan:
         mask = at(mask[0]), *mask[1:]
         lengths = states.kv_len, states.quantized
         if "prepare" in launches:
-            x, newest = at(query), states.newest
-            key, value = (x, x) if newest is None else (at(newest[0]), at(newest[1]))
-            args = x, key, value, *mask, *lengths, states.phase, states.leaving, scaling, softcap
-            self.prepare(self.prepare_grid, stream, args, self.fixed_prepare[compiled])
-            states.newest = None
+            args = at(query), *mask, *lengths, states.phase, scaling, softcap
+            self.kernels.prepare(self.prepare_grid, stream, args, self.fixed_prepare[compiled])
         if self.code_splits and "attend" in launches:
             args = *mask, *lengths, softcap
-            self.attend(self.attend_grid, stream, args, self.fixed_attend[compiled])
+            self.kernels.attend(self.attend_grid, stream, args, self.fixed_attend[compiled])
         out = query.new_empty_strided(self.out_shape, self.out_strides)
         if "combine" in launches:
             args = at(query if sinks is None else sinks), at(out)
@@ -263,9 +246,9 @@ class AttentionPlan:
         """Writes the logits of exact tokens and of codes to `out`; arguments as for [`run`]."""
         scaling, softcap = options.scaling, 1.0 if options.softcap is None else options.softcap * LOG2E
         lengths = states.kv_len, states.quantized, states.phase
-        args = query, query, query, *mask, *lengths, states.leaving, scaling, softcap
-        self.prepare((self.rotations, 1, 1), self.stream, args, self.fixed_prepare[0])
-        args = query, *mask, *lengths, scaling, softcap, out
+        args = query, *mask, *lengths, scaling, softcap
+        self.kernels.prepare((self.rotations, 1, 1), self.stream, args, self.fixed_prepare[0])
+        args += (out,)
         grid = (self.exact_tiles + self.chunks) * self.row_tiles, self.pairs, 1
         self.kernels.scores(grid, self.stream, args, self.fixed_scores[0])
 
@@ -284,20 +267,11 @@ def _planes(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
 _NO_MASK = None, False
 
 
-def _key(query, states: LayerStates, options: AttentionOptions, mask_kind: tuple, portable) -> tuple:
+def _key(query, options: AttentionOptions, mask_kind: tuple, portable) -> tuple:
     """Everything but the buffers that a plan depends on."""
-    newest = states.newest
-    if newest is not None:
-        newest = newest[0].stride(), newest[1].stride(), _aligned(states)
-    kind = mask_kind, options.is_causal, options.softcap is None, options.sinks is None, portable, newest
+    kind = mask_kind, options.is_causal, options.softcap is None, options.sinks is None, portable
     # Scratch memory belongs to a stream.
     return query.shape, query.stride(), query.dtype, query.device, stream_of(query.device), kind
-
-
-def _aligned(states: LayerStates) -> tuple[int, int]:
-    # A compiled kernel may rely on aligned addresses.
-    key, value = states.newest
-    return key.data_ptr() % 16, value.data_ptr() % 16
 
 
 def _mask(mask: torch.Tensor | None, query: torch.Tensor) -> tuple[tuple, tuple]:

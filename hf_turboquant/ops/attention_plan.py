@@ -242,14 +242,12 @@ class Kernels:
         stages = 3 if 16 * (key_bits * key_dim + value_bits * value_dim) <= 2**15 else 2
         shared = {"DIM": key_dim, "WIDTH": width, "QJL": qjl, "ROWS": self.rows, "CAUSAL": causal, "SOFTCAP": softcap}
         shared |= {"MASK": 0 if mask_dtype is None else 1 if mask_dtype == torch.bool else 2, "ASM": not portable}
-        self._prepare = {**shared, "DIM_PAD": padded, "COUNT": codes_per_byte(key_bits), "PASSES": passes}
-        self._prepare |= {"VALUE_DIM": value_dim, "VALUE_PAD": triton.next_power_of_2(value_dim), "TILE": EXACT_TILE}
-        # Nothing to append.
-        self._prepare |= {"DOT": exact_dot, "EARLY": early, **dict.fromkeys(("KEYS", "VALUES", "RING"))}
+        prepare = {**shared, "DIM_PAD": padded, "COUNT": codes_per_byte(key_bits), "PASSES": passes}
+        prepare |= {"VALUE_DIM": value_dim, "VALUE_PAD": triton.next_power_of_2(value_dim), "TILE": EXACT_TILE}
+        prepare |= {"DOT": exact_dot, "EARLY": early}
         # A program holds the matrices of the query in registers.
-        self._prepare_warps = 4 if passes * self.operand_bytes // 2 * padded <= 2**16 else 8
-        self.prepare = self._launcher(self._prepare)
-        self._append: dict[tuple, Launcher] = {}
+        prepare_warps = 4 if passes * self.operand_bytes // 2 * padded <= 2**16 else 8
+        self.prepare = Launcher(prepare_kernel, prepare, num_warps=prepare_warps, num_stages=1, **self.overlap)
         attend = {**shared, "KEY_BITS": key_bits, "VALUE_DIM": value_dim, "VALUE_ROWS": value_rows, "PARTS": parts}
         attend |= {"VALUE_BITS": value_bits, "FOLD": int8 and few_rows, "ALIKE": alike, "EARLY": early}
         attend |= {"DOT": tl.float32 if INTERPRETED else tl.int8 if int8 else tl.float16}
@@ -271,18 +269,6 @@ class Kernels:
         self._static = static
         # As masks are launched with: a kernel for another dtype would be compiled once more.
         self._mask_dtype = torch.uint8 if mask_dtype == torch.bool else mask_dtype or query_dtype
-
-    def _launcher(self, constants: dict) -> Launcher:
-        return Launcher(prepare_kernel, constants, num_warps=self._prepare_warps, num_stages=1, **self.overlap)
-
-    def append(self, key: tuple, specifications: list, ring: bool) -> Launcher:
-        """`prepare_kernel` that also appends a token; `key` is that of `token_sides` with the token's alignment."""
-        key = *key, ring
-        launcher = self._append.get(key)
-        if launcher is None:
-            constants = dict(zip(("KEYS", "VALUES", "RING"), (*specifications, ring), strict=True))
-            launcher = self._append[key] = self._launcher({**self._prepare, **constants})
-        return launcher
 
     def combine(self, code_splits: int, sinks: bool) -> Launcher:
         """`combine_kernel` for this number of splits of codes."""

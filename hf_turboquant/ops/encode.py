@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 
 from ..packing import BLOCK, plane_shapes
+from ..plans import Plan
 from ..quantizer import Quantizer
 from ..search import Annealing
 from ..states import LayerStates
 from ..storage import TokenBuffer
 from .attention_plan import constants_of
-from .launch import DTYPES, INTERPRETED, on_other_device, overlaps, run
+from .launch import DTYPES, INTERPRETED, is_only_compiling, launcher_for, on_other_device, overlaps, run, stream_of
 from .quantize_kernels import quantize_kernel
 from .step_kernel import step_kernel
 
@@ -42,40 +43,68 @@ def quantize(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer]) -> None:
 
 def append(states: LayerStates, new: dict[str, torch.Tensor]) -> None:
     """[`ops.append`] in one launch for each token."""
-    device = new["keys"].device
-    if on_other_device(device):
-        with torch.cuda.device(device):
-            append(states, new)
-        return
-    sides, specs, key, options = token_sides(states, new)
-    batch, heads, tokens, _ = new["keys"].shape
-    lengths = (states.kv_len, 0, 0) if states.counters is not None else (2**31 - 1, states.kv_len, states.quantized)
-    sizes = states.sink_length, states.ring, states.exact["keys"].shape[2], states.codes["keys"].capacity // BLOCK
-    exact = states.exact["keys"], states.exact["values"]
-    key = step_kernel, device.index, states.ring > 0, states.counters is not None, *key
-    early = overlaps(device)
-    if early:
-        options = {**options, "launch_pdl": True}
-    for index in range(tokens):
+    for index in range(new["keys"].shape[2]):
         token = tuple(x[:, :, index : index + 1] for x in new.values())
-        args = *token, *sides, *exact, states.counters, *lengths, *sizes, heads, *specs, states.ring > 0, early
-        # A compiled kernel may rely on aligned addresses.
-        aligned = tuple(x.data_ptr() % 16 for x in token)
-        run(step_kernel, (*key, aligned), (1, batch * heads, len(token)), device, args, options)
+        if append_again(states, *token):
+            continue
+        # Compiled kernels belong to a device.
+        with torch.cuda.device_of(token[0]):
+            plan = StepPlan(states, dict(zip(new, token, strict=True)))
+        if states.plans is not None:
+            states.plans.keep(_token_key(*token), plan, states)
+        plan.run(states, *token)
 
 
-def token_sides(states: LayerStates, new: dict[str, torch.Tensor]):
-    """
-    What kernels need to append single tokens: for keys and for values, the arguments and their specifications, then the
-    key of the compiled kernel (without the alignment of the tokens) and the launch options.
-    """
-    sides, specs, key = [], [], []
-    for role, x in new.items():
-        buffers, constants, spec, options, parts = _side(x, states.quantizers[role], states.codes[role], 1)
-        sides.append((x.stride(), buffers, constants))
-        specs.append(spec)
-        key += parts
-    return sides, specs, key, options
+def append_again(states: LayerStates, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """[`append`] of one token if an earlier call prepared a plan for the same buffers; else does nothing."""
+    plan = states.plans.find(_token_key(key, value), states) if states.plans else None
+    if plan is None:
+        return False
+    plan.run(states, key, value)
+    return True
+
+
+def _token_key(key: torch.Tensor, value: torch.Tensor) -> tuple:
+    """All of a token that a plan depends on. A compiled kernel may rely on aligned addresses."""
+    aligned = key.data_ptr() % 16, value.data_ptr() % 16
+    return key.shape, value.shape, key.stride(), value.stride(), key.dtype, value.dtype, aligned
+
+
+class StepPlan(Plan):
+    """What steps over the same buffers share, whose tokens differ in nothing but their address."""
+
+    def __init__(self, states: LayerStates, new: dict[str, torch.Tensor]):
+        super().__init__(states)
+        sides, specs, key = [], [], []
+        for role, x in new.items():
+            buffers, constants, spec, options, parts = _side(x, states.quantizers[role], states.codes[role], 1)
+            sides.append((x.stride(), buffers, constants))
+            specs.append(spec)
+            key += *parts, x.data_ptr() % 16
+        batch, heads, _, _ = new["keys"].shape
+        self.device, self.grid = new["keys"].device, (1, batch * heads, len(new))
+        early = overlaps(self.device)
+        if early:
+            options = {**options, "launch_pdl": True}
+        constants = dict(zip(("KEYS", "VALUES", "RING", "EARLY"), (*specs, states.ring > 0, early), strict=True))
+        key = step_kernel, self.device.index, states.ring > 0, states.counters is not None, *key
+        self.launcher = launcher_for(step_kernel, key, options, constants)
+        sizes = states.sink_length, states.ring, states.exact["keys"].shape[2], states.codes["keys"].capacity // BLOCK
+        self.fixed = self.launcher.fix((*sides, *states.exact.values(), states.counters, *sizes, heads))
+        # Whether it is compiled: launches then take addresses.
+        self.compiled = False
+
+    def run(self, states: LayerStates, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Launches one step."""
+        if on_other_device(self.device):
+            with torch.cuda.device(self.device):
+                self.run(states, key, value)
+            return
+        static = states.counters is not None
+        lengths = (states.kv_len, 0, 0) if static else (2**31 - 1, states.kv_len, states.quantized)
+        token = (key.data_ptr(), value.data_ptr()) if self.compiled else (key, value)
+        self.launcher(self.grid, stream_of(self.device), (*token, *lengths), self.fixed[self.compiled])
+        self.compiled = not INTERPRETED and not is_only_compiling()
 
 
 def _launch(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer]) -> None:

@@ -158,12 +158,18 @@ class Launcher:
 LAUNCHERS: dict[tuple, Launcher] = {}
 
 
-def run(kernel, key: tuple, grid: tuple, device: torch.device, args: tuple, options: dict, constants=None) -> None:
+def launcher_for(kernel, key: tuple, options: dict, constants: dict) -> Launcher:
     """
-    Launches `kernel` with `args` and then `constants`, by name. `key` has all that Triton specialises on, and no
-    length, because there is no end of them.
+    The launcher of `kernel` with `constants`, by name. `key` has all that Triton specialises on, and no length, because
+    there is no end of them.
     """
     launcher = LAUNCHERS.get(key)
     if launcher is None:
-        launcher = LAUNCHERS[key] = Launcher(kernel, constants or {}, **options)
+        launcher = LAUNCHERS[key] = Launcher(kernel, constants, **options)
+    return launcher
+
+
+def run(kernel, key: tuple, grid: tuple, device: torch.device, args: tuple, options: dict, constants=None) -> None:
+    """Launches `kernel` with `args` and then `constants`; see [`launcher_for`]."""
+    launcher = launcher_for(kernel, key, options, constants or {})
     launcher(grid, stream_of(device), args, launcher.values)

@@ -13,7 +13,7 @@ OVERFLOW = tl.constexpr(2**30)
 
 # Compiled kernels must not specialise on the values of these arguments, because launchers reuse them for all values.
 INTEGERS = (
-    "query_b query_h query_t length leaving pairs blocks mask_b mask_h mask_t mask_n query_length groups kv_heads "
+    "query_b query_h query_t length pairs blocks mask_b mask_h mask_t mask_n query_length groups kv_heads "
     "scale_heads mean_heads kv_len quantized phase sink_length ring slots held key_blocks value_blocks row_tiles "
     "splits code_splits exact_tiles rows out_b out_h out_t"
 ).split()

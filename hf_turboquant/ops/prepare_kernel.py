@@ -6,7 +6,6 @@ import triton.language as tl
 from .codes import exp2
 from .launch import wait_for_previous
 from .logits import INTEGERS, LOWEST, OVERFLOW, UNALIGNED, finish_logits
-from .step_kernel import append_token
 
 
 @triton.jit
@@ -109,31 +108,15 @@ def rotate_query(
 
 
 @triton.jit
-def load_exact(states, newest, slot, position, valid, kv_len, d, DIM: tl.constexpr):
-    """
-    Exact keys or values at `slot` × `d`, two index tensors. The last token may still be in `newest`: a pointer to its
-    first coordinate, and a stride.
-    """
-    stored = valid
-    if newest is not None:
-        stored = valid & (position != kv_len - 1)
-    x = tl.load(states + slot * DIM + d, mask=stored & (d < DIM), other=0)
-    if newest is not None:
-        new = tl.load(newest[0] + d * newest[1], mask=d < DIM, other=0)
-        x = tl.where(valid & (position == kv_len - 1), new, x)
-    return x
-
-
-@triton.jit
 def exact_logits(
     query, chunk, bh, row, mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, quantized, phase, scaling, softcap,
-    states, newest, query_length, groups, kv_heads, sink_length, ring, slots, held,
+    states, query_length, groups, kv_heads, sink_length, ring, slots, held,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, TILE: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr, DOT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """
     Logits `[TILE, ROWS]` of a tile of exact slots, the first `slots` of the `held` ones; their slots, positions, and
-    whether they hold a token, `[TILE, 1]`. The last token may be in `newest` instead.
+    whether they hold a token, `[TILE, 1]`.
     """
     first = sink_length + quantized
     slot = chunk * TILE + tl.arange(0, TILE)[:, None]
@@ -145,7 +128,7 @@ def exact_logits(
     exists = row < groups * query_length
     q = tl.load(query[None, :] + d[:, None], mask=(d < DIM)[:, None] & exists[None, :], other=0).to(DOT)
     states += bh.to(tl.int64) * held * DIM
-    k = load_exact(states, newest, slot, position, valid, kv_len, d[None, :], DIM).to(DOT)
+    k = tl.load(states + slot * DIM + d[None, :], mask=valid & (d < DIM)[None, :], other=0).to(DOT)
     logits = tl.dot(k, q, input_precision="ieee") * (scaling * 1.4426950408889634)
     logits = finish_logits(
         logits, position, row[None, :], bh, valid, mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, query_length,
@@ -156,43 +139,21 @@ def exact_logits(
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=UNALIGNED)
 def prepare_kernel(
-    query, new_key, new_value, mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, quantized, phase, leaving, scaling,
-    softcap,
-    key_side, value_side, counters, matrices, key_factors, mean, operands, constants, key_states, value_states, partial,
-    stats, query_b, query_h, query_t, query_length, groups, kv_heads, scale_heads, mean_heads, sink_length, ring, slots,
-    held, key_blocks, row_tiles, pairs, splits, code_splits,
+    query, mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, quantized, phase, scaling, softcap,
+    counters, matrices, key_factors, mean, operands, constants, key_states, value_states, partial, stats,
+    query_b, query_h, query_t, query_length, groups, kv_heads, scale_heads, mean_heads, sink_length, ring, slots, held,
+    row_tiles, pairs, splits, code_splits,
     level_scale, level_offset, unit, sketch_unit, bound, sketch_bound,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, COUNT: tl.constexpr,
     WIDTH: tl.constexpr, QJL: tl.constexpr, PASSES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr, ASM: tl.constexpr,
-    EARLY: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, RING: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """
     Does everything that does not need the codes. The first programs each rotate `ROWS` rows of queries of one KV head
     (batch · KV heads · row tiles), the others each attend to `TILE` exact slots with such rows.
-
-    With specifications `KEYS` and `VALUES` the last token is not in its slot yet: before all others, two programs for
-    each pair of batch and KV head append its key and its value with [`append_token`]. `kv_len` and `quantized` count it
-    already.
     """
     task = tl.program_id(0)
-    if KEYS is not None:
-        sequence = (task // 2).to(tl.int64)
-        before = quantized - leaving
-        if task < 2 * pairs:
-            if EARLY:
-                wait_for_previous()
-            if task % 2 == 0:
-                append_token(
-                    new_key, key_side, key_states, None, sequence, kv_len, kv_len - 1, before, sink_length, ring, held,
-                    key_blocks, kv_heads, KEYS, RING,
-                )  # fmt: skip
-            else:
-                append_token(
-                    new_value, value_side, value_states, None, sequence, kv_len, kv_len - 1, before, sink_length, ring,
-                    held, key_blocks, kv_heads, VALUES, RING,
-                )  # fmt: skip
-        task -= 2 * pairs
     rotations = pairs * row_tiles
     pair = task % rotations // row_tiles
     head = pair % kv_heads
@@ -203,9 +164,7 @@ def prepare_kernel(
     query += (pair // kv_heads).to(tl.int64) * query_b
     query = query + (head * groups + row // query_length).to(tl.int64) * query_h
     query += (row % query_length).to(tl.int64) * query_t
-    if task < 0:
-        pass
-    elif task < rotations:
+    if task < rotations:
         rotate_query(
             query, flat_row, exists, scaling, matrices, key_factors + head % scale_heads * DIM,
             mean + head % mean_heads * DIM, operands, constants, level_scale, level_offset, unit, sketch_unit, bound,
@@ -223,22 +182,15 @@ def prepare_kernel(
             # A kernel cannot raise an error beyond the capacity, so its results are NaN.
             overflown = kv_len == OVERFLOW
             kv_len = tl.where(overflown, 0, kv_len)
-        newest_key = None
-        newest_value = None
-        if KEYS is not None:
-            at = pair // kv_heads
-            newest_key = (new_key + at.to(tl.int64) * key_side[0][0] + head * key_side[0][1], key_side[0][3])
-            newest_value = (new_value + at.to(tl.int64) * value_side[0][0] + head * value_side[0][1], value_side[0][3])
         logits, slot, position, valid = exact_logits(
             query, chunk, pair, row, mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, quantized, phase, scaling,
-            softcap, key_states, newest_key, query_length, groups, kv_heads, sink_length, ring, slots, held,
+            softcap, key_states, query_length, groups, kv_heads, sink_length, ring, slots, held,
             DIM, DIM_PAD, TILE, MASK, CAUSAL, SOFTCAP, DOT, ASM,
         )  # fmt: skip
         v = tl.arange(0, VALUE_PAD)[:, None]
         value_states += pair.to(tl.int64) * held * VALUE_DIM
-        values = load_exact(
-            value_states, newest_value, tl.trans(slot), tl.trans(position), tl.trans(valid), kv_len, v, VALUE_DIM
-        ).to(DOT)
+        valid = tl.trans(valid) & (v < VALUE_DIM)
+        values = tl.load(value_states + tl.trans(slot) * VALUE_DIM + v, mask=valid, other=0).to(DOT)
         largest = tl.maximum(tl.max(logits, axis=0), LOWEST)
         weights = exp2(logits - largest[None, :], ASM)
         out = tl.dot(values, weights.to(DOT), input_precision="ieee")

@@ -39,7 +39,7 @@ def scores_kernel(
     if chunk < exact_tiles:
         logits, _, position, valid = exact_logits(
             query, chunk, bh, row, mask_ptr, mask_b, mask_h, mask_t, mask_n, kv_len, quantized, phase, scaling,
-            softcap, key_states, None, query_length, groups, kv_heads, sink_length, ring, slots, held,
+            softcap, key_states, query_length, groups, kv_heads, sink_length, ring, slots, held,
             DIM, DIM_PAD, TILE, MASK, CAUSAL, SOFTCAP, EXACT_DOT, ASM,
         )  # fmt: skip
         tl.store(to + position, logits * 0.6931471805599453, mask=valid & exists[None, :])

@@ -77,9 +77,8 @@ def _prefetch_constants(side, SPEC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["capacity", "length", "quantized", "sink_length", "ring", "slots", "blocks", "heads"])
 def step_kernel(
-    new_keys, new_values, keys, values, exact_keys, exact_values, counters, capacity, length, quantized, sink_length,
-    ring, slots, blocks, heads, KEYS: tl.constexpr, VALUES: tl.constexpr, RING: tl.constexpr,
-    EARLY: tl.constexpr,
+    new_keys, new_values, capacity, length, quantized, keys, values, exact_keys, exact_values, counters, sink_length,
+    ring, slots, blocks, heads, KEYS: tl.constexpr, VALUES: tl.constexpr, RING: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """
     [`ops.append`]. Grid (1, batch · heads, 2): a program handles the keys or the values of one head of one sequence and

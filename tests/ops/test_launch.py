@@ -32,8 +32,7 @@ class Compiled:
     def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
         name, names = self.kernel.__name__, self.kernel.arg_names
         assert len(args) == len(names), (name, len(args), len(names))
-        given = dict(zip(names, args))
-        seen.add((name, given.get("KEYS") is not None, any(torch.is_tensor(arg) for arg in args)))
+        seen.add((name, any(torch.is_tensor(arg) for arg in args)))
 
 
 def compile(self, *args):
@@ -49,10 +48,9 @@ tokens, query = torch.randn(2, 2, 600, 64).half(), torch.randn(2, 8, 1, 64).half
 layer.update(tokens, tokens)
 for _ in range(3):
     states = layer.update(tokens[:, :, :1], tokens[:, :, :1])[0].states
-    assert ops.attention(query, states, scaling=1.0).shape == query.shape and states.newest is None
+    assert ops.attention(query, states, scaling=1.0).shape == query.shape
     ops.attention(query, states, scaling=1.0, attention_mask=torch.ones(1, 1, 1, 700, dtype=torch.bool))
     ops.scores(query, states, scaling=1.0)
-ops.settle(layer.update(tokens[:, :, :1], tokens[:, :, :1])[0].states)
 for conditioned in (TurboQuantConfig(backend="triton"), TurboQuantConfig(backend="triton", condition="center")):
     layer = TurboQuantLayer(conditioned, 0)
     layer.update(tokens, tokens)
@@ -72,7 +70,7 @@ from hf_turboquant.static import TurboQuantStaticLayer
 def warmup(self, *args, grid, **options):
     given = dict(zip(self.arg_names, args)) | options
     assert given.keys() >= set(self.arg_names), self.__name__
-    seen.add((self.__name__, given.get("KEYS") is not None, given.get("MASK"), given.get("CODED")))
+    seen.add((self.__name__, given.get("MASK")))
 
 
 def fail(*args):
@@ -191,7 +189,7 @@ def test_launches_have_all_arguments(estimator):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     launched = json.loads(done.stdout)
-    names = {name for name, _, _ in launched}
+    names = {name for name, _ in launched}
     assert names == {
         "prepare_kernel",
         "attend_kernel",
@@ -203,12 +201,9 @@ def test_launches_have_all_arguments(estimator):
         "sum_kernel",
         "finish_kernel",
     }
-    # with a token to append and without, the first time with tensors, later with addresses
-    for appends in (True, False):
-        assert {tensors for name, keys, tensors in launched if name == "prepare_kernel" and keys == appends} == {
-            True,
-            False,
-        }
+    # the first time with tensors, later with addresses
+    for name in ("prepare_kernel", "step_kernel"):
+        assert {tensors for launch, tensors in launched if launch == name} == {True, False}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU tells by itself")
@@ -218,13 +213,10 @@ def test_what_a_layer_launches_is_compiled_ahead(kind):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", AHEAD, kind], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    first, again = (
-        [(name, appends, mask) for name, appends, mask, _ in json.loads(line)] for line in done.stdout.splitlines()
-    )
-    expected = [f"{name}_kernel" for name in "attend combine compare finish prepare quantize sum".split()]
-    # a step over a static capacity appends by itself and has a mask
-    assert {name for name, _, _ in first} == {*expected, *(["step_kernel"] if kind == "static" else [])}
-    prepare = {(appends, mask) for name, appends, mask in first if name == "prepare_kernel"}
-    assert prepare == ({(False, 1)} if kind == "static" else {(True, 0)})
+    first, again = map(json.loads, done.stdout.splitlines())
+    expected = {f"{name}_kernel" for name in "attend combine compare finish prepare quantize step sum".split()}
+    assert {name for name, _ in first} == expected
+    # a step over a static capacity has a mask
+    assert {mask for name, mask in first if name == "prepare_kernel"} == {int(kind == "static")}
     # once for every kind of layer
     assert again == []

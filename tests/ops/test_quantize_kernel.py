@@ -18,7 +18,7 @@ from hf_turboquant.ops import encode as kernels
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 # half a unit of bf16, and of the 16 bits in which a search multiplies; the interpreter cuts where a GPU rounds
 SCALE_ERROR = 2**-7 + 1e-5 if kernels.INTERPRETED else 2**-8 + 2**-11
-# codes of a search that differ from the reference's: where it meets a boundary in 16 bits, it may end elsewhere, as near
+# codes that differ from the reference's: where a search meets a boundary in 16 bits, it may end elsewhere, as near
 MOST_ELSEWHERE = 0.03 if kernels.INTERPRETED else 0.08
 PIECES = (1, 126, 1, 3, 130, 1)
 
