@@ -8,6 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from . import ops
 from .handle import QuantizedStates, are_pair, plain
+from .quantizer import ROLES
 from .states import ExactStates
 from .traced import TracedStates
 
@@ -99,7 +100,7 @@ def _plain_where_needed(query, key, value, attention_mask):
             key, value = key.dequantize(), value.dequantize()
         elif key.states.training is not None or ops.trains(query):
             states = key.states.measured()
-            key, value = (ops.dequantize_all(states, role) for role in ("keys", "values"))
+            key, value = (ops.dequantize_all(states, role) for role in ROLES)
             attention_mask = None if attention_mask is None else attention_mask[..., : states.kv_len]
     return key, value, attention_mask
 

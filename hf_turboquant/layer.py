@@ -13,8 +13,9 @@ from .batch import BatchOperations
 from .conditioning import Conditioning, valid_tokens
 from .config import TurboQuantConfig
 from .handle import handles, log_cut_off
+from .quantizer import ROLES
 from .states import ExactStates, LayerStates
-from .tokens import ROLES, Tokens
+from .tokens import Tokens
 
 # Keys wait for enough different tokens while there are at most so many beside the sinks.
 MAX_WAITING_TOKENS = 512

@@ -1,5 +1,6 @@
 """Plans: prepared once for launches on the same buffers, so that a decode step costs little time on the host."""
 
+from .quantizer import ROLES
 from .states import LayerStates
 
 
@@ -8,7 +9,7 @@ class Plan:
 
     def __init__(self, states: LayerStates):
         self.quantizers, self.exact = states.quantizers, states.exact
-        self.key_codes, self.value_codes = (states.codes[role].tensors for role in ("keys", "values"))
+        self.key_codes, self.value_codes = (states.codes[role].tensors for role in ROLES)
 
     def fits(self, states: LayerStates) -> bool:
         """Whether these states have the same buffers: one that changes a tensor makes a new dict of them."""

@@ -18,8 +18,8 @@ from .conditioning import Learned, learned
 from .config import TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer, TurboQuantStaticHybridLayer
 from .layer import TurboQuantLayer
+from .quantizer import ROLES
 from .static import StaticSlidingLayer, TurboQuantStaticLayer
-from .tokens import ROLES
 
 FORMAT, FORMAT_VERSION = "hf_turboquant cache", 5
 # Up to format 4 the description was a file of its own.

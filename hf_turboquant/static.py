@@ -11,9 +11,10 @@ from .arena import describe, new_arena, open_arena
 from .config import TurboQuantConfig
 from .handle import handles
 from .layer import TurboQuantLayer
+from .quantizer import ROLES
 from .states import LayerStates
 from .storage import SlotBuffer
-from .tokens import ROLES, Tokens
+from .tokens import Tokens
 from .traced import TracedStates, append, seq_length
 
 # Attributes that are views of the arena and are made again with it.

@@ -14,6 +14,7 @@ from ..conditioning import head_dim
 from ..config import TurboQuantConfig
 from ..layer import TurboQuantLayer
 from ..memory import layer_memory
+from ..quantizer import ROLES
 
 FULL = {"cache": "dynamic"}
 KINDS = ("turboquant", "dynamic", "static", "quanto", "hqq", "fp8")
@@ -154,7 +155,7 @@ def bits_per_coordinate(cache, with_exact: bool = False) -> float:
             for t in _tensors(quantized):
                 bits += 8 * t.numel() * (min(t.itemsize, 2) if t.is_floating_point() else t.itemsize)
             coordinates += sum(map(_count, quantized))
-            exact += sum(held[name].numel() for name in ("keys", "values") if name in held)
+            exact += sum(held[name].numel() for name in ROLES if name in held)
     if with_exact or not coordinates:
         bits, coordinates = bits + 16 * exact, coordinates + exact
     return bits / coordinates if coordinates else 16.0

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from ..quantizer import Quantizer
+from ..quantizer import ROLES, Quantizer
 from ..states import AttentionOptions, LayerStates
 from ..storage import TokenBuffer, reserve_all
 from . import reference
@@ -302,7 +302,7 @@ def _dequantized_attention(query: torch.Tensor, states: LayerStates, options: At
             mask = visible
         else:
             mask = mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
-    keys, values = (dequantize_all(states, role).to(query.dtype) for role in ("keys", "values"))
+    keys, values = (dequantize_all(states, role).to(query.dtype) for role in ROLES)
     groups = query.shape[1] // keys.shape[1]
     if groups > 1 and mask is not None and query.is_cuda:
         # With groups and a mask, torch may offer only its slowest kernel, which holds all logits.

@@ -6,6 +6,7 @@ import torch
 
 from ..packing import BLOCK
 from ..plans import Plan
+from ..quantizer import ROLES
 from ..states import AttentionOptions, LayerStates
 from .attention_plan import (
     CODED_SPLITS,
@@ -40,7 +41,7 @@ def supports(query: torch.Tensor, states: LayerStates) -> str | None:
 
 
 def _decline(states: LayerStates) -> str | None:
-    for role in ("keys", "values"):
+    for role in ROLES:
         quantizer, exact = states.quantizers[role], states.exact[role]
         if quantizer.head_dim % 16 or not 32 <= quantizer.head_dim <= 256:
             return f"the kernels take a head_dim of 32 to 256 in steps of 16, and the {role} have {quantizer.head_dim}"

@@ -9,7 +9,7 @@ from functools import wraps
 import torch
 
 from ..packing import BLOCK, pack, unpack
-from ..quantizer import Quantizer
+from ..quantizer import ROLES, Quantizer
 from ..states import AttentionOptions, LayerStates
 from ..storage import TokenBuffer
 
@@ -332,9 +332,7 @@ def _pieces(query: torch.Tensor, states: LayerStates, options: AttentionOptions)
     length = states.quantized
     for start in range(0, length, TILE):
         stop = min(start + TILE, length)
-        key_codes, value_codes = (
-            codes_of(states.codes[role], states.quantizers[role], start, stop) for role in ("keys", "values")
-        )
+        key_codes, value_codes = (codes_of(states.codes[role], states.quantizers[role], start, stop) for role in ROLES)
         logits = _score(turned, sketched, *key_codes, quantizer) + offset
         position = states.sink_length + start
         yield position, finish(logits, position), decode(*value_codes, states.quantizers["values"]), True
