@@ -155,10 +155,8 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         Raises:
             `ValueError`: the states don't fit what the layer holds. The layer is left unchanged.
         """
-        update = self._untraced_update if torch.compiler.is_compiling() else self._update
-        return update(key_states, value_states)
-
-    def _update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling():
+            return self._untraced_update(key_states, value_states)
         previous = self.step
         held = self._append(key_states, value_states)
         if previous is not None:
@@ -168,7 +166,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         return self._train(held, key_states, value_states) if ops.trains(key_states, value_states) else held
 
     # Lengths change with every step: a graph that contained them would be compiled again each time.
-    _untraced_update = torch.compiler.disable(_update)
+    _untraced_update = torch.compiler.disable(update)
 
     def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         states = {"keys": key_states, "values": value_states}
@@ -202,7 +200,8 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         before, sinks, window = held.length, held.sinks, held.window
         coded = held.quantized > 0 or before + tokens > sinks + window
         if before > 0 and coded and tokens == 1:
-            return self._step(*states.values())
+            self.step = held.step(*states.values())
+            return handles(self.step)
         # Attention reads the first tokens, or the sinks, and the new ones exactly. Allocate that before anything
         # changes: memory may run out.
         exact = None
@@ -280,13 +279,6 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
             self.tokens.append(states)
         elif not self._learn(self.tokens.followed_by(states, length) if length else states):
             self.tokens.append(states)
-
-    def _step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends one token; returns what attention reads."""
-        if key_states.requires_grad or value_states.requires_grad:
-            key_states, value_states = key_states.detach(), value_states.detach()
-        self.step = self.tokens.step(key_states, value_states)
-        return handles(self.step)
 
     def _train(self, held, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Lets gradients flow from what attention reads to the new tokens, the last of it: codes have none."""

@@ -25,11 +25,6 @@ class Plan:
 class Plans(dict):
     """The plans of one layer by kind of call. Copies begin empty: a plan may hold addresses of the original."""
 
-    def find(self, key: tuple, states: LayerStates) -> Plan | None:
-        """Returns the plan for these buffers, if there is one."""
-        plan = self.get(key)
-        return plan if plan is not None and plan.fits(states) else None
-
     def keep(self, key: tuple, plan: Plan, states: LayerStates) -> None:
         """Keeps a new plan, and drops those that would keep other buffers alive."""
         for stale in [name for name, held in self.items() if not held.fits(states)]:

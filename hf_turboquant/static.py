@@ -150,7 +150,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self.find_room(tokens)
         if not as_held:
             self._in_one_dtype(states)
-        ops.append(self.states, key_states.detach(), value_states.detach())
+        ops.append(self.states, key_states, value_states)
         self.count(tokens)
         self._outdate()
         self.step = copy(self.states)
@@ -247,7 +247,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         if not self.is_initialized:
             return
         states = self.states.measured()
-        self.tokens.count(states)
+        self.tokens.length, self.tokens.quantized = states.kv_len, states.quantized
         self.most_tokens, self.announced, self.has_tokens = states.kv_len, False, states.kv_len > 0
         if states.quantized and self.conditioning.waits:
             self.conditioning.finish(self.conditioning.provisional)

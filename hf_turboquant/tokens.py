@@ -207,10 +207,6 @@ class Tokens:
             states.phase = states.quantized % ring if ring else 0
         return states
 
-    def count(self, states: LayerStates) -> None:
-        """Counts the tokens that these states hold."""
-        self.length, self.quantized = states.kv_len, states.quantized
-
     def crop(self, length: int) -> None:
         """Keeps the first `length` tokens, exact or quantized as they are."""
         self.length, self.quantized = length, min(self.quantized, max(length - self.sinks, 0))

@@ -71,8 +71,8 @@ def attention(
 
 def attention_again(query: torch.Tensor, states: LayerStates, options: AttentionOptions) -> torch.Tensor | None:
     """[`attention`] without a mask if an earlier call prepared a plan for the same buffers; else `None`."""
-    plan = states.plans.find(_key(query, options, _NO_MASK, None), states)
-    return None if plan is None else plan.run(query, states, options, (query, 0, 0, 0, 0))
+    plan = states.plans.get(_key(query, options, _NO_MASK, None))
+    return plan.run(query, states, options, (query, 0, 0, 0, 0)) if plan is not None and plan.fits(states) else None
 
 
 def warm(states: LayerStates) -> None:
@@ -102,8 +102,8 @@ def scores(
 
 def _plan(query, states: LayerStates, options: AttentionOptions, mask_kind: tuple, portable) -> "AttentionPlan":
     key = _key(query, options, mask_kind, portable)
-    plan = None if states.plans is None else states.plans.find(key, states)
-    if plan is None:
+    plan = None if states.plans is None else states.plans.get(key)
+    if plan is None or not plan.fits(states):
         # Compiled kernels belong to a device.
         with torch.cuda.device_of(query):
             plan = AttentionPlan(query, states, options, mask_kind, portable)

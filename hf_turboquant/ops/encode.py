@@ -57,8 +57,8 @@ def append(states: LayerStates, new: dict[str, torch.Tensor]) -> None:
 
 def append_again(states: LayerStates, key: torch.Tensor, value: torch.Tensor) -> bool:
     """[`append`] of one token if an earlier call prepared a plan for the same buffers; else does nothing."""
-    plan = states.plans.find(_token_key(key, value), states) if states.plans else None
-    if plan is None:
+    plan = states.plans.get(_token_key(key, value)) if states.plans else None
+    if plan is None or not plan.fits(states):
         return False
     plan.run(states, key, value)
     return True

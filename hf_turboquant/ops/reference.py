@@ -210,6 +210,8 @@ def append(states: LayerStates, new: dict[str, torch.Tensor]) -> None:
             f"A cache with `max_cache_len={capacity}` must get no more tokens than that, got {tokens} after {length}. "
             "Make a larger one, or `reset()` it."
         )
+    # Without detach, buffers would keep every autograd graph alive.
+    new = {role: state.detach() for role, state in new.items()}
     for index in range(tokens):
         _append_one(states, {role: state[:, :, index : index + 1] for role, state in new.items()})
 
