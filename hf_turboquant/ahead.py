@@ -70,3 +70,6 @@ def _launch(kind, config, frequencies, shapes, dtypes, groups, short, masked, de
         # A step over a static capacity has a mask for all of it.
         mask = torch.ones((1, 1, 1, 2 * tokens), dtype=torch.bool, device=device) if static else None
         ops.attention(query[:, :, :1], states, scaling=1.0, attention_mask=mask)
+        if device.type == "cuda":
+            # Constants that others may find must be ready on every stream.
+            torch.cuda.current_stream().synchronize()

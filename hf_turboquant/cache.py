@@ -98,10 +98,10 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
         # By kind of layer: reading a config takes long.
         known = {}
         for index, kind in enumerate(() if config is None else layer_kinds(config, len(self.layers))):
-            if kind not in known:
-                known[kind] = rotary_frequencies(config, index), known_head_dims(config, index)
             self.layers[index] = ours = self._compressed(self.layers[index], index)
             if isinstance(ours, TurboQuantLayer):
+                if kind not in known:
+                    known[kind] = rotary_frequencies(config, index), known_head_dims(config, index)
                 ours.frequencies, head_dims = known[kind]
                 self._fit(index, head_dims)
 

@@ -238,8 +238,8 @@ def valid_tokens(attention_mask: torch.Tensor | None, kv_len: int) -> torch.Tens
 
 def _sample(states: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """At most `MAX_TOKENS` tokens of `[batch, heads, tokens, head_dim]`, evenly spaced, and which of them count."""
-    step = _step(states)
-    return states.detach()[:, :, ::step], None if valid is None else valid[:, ::step]
+    step, states = _step(states), states.detach()
+    return (states, valid) if step == 1 else (states[:, :, ::step], None if valid is None else valid[:, ::step])
 
 
 def _step(states: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ from .ahead import compile_ahead
 from .batch import BatchOperations
 from .conditioning import Conditioning, valid_tokens
 from .config import TurboQuantConfig
-from .handle import handles, log_cut_off
+from .handle import QuantizedStates, handles, log_cut_off, plain
 from .quantizer import ROLES
 from .states import ExactStates, LayerStates
 from .tokens import Tokens
@@ -155,8 +155,10 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         Raises:
             `ValueError`: the states don't fit what the layer holds. The layer is left unchanged.
         """
-        if torch.compiler.is_compiling():
-            return self._untraced_update(key_states, value_states)
+        update = self._untraced_update if torch.compiler.is_compiling() else self._update
+        return update(key_states, value_states)
+
+    def _update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         previous = self.step
         held = self._append(key_states, value_states)
         if previous is not None:
@@ -166,7 +168,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         return self._train(held, key_states, value_states) if ops.trains(key_states, value_states) else held
 
     # Lengths change with every step: a graph that contained them would be compiled again each time.
-    _untraced_update = torch.compiler.disable(update)
+    _untraced_update = torch.compiler.disable(_update)
 
     def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         states = {"keys": key_states, "values": value_states}
@@ -306,11 +308,15 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
             raise
 
     def _in_one_dtype(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """As `torch.cat` would: exact tokens and new ones in the wider dtype of both, for keys and for values."""
+        """
+        Plain tensors, as `torch.cat` would make them: exact tokens and new ones in the wider dtype of both, for keys
+        and for values.
+        """
         held = {role: self.tokens.exact[role].dtype for role in ROLES}
         dtypes = {role: torch.promote_types(held[role], states[role].dtype) for role in ROLES}
         if dtypes != held:
             self._widen(dtypes)
+        states = {role: plain(new) if isinstance(new, QuantizedStates) else new for role, new in states.items()}
         return {role: states[role].to(dtypes[role]) for role in ROLES}
 
     def _widen(self, dtypes: dict[str, torch.dtype]) -> None:

@@ -25,7 +25,7 @@ class Plan:
 class Plans(dict):
     """The plans of one layer by kind of call. Copies begin empty: a plan may hold addresses of the original."""
 
-    def keep(self, key: tuple, plan: Plan, states: LayerStates) -> None:
+    def keep(self, key: tuple | str, plan: Plan, states: LayerStates) -> None:
         """Keeps a new plan, and drops those that would keep other buffers alive."""
         for stale in [name for name, held in self.items() if not held.fits(states)]:
             del self[stale]

@@ -11,6 +11,7 @@ from .arena import describe, new_arena, open_arena
 from .config import TurboQuantConfig
 from .handle import handles
 from .layer import TurboQuantLayer
+from .plans import Plans
 from .quantizer import ROLES
 from .states import LayerStates
 from .storage import SlotBuffer
@@ -101,6 +102,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             # Views that serve outside of inference mode too.
             with torch.inference_mode(False):
                 self.states = open_arena(self.arena, self.description)
+            self.states.plans = Plans()
         codes = {role: buffer.snapshot() for role, buffer in self.states.codes.items()}
         sinks, ring = self.config.sink_length, self.config.held_length
         exact = SlotBuffer.over(self.states.exact, block=1, length=0, sinks=sinks, ring=ring)
@@ -149,8 +151,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
             return super().update(key_states, value_states)
         self.find_room(tokens)
         if not as_held:
-            self._in_one_dtype(states)
-        ops.append(self.states, key_states, value_states)
+            states = self._in_one_dtype(states)
+        ops.append(self.states, *states.values())
         self.count(tokens)
         self._outdate()
         self.step = copy(self.states)

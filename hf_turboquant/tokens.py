@@ -7,6 +7,7 @@ import torch
 
 from . import ops
 from .config import TurboQuantConfig
+from .handle import QuantizedStates
 from .packing import BLOCK
 from .plans import Plans
 from .quantizer import ROLES, Quantizer
@@ -76,7 +77,7 @@ class Tokens:
 
     def check(self, states: dict, device: torch.device | None, layer_idx: int) -> bool:
         """
-        Whether new states, by role, have the dtypes of those held.
+        Whether new states, by role, are plain tensors of the dtypes of those held.
 
         Args:
             device (`torch.device`, *optional*): where they must be; `None` where there is no memory yet.
@@ -88,6 +89,7 @@ class Tokens:
         keys, values = states["keys"], states["values"]
         if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor):
             given = keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device
+            given += type(keys), type(values)
             if given == self.checked:
                 return True
         for role, new in states.items():
@@ -115,7 +117,7 @@ class Tokens:
                     f"{expected}, got {got} at layer {layer_idx}. Use a new cache or `reset()` for another batch, and "
                     "`batch_repeat_interleave` or `batch_select_indices` to change the batch of this one."
                 )
-        if any(new.dtype != self.exact[role].dtype for role, new in states.items()):
+        if any(new.dtype != self.exact[role].dtype or isinstance(new, QuantizedStates) for role, new in states.items()):
             return False
         # Steps have the same shapes: the next one can skip the check.
         self.checked = given
@@ -150,6 +152,8 @@ class Tokens:
 
     def followed_by(self, states: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
         """The first `count` tokens, which are exact, and then new ones, in memory of their own."""
+        if not count:
+            return {role: new.clone(memory_format=torch.contiguous_format) for role, new in states.items()}
         return {role: torch.cat([self.exact[role][:, :, :count], states[role]], dim=2) for role in ROLES}
 
     def append(self, states: dict[str, torch.Tensor]) -> None:

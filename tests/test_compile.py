@@ -5,8 +5,9 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_turboquant import TurboQuantCache
+from hf_turboquant import TurboQuantCache, TurboQuantConfig
 from hf_turboquant._supported import cache_name
+from hf_turboquant.layer import TurboQuantLayer
 
 STEPS = 10
 pytestmark = pytest.mark.usefixtures("early_learning")
@@ -50,3 +51,17 @@ def test_no_compilation_per_step(dynamo, attention):
     assert 0 < graphs[0] < graphs[1] == graphs[-1]
     # and a second cache finds what was compiled for the first
     assert generate() == (expected, [graphs[-1]] * STEPS)
+
+
+def test_a_layer_within_an_export_that_is_not_traced_by_dynamo():
+    """`is_compiling` is true there, and stays so in functions that dynamo leaves out."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            # constants of its own, because they are fake tensors
+            layer = TurboQuantLayer(TurboQuantConfig(condition="none", sink_length=1, residual_length=2), 9_999)
+            return torch.nn.functional.scaled_dot_product_attention(x, *layer.update(x, x))
+
+    x = torch.randn(1, 7, 8, 48)
+    out = torch.export.export(Model(), (x,), strict=False).module()(x)
+    assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(x, x, x), atol=1e-6)

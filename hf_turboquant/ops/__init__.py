@@ -237,8 +237,7 @@ def attention(query: torch.Tensor, states: LayerStates, **options) -> torch.Tens
         `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
     """
     options = AttentionOptions(**options)
-    if states.outdated:
-        _check_current(states)
+    _check_current(states)
     differentiable = trains(query) or states.training is not None
     if states.plans and options.attention_mask is None and not differentiable:
         out = attention_kernels.attention_again(query, states, options)

@@ -102,13 +102,15 @@ def scores(
 
 def _plan(query, states: LayerStates, options: AttentionOptions, mask_kind: tuple, portable) -> "AttentionPlan":
     key = _key(query, options, mask_kind, portable)
-    plan = None if states.plans is None else states.plans.get(key)
+    # With a static capacity, a captured graph may hold no memory but its own.
+    plans = states.plans if states.counters is None else None
+    plan = None if plans is None else plans.get(key)
     if plan is None or not plan.fits(states):
         # Compiled kernels belong to a device.
         with torch.cuda.device_of(query):
             plan = AttentionPlan(query, states, options, mask_kind, portable)
-        if states.plans is not None:
-            states.plans.keep(key, plan, states)
+        if plans is not None:
+            plans.keep(key, plan, states)
     return plan
 
 

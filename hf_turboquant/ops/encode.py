@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..packing import BLOCK, plane_shapes
 from ..plans import Plan
-from ..quantizer import Quantizer
+from ..quantizer import ROLES, Quantizer
 from ..search import Annealing
 from ..states import LayerStates
 from ..storage import TokenBuffer
@@ -45,20 +45,19 @@ def append(states: LayerStates, new: dict[str, torch.Tensor]) -> None:
     """[`ops.append`] in one launch for each token."""
     for index in range(new["keys"].shape[2]):
         token = tuple(x[:, :, index : index + 1] for x in new.values())
-        if append_again(states, *token):
-            continue
-        # Compiled kernels belong to a device.
-        with torch.cuda.device_of(token[0]):
-            plan = StepPlan(states, dict(zip(new, token, strict=True)))
-        if states.plans is not None:
-            states.plans.keep(_token_key(*token), plan, states)
-        plan.run(states, *token)
+        if not append_again(states, *token):
+            # Compiled kernels belong to a device.
+            with torch.cuda.device_of(token[0]):
+                plan = StepPlan(states, *token)
+            if states.plans is not None:
+                states.plans.keep("step", plan, states)
+            plan.run(states, *token)
 
 
 def append_again(states: LayerStates, key: torch.Tensor, value: torch.Tensor) -> bool:
     """[`append`] of one token if an earlier call prepared a plan for the same buffers; else does nothing."""
-    plan = states.plans.get(_token_key(key, value)) if states.plans else None
-    if plan is None or not plan.fits(states):
+    plan = states.plans.get("step") if states.plans else None
+    if plan is None or plan.token != _token_key(key, value) or not plan.fits(states):
         return False
     plan.run(states, key, value)
     return True
@@ -66,23 +65,24 @@ def append_again(states: LayerStates, key: torch.Tensor, value: torch.Tensor) ->
 
 def _token_key(key: torch.Tensor, value: torch.Tensor) -> tuple:
     """All of a token that a plan depends on. A compiled kernel may rely on aligned addresses."""
-    aligned = key.data_ptr() % 16, value.data_ptr() % 16
-    return key.shape, value.shape, key.stride(), value.stride(), key.dtype, value.dtype, aligned
+    kinds = key.dtype, value.dtype, key.device, value.device
+    return key.shape, value.shape, key.stride(), value.stride(), kinds, key.data_ptr() % 16, value.data_ptr() % 16
 
 
 class StepPlan(Plan):
     """What steps over the same buffers share, whose tokens differ in nothing but their address."""
 
-    def __init__(self, states: LayerStates, new: dict[str, torch.Tensor]):
+    def __init__(self, states: LayerStates, *token: torch.Tensor):
         super().__init__(states)
+        self.token = _token_key(*token)
         sides, specs, key = [], [], []
-        for role, x in new.items():
+        for role, x in zip(ROLES, token, strict=True):
             buffers, constants, spec, options, parts = _side(x, states.quantizers[role], states.codes[role], 1)
             sides.append((x.stride(), buffers, constants))
             specs.append(spec)
             key += *parts, x.data_ptr() % 16
-        batch, heads, _, _ = new["keys"].shape
-        self.device, self.grid = new["keys"].device, (1, batch * heads, len(new))
+        batch, heads, _, _ = token[0].shape
+        self.device, self.grid = token[0].device, (1, batch * heads, len(token))
         early = overlaps(self.device)
         if early:
             options = {**options, "launch_pdl": True}
@@ -90,9 +90,10 @@ class StepPlan(Plan):
         key = step_kernel, self.device.index, states.ring > 0, states.counters is not None, *key
         self.launcher = launcher_for(step_kernel, key, options, constants)
         sizes = states.sink_length, states.ring, states.exact["keys"].shape[2], states.codes["keys"].capacity // BLOCK
-        self.fixed = self.launcher.fix((*sides, *states.exact.values(), states.counters, *sizes, heads))
-        # Whether it is compiled: launches then take addresses.
-        self.compiled = False
+        self.args = *sides, *states.exact.values(), states.counters, *sizes, heads
+        # The first launch compiles, and takes tensors; later ones take addresses, which many plans never need.
+        self.fixed: tuple | None = None
+        self.launched = False
 
     def run(self, states: LayerStates, key: torch.Tensor, value: torch.Tensor) -> None:
         """Launches one step."""
@@ -102,9 +103,14 @@ class StepPlan(Plan):
             return
         static = states.counters is not None
         lengths = (states.kv_len, 0, 0) if static else (2**31 - 1, states.kv_len, states.quantized)
-        token = (key.data_ptr(), value.data_ptr()) if self.compiled else (key, value)
-        self.launcher(self.grid, stream_of(self.device), (*token, *lengths), self.fixed[self.compiled])
-        self.compiled = not INTERPRETED and not is_only_compiling()
+        stream = stream_of(self.device)
+        if not self.launched:
+            self.launcher(self.grid, stream, (key, value, *lengths), (*self.args, *self.launcher.values))
+            self.launched = not INTERPRETED and not is_only_compiling()
+            return
+        if self.fixed is None:
+            _, self.fixed = self.launcher.fix(self.args)
+        self.launcher(self.grid, stream, (key.data_ptr(), value.data_ptr(), *lengths), self.fixed)
 
 
 def _launch(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer]) -> None:

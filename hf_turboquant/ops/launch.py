@@ -1,8 +1,8 @@
 """What all launches share: which compiled kernel runs, on which stream, and fast ways to pass arguments."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial
 
@@ -19,22 +19,12 @@ _only_compiling: ContextVar[bool] = ContextVar("only_compiling", default=False)
 _in_background: list[Future] = []
 
 
-@contextmanager
-def compile_only():
-    """Within it, launches do nothing but compile their kernels, at the same time in several threads."""
-    with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
-        token = _only_compiling.set(True)
-        try:
-            yield
-        finally:
-            _only_compiling.reset(token)
-
-
 def compile_in_background(work: Callable[[], None]) -> None:
-    """Calls `work` in another thread, which compiles what `work` launches."""
+    """Calls `work` in another thread, where launches only compile their kernels, in several threads at once."""
 
     def compile():
-        with compile_only():
+        _only_compiling.set(True)
+        with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
             work()
 
     thread = ThreadPoolExecutor(1)
@@ -42,13 +32,21 @@ def compile_in_background(work: Callable[[], None]) -> None:
     thread.shutdown(wait=False)
 
 
-def _load(device: int, compiled: Future) -> None:
-    with torch.cuda.device(device):
-        compiled.result()._init_handles()
+def wait_for_background() -> None:
+    """Waits for [`compile_in_background`]. What failed there is compiled, and fails, where it is launched."""
+    for future in list(_in_background):
+        wait([future])
+        if future in _in_background:
+            _in_background.remove(future)
+
+
+def _load(device: int, future: Future) -> None:
+    with suppress(Exception), torch.cuda.device(device):
+        future.result()._init_handles()
 
 
 def is_only_compiling() -> bool:
-    """Whether this runs within `compile_only`."""
+    """Whether launches of this thread only compile."""
     return _only_compiling.get()
 
 
@@ -128,8 +126,7 @@ class Launcher:
 
     def compile(self, *args):
         if self.compiled is None and not INTERPRETED:
-            while _in_background and not is_only_compiling():
-                _in_background.pop().result()
+            wait_for_background()
             self.compiled = self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
             self.compiled._init_handles()
         return self.compiled

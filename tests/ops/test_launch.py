@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Thread
 
 import pytest
 import torch
@@ -84,8 +87,8 @@ config = TurboQuantConfig(backend="triton", max_cache_len=capacity)
 half = (torch.float16,) * 3
 for _ in range(2):
     ahead._start(kind, config, None, (2, 64, 64), half, 4, True, False, torch.device("cpu"))
-    while launch._in_background:
-        launch._in_background.pop().result()
+    [future.result() for future in launch._in_background]
+    launch.wait_for_background()
     assert not launch.is_only_compiling()
     print(json.dumps(sorted(seen, key=str)))
     seen.clear()
@@ -150,8 +153,8 @@ frequencies = tuple(10_000 ** (-i / 32) for i in range(32))
 new = lambda heads, tokens: torch.zeros(1, tokens, heads, 64, dtype=torch.bfloat16).transpose(1, 2)
 ones = lambda tokens: torch.ones(1, 1, 1, tokens, dtype=torch.bool)
 ahead._start(kind, config, frequencies, (2, 64, 64), dtypes, 4, False, masked, torch.device("cpu"))
-while launch._in_background:
-    launch._in_background.pop().result()
+[future.result() for future in launch._in_background]
+launch.wait_for_background()
 known, count = set(seen), len(seen)
 for tokens in (3000, 12_000):
     # of a length that needs as many splits as there can be, too
@@ -166,6 +169,19 @@ for tokens in (3000, 12_000):
 print(json.dumps([count, sorted(map(str, seen - known))]))
 """
 )
+
+
+def test_what_fails_in_the_background_fails_no_launch():
+    launch = pytest.importorskip("hf_turboquant.ops.launch")
+    failed, slow = Future(), ThreadPoolExecutor(1).submit(time.sleep, 0.2)
+    failed.set_exception(MemoryError("of a layer that nobody asked for"))
+    launch._in_background += [failed, slow]
+    waiting = [Thread(target=launch.wait_for_background) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    for thread in waiting:
+        thread.join()
+    assert slow.done() and not launch._in_background
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU tells by itself")

@@ -267,6 +267,40 @@ def test_plans_are_for_the_buffers_that_they_were_made_for():
     assert not layer.tokens.plans
 
 
+def test_steps_of_a_static_layer_share_a_plan_and_attention_has_none():
+    keys, values = random_tokens(160)
+    layer = TurboQuantStaticLayer(TurboQuantConfig(max_cache_len=300, backend="triton", condition="none"), 0)
+    layer.update(keys[:, :, :150], values[:, :, :150])
+    plans = []
+    for at in range(150, 154):
+        states = grow(layer, keys, values, at, at + 1)[0].states
+        ops.attention(torch.randn(1, 4, 1, 64, device=DEVICE).to(keys.dtype), states, scaling=0.125)
+        plans += layer.states.plans.values()
+    assert len(plans) == 4 and len(set(plans)) == 1
+    # of tokens that lie elsewhere, in place of that one
+    wide = torch.zeros(1, HEADS, 1, 80, device=DEVICE, dtype=keys.dtype)[..., 3:67]
+    layer.update(wide, wide)
+    (other,) = layer.states.plans.values()
+    assert other is not plans[0]
+
+
+def test_a_token_that_is_a_handle_or_elsewhere():
+    keys, values = random_tokens(150)
+    one, layer = dynamic_layer(sinks=0, ring=0), dynamic_layer()
+    one.update(keys[:, :, :1], values[:, :, :1])
+    static = TurboQuantStaticLayer(TurboQuantConfig(max_cache_len=300, backend="triton", condition="none"), 0)
+    for held in (layer, static):
+        held.update(keys[:, :, :140], values[:, :, :140])
+        # twice, because the second step of its kind takes a shorter way
+        for at in (140, 141):
+            held.update(one.keys, one.values)
+            assert torch.equal(held.keys.dequantize()[:, :, at : at + 1], one.keys.dequantize())
+    layer.update(keys[:, :, :1], values[:, :, :1])
+    elsewhere = torch.empty_like(keys[:, :, :1], device="meta")
+    with pytest.raises(ValueError):
+        ops.append(layer.tokens.read(), elsewhere, elsewhere)
+
+
 @pytest.mark.parametrize("backend", ["kernels", "reference"])
 @pytest.mark.usefixtures("same_search")
 def test_kernels_and_reference_do_the_same(backend):
