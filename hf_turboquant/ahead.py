@@ -7,7 +7,6 @@ import torch
 
 from . import ops
 from .conditioning import HORIZON
-from .config import TurboQuantConfig
 
 
 def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, query: torch.Tensor, masked: bool):
@@ -24,16 +23,14 @@ def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, q
         shapes = key_states.shape[1:2] + key_states.shape[3:] + value_states.shape[3:]
         dtypes = key_states.dtype, value_states.dtype, query.dtype
         groups = query.shape[1] // key_states.shape[1]
-        frequencies = None if layer.frequencies is None else tuple(layer.frequencies)
         short = key_states.shape[2] < HORIZON
-        config = _of_any_capacity(layer.config)
-        _start(type(layer), config, frequencies, shapes, dtypes, groups, short, masked, key_states.device)
-
-
-@lru_cache(maxsize=1024)
-def _of_any_capacity(config: TurboQuantConfig) -> TurboQuantConfig:
-    # Kernels are the same for every capacity, and requests have many.
-    return replace(config, max_cache_len=1) if config.max_cache_len else config
+        kind = type(layer), shapes, dtypes, groups, short, masked, key_states.device
+        # Most layers of a model are alike, and finding that out below takes longer.
+        if layer.verdict.get("compiled") != kind:
+            layer.verdict["compiled"] = kind
+            # Kernels are the same for every capacity, and requests have many.
+            config = replace(layer.config, max_cache_len=1) if layer.config.max_cache_len else layer.config
+            _start(config, None if layer.frequencies is None else tuple(layer.frequencies), *kind)
 
 
 @lru_cache(maxsize=64)
@@ -41,7 +38,7 @@ def _start(*args) -> None:
     ops.compile_in_background(partial(_launch, *args))
 
 
-def _launch(kind, config, frequencies, shapes, dtypes, groups, short, masked, device) -> None:
+def _launch(config, frequencies, kind, shapes, dtypes, groups, short, masked, device) -> None:
     """Launches everything once, where launches only compile."""
     heads, key_dim, value_dim = shapes
     # So many that nothing waits for more different tokens, which would look at what was not computed.

@@ -92,7 +92,7 @@ class _Layout:
         for (role, head_dim), dtype in zip(dims.items(), dtypes, strict=True):
             self._add("exact", role, getattr(torch, dtype), (batch, heads, slots, head_dim))
             self.quantizers[role] = Quantizer.create(config, role, layer_idx, head_dim, device)
-            for name, (code_dtype, shape) in self.quantizers[role].buffer_shapes().items():
+            for name, (code_dtype, shape) in self.quantizers[role].buffer_shapes.items():
                 self._add(role, name, code_dtype, (batch, heads, -(-self.code_tokens // BLOCK), *shape))
 
     def _add(self, part: str, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

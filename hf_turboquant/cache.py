@@ -89,7 +89,7 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
         if self.options.max_cache_len is not None:
             self.layers = _static_layers(config, self.options.max_cache_len)
         self.model_fields = None if config is None else model_fields(config)
-        self.verdict: dict[str, int] = {}
+        self.verdict: dict = {}
         self.skipped = self._resolve_skip_layers()
         # The head_dim of layers that cannot be packed, from the config or from the first states.
         self.unpacked: dict[int, int] = {}

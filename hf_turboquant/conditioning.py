@@ -64,7 +64,7 @@ class Conditioning:
         config (`TurboQuantConfig`): options of the cache.
         layer_idx (`int`): index of the layer in the model.
         frequencies (`list[float]`, *optional*): of the rotary embedding of its keys: see [`rotary_frequencies`].
-        verdict (`dict[str, int]`): shared by the layers of a cache: see [`differ`].
+        verdict (`dict`): shared by the layers of a cache: see [`differ`].
     """
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int, frequencies: list[float] | None, verdict: dict):

@@ -45,8 +45,8 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         self.layer_idx = layer_idx
         # Of the rotary embedding of the keys, if the model's config defines one: see `conditioning.condition`.
         self.frequencies: list[float] | None = None
-        # Shared by the layers of a cache: see `Conditioning.differ`.
-        self.verdict: dict[str, int] = {}
+        # Shared by the layers of a cache: see `Conditioning.differ` and `ahead`.
+        self.verdict: dict = {}
         super().__init__()
         self.reset()
 

@@ -1,7 +1,7 @@
 """Quantizer: everything needed to encode and decode the keys or the values of one layer."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -115,6 +115,7 @@ class Quantizer:
         tensors = {id(t): t.nbytes for t in self.__dict__.values() if isinstance(t, torch.Tensor)}
         return sum(tensors.values())
 
+    @cached_property
     def buffer_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of one block of every stored tensor: see `packing` for the planes."""
         planes = plane_shapes(self.nbits, self.role, self.head_dim)
@@ -124,7 +125,7 @@ class Quantizer:
 
     def new_buffer(self, batch: int, heads: int) -> TokenBuffer:
         """An empty buffer for the codes and scales of `batch * heads` sequences."""
-        return TokenBuffer(self.buffer_shapes(), BLOCK, batch, heads, self.transform.device)
+        return TokenBuffer(self.buffer_shapes, BLOCK, batch, heads, self.transform.device)
 
 
 # Never freed: graphs that torch.compile captured read these constants, and run again for an arena at the address of a

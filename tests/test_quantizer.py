@@ -53,7 +53,7 @@ def test_distortion_per_bit(nbits, head_dim):
 def test_eight_bits(head_dim, estimator):
     """As precise as Lloyd-Max levels but for a fifth, unbiased, and what two bytes of a scale lose costs nothing."""
     quantizer = Quantizer.create(TurboQuantConfig(nbits=8, key_estimator=estimator), "keys", 0, head_dim)
-    assert quantizer.sketch is None and quantizer.buffer_shapes()["scales"][0] == torch.bfloat16
+    assert quantizer.sketch is None and quantizer.buffer_shapes["scales"][0] == torch.bfloat16
     x = unit_vectors(1, 1, 4000, head_dim) * torch.linspace(0.5, 2, 4000).unsqueeze(-1)
     norms, out = x.square().sum(-1), round_trip(x, quantizer)
     error, (expected, lloyd) = ((out - x).square().sum(-1) / norms).mean().item(), INT8_ERROR[head_dim]

@@ -86,7 +86,7 @@ kind, capacity = (TurboQuantStaticLayer, 4096) if sys.argv[1] == "static" else (
 config = TurboQuantConfig(backend="triton", max_cache_len=capacity)
 half = (torch.float16,) * 3
 for _ in range(2):
-    ahead._start(kind, config, None, (2, 64, 64), half, 4, True, False, torch.device("cpu"))
+    ahead._start(config, None, kind, (2, 64, 64), half, 4, True, False, torch.device("cpu"))
     [future.result() for future in launch._in_background]
     launch.wait_for_background()
     assert not launch.is_only_compiling()
@@ -152,7 +152,7 @@ config, dtypes = TurboQuantConfig(backend="triton", nbits=3, **room), (torch.bfl
 frequencies = tuple(10_000 ** (-i / 32) for i in range(32))
 new = lambda heads, tokens: torch.zeros(1, tokens, heads, 64, dtype=torch.bfloat16).transpose(1, 2)
 ones = lambda tokens: torch.ones(1, 1, 1, tokens, dtype=torch.bool)
-ahead._start(kind, config, frequencies, (2, 64, 64), dtypes, 4, False, masked, torch.device("cpu"))
+ahead._start(config, frequencies, kind, (2, 64, 64), dtypes, 4, False, masked, torch.device("cpu"))
 [future.result() for future in launch._in_background]
 launch.wait_for_background()
 known, count = set(seen), len(seen)
