@@ -36,7 +36,8 @@ def wait_for_background() -> None:
     """Waits for [`compile_in_background`]. What failed there is compiled, and fails, where it is launched."""
     for future in list(_in_background):
         wait([future])
-        if future in _in_background:
+        # Another thread may have waited too.
+        with suppress(ValueError):
             _in_background.remove(future)
 
 
