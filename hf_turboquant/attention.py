@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from . import ops
 from .handle import QuantizedStates, are_pair, plain
 from .quantizer import ROLES
-from .states import ExactStates
+from .states import AttentionOptions, ExactStates
 from .traced import TracedStates
 
 NAME = "turboquant"
@@ -78,7 +78,7 @@ def turboquant_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal
         )
     else:
-        out, weights = _exact_attention(query, key, value, s_aux, output_attentions, **options)
+        out, weights = _exact_attention(query, key, value, AttentionOptions(**options, sinks=s_aux), output_attentions)
     weights = None if weights is None else weights.to(query.dtype)
     return out.transpose(1, 2).contiguous(), weights
 
@@ -125,23 +125,18 @@ def _hiding_handles(forward):
     return registered
 
 
-def _exact_attention(query, key, value, sinks, output_attentions, scaling, attention_mask, is_causal, softcap):
+def _exact_attention(query, key, value, options: AttentionOptions, output_attentions: bool):
     """Attention with softcap, attention sinks or probabilities on plain tensors, some query rows at a time."""
     groups, length, kv_len = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     outputs, weights = [], []
     for start in range(0, length, QUERY_TILE):
         rows = slice(start, start + QUERY_TILE)
-        logits = (query[:, :, rows] @ key.mT).float() * scaling
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        if attention_mask is not None:
-            mask = attention_mask[:, :, rows if attention_mask.shape[2] > 1 else slice(None), :kv_len]
-            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        elif is_causal:
-            queries = torch.arange(kv_len - length, kv_len, device=query.device)[rows]
-            visible = torch.arange(kv_len, device=query.device) <= queries.unsqueeze(-1)
-            logits = logits.masked_fill(~visible, -torch.inf)
-        probabilities = _probabilities(logits, sinks).to(query.dtype)
+        mask = options.attention_mask
+        mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        products = (query[:, :, rows] @ key.mT).float()
+        logits = options._replace(attention_mask=mask).finish(products, kv_len - length + start)
+        probabilities = _probabilities(logits, options.sinks).to(query.dtype)
         outputs.append(probabilities @ value)
         if output_attentions:
             weights.append(probabilities)

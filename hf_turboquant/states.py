@@ -1,4 +1,4 @@
-"""What attention reads of one layer after an update, and how it attends: data alone, on which `ops` works."""
+"""What attention reads of one layer after an update, and how a query attends; `ops` works on both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -139,3 +139,21 @@ class AttentionOptions(NamedTuple):
     is_causal: bool = False
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+
+    def finish(self, products: torch.Tensor, first_query: int, first_key: int = 0) -> torch.Tensor:
+        """
+        Logits of products of queries and keys `[batch, num_attention_heads, queries, keys]`, of which the first are at
+        these positions: scaled, capped, and -inf where a query must not attend.
+        """
+        logits = products * self.scaling
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        queries, keys = logits.shape[2:]
+        if self.is_causal:
+            positions = torch.arange(first_query, first_query + queries, device=logits.device).unsqueeze(-1)
+            later = torch.arange(first_key, first_key + keys, device=logits.device) > positions
+            logits = logits.masked_fill(later, -torch.inf)
+        if self.attention_mask is None:
+            return logits
+        mask = self.attention_mask[..., first_key : first_key + keys]
+        return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask

@@ -319,11 +319,8 @@ def _pieces(query: torch.Tensor, states: LayerStates, options: AttentionOptions)
     # The queries of one KV head are rows of one matrix.
     rows = query.float().reshape(query.shape[0], states.exact["keys"].shape[1], -1, query.shape[-1])
 
-    def finish(logits: torch.Tensor, start: int) -> torch.Tensor:
-        logits = (logits * options.scaling).reshape(*shape, -1)
-        if options.softcap is not None:
-            logits = options.softcap * torch.tanh(logits / options.softcap)
-        return _mask(logits, options, start, states.kv_len)
+    def finish(products: torch.Tensor, start: int) -> torch.Tensor:
+        return options.finish(products.reshape(*shape, -1), states.kv_len - shape[2], start)
 
     for position, run in states.exact_runs():
         values = states.exact["values"][:, :, run].float()
@@ -348,19 +345,6 @@ def _score(turned, sketched, codes, scales, quantizer) -> torch.Tensor:
         return logits
     signs = (codes >> quantizer.code_bits).float() * 2 - 1
     return logits + (sketched @ signs.mT) * scales["residual_norms"].float().unsqueeze(-2)
-
-
-def _mask(logits: torch.Tensor, options: AttentionOptions, start: int, kv_len: int) -> torch.Tensor:
-    """Logits of the tokens from position `start` on, -inf for those that must not be attended to."""
-    stop = start + logits.shape[-1]
-    if options.is_causal:
-        queries = torch.arange(kv_len - logits.shape[2], kv_len, device=logits.device)
-        positions = torch.arange(start, stop, device=logits.device)
-        logits = logits.masked_fill(positions > queries.unsqueeze(-1), -torch.inf)
-    if options.attention_mask is None:
-        return logits
-    mask = options.attention_mask[..., start:stop]
-    return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
 
 
 def _planes(buffer: TokenBuffer) -> dict[str, torch.Tensor]:
