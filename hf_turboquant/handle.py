@@ -91,6 +91,7 @@ class QuantizedStates(torch.Tensor):
                 return ops.attention(**call)
             if call is not None:
                 call["states"].observe(call["query"], call["attention_mask"])
+                # Attention writes to nothing and returns memory of its own, so it needs nothing of `_call_plain`.
                 plain_args = [x.dequantize() if isinstance(x, cls) else x for x in args]
                 return func(*plain_args, **{k: x.dequantize() if isinstance(x, cls) else x for k, x in kwargs.items()})
         elif func is torch.Tensor.to and isinstance(args[0], cls):

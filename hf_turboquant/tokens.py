@@ -193,22 +193,20 @@ class Tokens:
 
     def step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> LayerStates:
         """Appends one token, which pushes at most one out of the recent window; returns what attention reads."""
-        exact, codes = self.exact, self.codes
-        quantized, ring = codes["keys"].length, exact.ring
-        # With the sinks.
-        window = exact.sinks + self.window
-        leaving = self.length + 1 - window > quantized
+        quantized, exact = self.quantized, self.sinks + self.window
+        leaving = self.length + 1 - exact > quantized
         if not leaving:
-            exact.reserve(min(self.length + 1, window), limit=window)
+            self.exact.reserve(min(self.length + 1, exact), limit=exact)
         elif quantized % BLOCK == 0:
             # Buffers grow by whole blocks.
-            reserve_all(list(codes.values()), quantized + 1)
-        states = self.read_from(exact.tensors, quantized, ring, quantized % ring if ring else 0)
+            reserve_all(list(self.codes.values()), quantized + 1)
+        states = self.read()
         ops.append(states, key_states, value_states)
+        # Reading once more would make a step of a model with many layers measurably slower.
         states.kv_len = self.length = self.length + 1
         if leaving:
-            states.quantized = codes["keys"].length = codes["values"].length = quantized + 1
-            states.phase = states.quantized % ring if ring else 0
+            states.quantized = self.quantized = quantized + 1
+            states.phase = states.quantized % states.ring if states.ring else 0
         return states
 
     def crop(self, length: int) -> None:

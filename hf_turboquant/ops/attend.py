@@ -162,7 +162,9 @@ class AttentionPlan(Plan):
         self.exact_tiles = max(-(-self.slots // EXACT_TILE), int(static))
         self.code_splits = count_splits(kernels.wave, self.rotations, self.blocks, CODED_SPLITS[-1])
         self.chunks = -(-self.blocks // kernels.score_blocks)
-        self.combine = kernels.combine(self.code_splits, options.sinks is not None)
+        # Longer contexts, with more splits, need other sizes, which are compiled ahead.
+        sizes = CODED_SPLITS if is_only_compiling() else (self.code_splits,)
+        self.combines = [kernels.combine(size, options.sinks is not None) for size in sizes]
         self.prepare_grid = self.rotations * (1 + self.exact_tiles), 1, 1
         self.attend_grid = self.code_splits * self.row_tiles, self.pairs, 1
         self.combine_grid = self.pairs * self.rows, -(-values.head_dim // COMBINE_COLUMNS), 1
@@ -198,7 +200,7 @@ class AttentionPlan(Plan):
             + (*self.sizes, states.sink_length, scales.shape[2], self.value_codes["scales"].shape[2])
             + (self.row_tiles, splits, self.code_splits)
         )
-        self.fixed_combine = self.combine.fix(
+        self.fixed_combine = self.combines[0].fix(
             (partial, stats, dual, dual if values.mean is None else values.mean, self.rows, *self.sizes)
             + (1 if values.mean is None else len(values.mean), splits, self.code_splits)
             + (*self.out_strides[:3], value_constants.scale)
@@ -238,9 +240,7 @@ class AttentionPlan(Plan):
         out = query.new_empty_strided(self.out_shape, self.out_strides)
         if "combine" in launches:
             args = at(query if sinks is None else sinks), at(out)
-            # Longer contexts, with more splits, will need the others.
-            sizes = CODED_SPLITS if is_only_compiling() else ()
-            for combine in [self.kernels.combine(size, sinks is not None) for size in sizes] or [self.combine]:
+            for combine in self.combines:
                 combine(self.combine_grid, stream, args, self.fixed_combine[compiled])
         self.compiled = not INTERPRETED and launches is LAUNCHES and not is_only_compiling()
         return out

@@ -215,6 +215,31 @@ def test_attention_to_what_was_just_appended(sinks, ring, head_dims, options, dt
             assert last is None or torch.equal(ops.dequantize_all(states, "keys")[:, :, at], last)
 
 
+@pytest.mark.parametrize("look", ["dequantize", "scores", "copy", "crop", "keys", "update"])
+def test_the_newest_token_is_there_without_attention_too(look):
+    keys, values = random_tokens(140)
+    query = torch.randn(1, 4, 1, 64, device=DEVICE).to(keys.dtype)
+    layer = dynamic_layer(nbits=4)
+    layer.update(keys[:, :, :100], values[:, :, :100])
+    handle = grow(layer, keys, values, 100, 130)[0]
+    if look == "dequantize":
+        assert torch.equal(handle.dequantize()[:, :, 129], keys[:, :, 129])
+    elif look == "scores":
+        logits = ops.scores(query, handle.states, scaling=1.0)[..., 129]
+        truth = query.view(1, 2, 2, 64).float() @ keys[:, :, 129, :, None].float()
+        assert relative_error(logits.view(1, 2, 2, 1), truth) < 1e-3
+    elif look == "copy":
+        assert torch.equal(copy.deepcopy(layer).keys.dequantize()[:, :, 129], keys[:, :, 129])
+    elif look == "crop":
+        layer.crop(-3)
+        assert torch.equal(layer.keys.dequantize()[:, :, 126], keys[:, :, 126])
+    elif look == "keys":
+        assert torch.equal(layer.keys.dequantize()[:, :, 129], keys[:, :, 129])
+    else:
+        grow(layer, keys, values, 130, 131)
+        assert torch.equal(layer.keys.dequantize()[:, :, 129], keys[:, :, 129])
+
+
 def test_tokens_may_lie_anywhere():
     """Launches for aligned tokens are not for those that are not, nor for other strides."""
     keys, values = random_tokens(220)
