@@ -35,7 +35,7 @@ def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, q
 
 @lru_cache(maxsize=64)
 def _start(*args) -> None:
-    ops.compile_in_background(partial(_launch, *args))
+    ops.compile_in_background(partial(_launch, *args), args[-1])
 
 
 def _launch(config, frequencies, kind, shapes, dtypes, groups, short, masked, device) -> None:
@@ -60,13 +60,9 @@ def _launch(config, frequencies, kind, shapes, dtypes, groups, short, masked, de
         torch.empty((1, tokens, *size), dtype=dtype, device=device).transpose(1, 2)
         for size, dtype in zip(sizes, dtypes, strict=True)
     )
-    with torch.cuda.device_of(keys):
-        layer.update(keys, values)
-        layer.settle(query, torch.ones((1, 1, 1, tokens), dtype=torch.bool, device=device) if masked else None)
-        states = layer.update(keys[:, :, :1], values[:, :, :1])[0].states
-        # A step over a static capacity has a mask for all of it.
-        mask = torch.ones((1, 1, 1, 2 * tokens), dtype=torch.bool, device=device) if static else None
-        ops.attention(query[:, :, :1], states, scaling=1.0, attention_mask=mask)
-        if device.type == "cuda":
-            # Constants that others may find must be ready on every stream.
-            torch.cuda.current_stream().synchronize()
+    layer.update(keys, values)
+    layer.settle(query, torch.ones((1, 1, 1, tokens), dtype=torch.bool, device=device) if masked else None)
+    states = layer.update(keys[:, :, :1], values[:, :, :1])[0].states
+    # A step over a static capacity has a mask for all of it.
+    mask = torch.ones((1, 1, 1, 2 * tokens), dtype=torch.bool, device=device) if static else None
+    ops.attention(query[:, :, :1], states, scaling=1.0, attention_mask=mask)

@@ -94,13 +94,13 @@ def append(states: LayerStates, key_states: torch.Tensor, value_states: torch.Te
     (kernels.pop() if len(kernels) == 1 else reference.append)(states, new)
 
 
-def compile_in_background(work: Callable[[], None]) -> None:
+def compile_in_background(work: Callable[[], None], device: torch.device) -> None:
     """
-    Compiles the kernels that `work` would launch, in other threads. The first launch of a kernel waits for them. Does
+    Compiles the kernels that `work` would launch on `device`, in other threads. The first launch of a kernel waits for them. Does
     nothing where there are no kernels, or Triton cannot compile in threads.
     """
     if launch is not None and not launch.INTERPRETED and hasattr(launch.triton, "AsyncCompileMode"):
-        launch.compile_in_background(work)
+        launch.compile_in_background(work, device)
 
 
 def is_only_compiling() -> bool:

@@ -197,9 +197,9 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
         *(quantizer.stretches[:2] or (1.0, 1.0)),
         _flat(quantizer.annealing),
     )
-    # Two programs share a multiprocessor if registers and shared memory allow.
+    # Two programs share a multiprocessor if registers and shared memory allow; the boundaries of 4 bits take many.
     exact = operand != tl.float32
-    small = padded <= 128 and (tile == 1 or (quantizer.sketch is None and exact))
+    small = padded <= 128 and (tile == 1 or (quantizer.sketch is None and exact and quantizer.nbits < 4))
     options = {"num_warps": 4 if small else 8, "num_stages": 1}
     return specification, options
 

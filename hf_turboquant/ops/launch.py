@@ -13,19 +13,28 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 INTERPRETED = triton.knobs.runtime.interpret
-# Whether launches of this thread only compile.
-_only_compiling: ContextVar[bool] = ContextVar("only_compiling", default=False)
+# Where launches of this thread only compile, those that begin after all others: launchers and their arguments.
+_postponed: ContextVar[list[tuple] | None] = ContextVar("postponed", default=None)
+# What takes longest to compile must not share the interpreter with what takes little.
+SLOW = "quantize_kernel", "step_kernel", "attend_kernel", "prepare_kernel"
 # What compiles in another thread; the first real launch of a kernel waits for it.
 _in_background: list[Future] = []
 
 
-def compile_in_background(work: Callable[[], None]) -> None:
-    """Calls `work` in another thread, where launches only compile their kernels, in several threads at once."""
+def compile_in_background(work: Callable[[], None], device: torch.device) -> None:
+    """Calls `work` in another thread, and compiles what it would launch on `device` in several threads at once."""
 
     def compile():
-        _only_compiling.set(True)
-        with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
+        postponed: list[tuple] = []
+        _postponed.set(postponed)
+        on_device = torch.cuda.device_of(torch.empty(0, device=device))
+        with on_device, ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
             work()
+            for launcher, args in postponed:
+                launcher.start(*args)
+            if device.type == "cuda":
+                # Constants that `work` made must be ready on every stream.
+                torch.cuda.current_stream().synchronize()
 
     thread = ThreadPoolExecutor(1)
     _in_background.append(thread.submit(compile))
@@ -48,7 +57,7 @@ def _load(device: int, future: Future) -> None:
 
 def is_only_compiling() -> bool:
     """Whether launches of this thread only compile."""
-    return _only_compiling.get()
+    return _postponed.get() is not None
 
 
 @lru_cache(maxsize=64)
@@ -132,17 +141,24 @@ class Launcher:
             self.compiled._init_handles()
         return self.compiled
 
+    def start(self, *args) -> None:
+        """Starts to compile within `triton.AsyncCompileMode`."""
+        kernel = self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
+        future = getattr(kernel, "future", None)
+        if future is not None:
+            # The thread that compiles goes on with what the first launch needs: a C compiler makes its launcher.
+            future.add_done_callback(partial(_load, torch.cuda.current_device()))
+
     def __call__(self, grid: tuple[int, int, int], stream: int, args: tuple, fixed: tuple) -> None:
         """Launches with `args` and then `fixed`, which this launcher's [`fix`] must have made."""
         if INTERPRETED:
             self.kernel[grid](*args, *fixed, **self.constants)
         elif is_only_compiling():
             args += fixed[: len(fixed) - len(self.values)]
-            kernel = self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
-            future = getattr(kernel, "future", None)
-            if future is not None:
-                # The thread that compiles goes on with what the first launch needs: a C compiler makes its launcher.
-                future.add_done_callback(partial(_load, torch.cuda.current_device()))
+            if self.kernel.__name__ in SLOW:
+                self.start(*args)
+            else:
+                _postponed.get().append((self, args))
         else:
             # The first call passes tensors, because compilation depends on their types.
             compiled = self.compiled or self.compile(*args, *fixed[: len(fixed) - len(self.values)])

@@ -118,6 +118,18 @@ def _unsketch(signs, matrix, T: tl.constexpr):
 
 
 @triton.jit
+def _rounded(
+    y, part, matrix, boundaries, centroids, unit: tl.constexpr, sign_unit: tl.constexpr, CODE_BITS: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
+    """Codes and values nearest to what is left of y beside `part`, the sketch of what these leave, and its signs' part."""
+    codes, nearest = nearest_codes((y.to(tl.float32) - part) * (1 / unit), boundaries, centroids, CODE_BITS)
+    sketched = _sketch_rows(y.to(tl.float32) - nearest * unit, matrix, T)
+    part = _unsketch(tl.where(sketched >= 0, 1.0, -1.0), matrix, T) * sign_unit
+    return codes, nearest, sketched, part
+
+
+@triton.jit
 def choose_jointly(
     y, valid, sketch, boundaries, centroids, CODE_BITS: tl.constexpr, ANNEALING: tl.constexpr,
     T: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, OPERAND: tl.constexpr,
@@ -148,13 +160,14 @@ def choose_jointly(
         reach = AMPLITUDE * sign_width * size
         signs = tl.clamp(sketched, -reach, reach) * ((1 + ANNEALING[7]) / sign_width) - sketched * ANNEALING[7]
         part = _unsketch(signs * (1 / size), matrix, T) * (1 / size)
-    for _ in tl.static_range(2):
-        codes, nearest = nearest_codes(
-            (y.to(tl.float32) - part) * (1 / (size * GRID)), boundaries, centroids, CODE_BITS
+    codes = tl.zeros((T, DP), tl.int32)
+    nearest = tl.zeros((T, DP), tl.float32)
+    sketched = tl.zeros((DP, 1) if T == 1 else (T, DP), tl.float32)
+    # Not unrolled, because products take long to compile.
+    for _ in range(2):
+        codes, nearest, sketched, part = _rounded(
+            y, part, matrix, boundaries, centroids, size * GRID, AMPLITUDE / size, CODE_BITS, T
         )
-        sketched = _sketch_rows(y.to(tl.float32) - nearest * (size * GRID), matrix, T)
-        signs = tl.where(sketched >= 0, 1.0, -1.0)
-        part = _unsketch(signs, matrix, T) * (AMPLITUDE / size)
     y = y.to(tl.float32) * (1 / size)
     # Both have norm one.
     part = tl.where(valid[None, :], part * (1 / (AMPLITUDE * size)), 0.0)
