@@ -21,6 +21,8 @@ from .tokens import Tokens
 MAX_WAITING_TOKENS = 512
 # A layer that defers quantizing does so for prompts of at most so many tokens, in all sequences.
 MAX_DEFERRED_TOKENS = 2_048
+# Of so many tokens it keeps the query: copying it takes the host less time than summing its squares.
+MAX_KEPT_QUERIES = 512
 
 
 class TurboQuantLayer(BatchOperations, DynamicLayer):
@@ -66,10 +68,10 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         self.tokens = Tokens({}, {}, None, 0, self.config.backend)
         # What keys are conditioned by.
         self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
-        # The tokens of the last update, while they wait to be stored; and once their query was seen, whether the mask
-        # told which tokens are no padding, and which these are.
+        # The tokens of the last update, while they wait to be stored; and once their query was seen, which tokens are no
+        # padding, if the mask told, and the query, if it is not counted yet.
         self.pending: dict[str, torch.Tensor] | None = None
-        self.observed: tuple[torch.Tensor | None] | None = None
+        self.observed: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
         # Whether tokens are kept on the CPU between updates.
         self.is_offloaded = False
         # Whether a gradient could have flowed to a token that is held now.
@@ -229,7 +231,13 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
             attention_mask (`torch.Tensor`, *optional*): the mask of that query; distinguishes padding from tokens.
         """
         if query is not None and self.pending is not None and not self.is_offloaded and self._defers():
-            self._observe(query, attention_mask)
+            if self.observed is None:
+                valid = self._seen_with(query, attention_mask)
+                if query.shape[0] * query.shape[2] <= MAX_KEPT_QUERIES:
+                    self.observed = valid, query.detach().clone()
+                else:
+                    self._count(query, valid)
+                    self.observed = valid, None
         elif self.observed is None:
             self.settle(query, attention_mask)
 
@@ -241,22 +249,24 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         if self.pending is None:
             return
         with self._all_or_nothing():
-            self._observe(query, attention_mask)
-            self._store(self.pending, *self.observed)
+            valid, query = self.observed or (self._seen_with(query, attention_mask), query)
+            if query is not None:
+                self._count(query, valid)
+            self._store(self.pending, valid)
         self.pending = self.observed = None
         if self.is_offloaded:
             self.offload()
 
-    def _observe(self, query: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-        """Keeps what conditioning needs of the query of the tokens that wait; does nothing if it is known."""
-        if self.observed is not None:
-            return
-        kv_len = self.get_seq_length()
-        valid = valid_tokens(attention_mask, kv_len)
+    def _seen_with(self, query: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Which of all tokens are no padding, as far as the mask of this query tells."""
+        valid = valid_tokens(attention_mask, self.get_seq_length())
         if query is not None:
             compile_ahead(self, self.pending["keys"], self.pending["values"], query, valid is not None)
-            self.conditioning.add_query(query, valid, self.pending["keys"].shape[1], kv_len)
-        self.observed = (valid,)
+        return valid
+
+    def _count(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Tells conditioning of the query of the tokens that wait."""
+        self.conditioning.add_query(query, valid, self.pending["keys"].shape[1], self.get_seq_length())
 
     def _defers(self) -> bool:
         """
@@ -300,11 +310,11 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Within this context, an error leaves the tokens and what is known of them as they were."""
-        tokens, conditioning, observed = self.tokens.snapshot(), copy(self.conditioning), self.observed
+        tokens, conditioning = self.tokens.snapshot(), copy(self.conditioning)
         try:
             yield
         except BaseException:
-            self.tokens, self.conditioning, self.observed = tokens, conditioning, observed
+            self.tokens, self.conditioning = tokens, conditioning
             raise
 
     def _in_one_dtype(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
