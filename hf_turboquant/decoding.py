@@ -29,15 +29,20 @@ def run(
         logits = outputs.logits[:, -1].clone()
         # Some models return logits of all prompt tokens, which take much memory.
         del outputs
-        steps, mark = _steps.pop(cache, None), fingerprint(model, cache)
-        if steps is None or steps.fingerprint != mark:
-            steps = Steps(mark)
-        steps.start(model, name, model_kwargs)
+        steps = None
+
+        def step(ids: torch.Tensor) -> torch.Tensor:
+            nonlocal steps
+            if steps is None:
+                # The first token is out already: comparing fingerprints takes longer than a step.
+                steps = _begin(model, name, model_kwargs)
+            return steps(ids)
+
         ahead = _can_crop(cache) or not returned
         # Experts are computed differently in decoding than in the prefill.
         with model._optimize_model_for_decode():
             ids, scores, raw_logits, surplus = _decode(
-                steps, logits, input_ids, logits_processor, stopping_criteria, generation_config, streamer, ahead
+                step, logits, input_ids, logits_processor, stopping_criteria, generation_config, streamer, ahead
             )
         if returned:
             store_prompt(cache)
@@ -46,8 +51,9 @@ def run(
     except BaseException:
         _roll_back(cache, before)
         raise
-    steps.finish()
-    _steps[cache] = steps
+    if steps is not None:
+        steps.finish()
+        _steps[cache] = steps
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -55,12 +61,23 @@ def run(
     return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=raw_logits, **{name: cache})
 
 
-def _decode(steps, logits, ids, logits_processor, stopping_criteria, config, streamer, ahead):
+def _begin(model, name: str, model_kwargs: dict) -> Steps:
+    """The steps of a request, those captured for an earlier one if nothing has changed that they rely on."""
+    cache = model_kwargs[name]
+    steps, mark = _steps.pop(cache, None), fingerprint(model, cache)
+    if steps is None or steps.fingerprint != mark:
+        steps = Steps(mark)
+    steps.start(model, name, model_kwargs)
+    return steps
+
+
+def _decode(step, logits, ids, logits_processor, stopping_criteria, config, streamer, ahead):
     """
     Chooses tokens until all sequences have ended. With `ahead`, the next step is launched before the host looks at the
     token that it reads, so that the GPU never waits for the host.
 
     Args:
+        step (`Callable`): gives the logits after ids `[batch, tokens]`, of which only the last is new.
         logits (`torch.Tensor`): after the prompt, of shape `[batch, vocab_size]`.
 
     Returns:
@@ -94,7 +111,7 @@ def _decode(steps, logits, ids, logits_processor, stopping_criteria, config, str
         begun = ahead and not first and (max_length is None or ids.shape[1] < max_length)
         first = False
         if begun:
-            logits = steps(ids)
+            logits = step(ids)
         with host.looks():
             unfinished = unfinished & ~stopping_criteria(ids, scores)
             if streamer is not None:
@@ -103,7 +120,7 @@ def _decode(steps, logits, ids, logits_processor, stopping_criteria, config, str
         if ended:
             return ids, scores, raw_logits, int(begun)
         if not begun:
-            logits = steps(ids)
+            logits = step(ids)
 
 
 @contextmanager

@@ -217,6 +217,7 @@ def _restore(layer: TurboQuantLayer, saved: dict) -> None:
         conditioning.valid = torch.empty(batch, length, device=layer.device, dtype=torch.bool)
     if isinstance(layer, TurboQuantStaticLayer):
         conditioning.provisional = known
+        layer._condition(None, None)
         layer._write_lengths()
     elif known.centred:
         mean, scale = torch.empty((2, heads, 1, head_dim), dtype=torch.float32, device=layer.device)

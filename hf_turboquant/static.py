@@ -84,8 +84,6 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the memory, or reuses the previous sequence's; states have shape `[batch, heads, T, D]`."""
         super().lazy_initialization(key_states, value_states)
-        self._write_lengths()
-        self._condition(None, None)
         ops.warm(self.states)
 
     def _new_tokens(self, states: dict[str, torch.Tensor]) -> Tokens:
@@ -219,7 +217,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         super()._store(states, valid)
-        if self.conditioning.waits and self.tokens.length > self.tokens.sinks:
+        if self.conditioning.waits and self.tokens.length <= self.tokens.sinks:
+            self._condition(None, None)
+        elif self.conditioning.waits:
             # Whoever replays steps without telling may fill the slots: condition now by the tokens known so far.
             states = {role: self.tokens.whole(role) for role in ROLES}
             keys, self.conditioning.provisional = self.conditioning.apply(self.tokens.quantizers["keys"], states)
@@ -246,7 +246,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     @torch.compiler.disable(reason=_NOT_COMPILED)
     def measure(self) -> None:
         """Fetches the lengths from the device: steps update only the copy there."""
-        if not self.is_initialized:
+        if not self.has_tokens:
+            # Those on the device are still of the previous sequence.
             return
         states = self.states.measured()
         self.tokens.length, self.tokens.quantized = states.kv_len, states.quantized
@@ -272,6 +273,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         return super().condition
 
     def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.has_tokens:
+            self._write_lengths()
         # A copy, because compiled steps write to the arena without any Python.
         return handles(open_arena(self.arena.clone(), self.description).measured())
 

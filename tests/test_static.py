@@ -174,6 +174,15 @@ def test_reset_keeps_the_memory_for_the_same_batch():
     assert layer.arena.data_ptr() == address
     assert_same_tokens(layer, fresh)
     layer.reset()
+    # Lengths and statistics of the last sequence are still there, and must not count.
+    layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+    assert layer.keys.shape[2] == layer.get_seq_length() == 0
+    layer.reset()
+    feed(layer, keys, values, [3])
+    layer.settle()
+    neutral = layer.states.quantizers["keys"]
+    assert layer.get_seq_length() == 3 and not neutral.mean.any() and (neutral.scale == 1).all()
+    layer.reset()
     feed(layer, keys[:1], values[:1], [190, 1])
     assert layer.get_seq_length() == 191 and held(layer)[0].shape[0] == 1
 
