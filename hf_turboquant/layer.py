@@ -68,8 +68,8 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         self.tokens = Tokens({}, {}, None, 0, self.config.backend)
         # What keys are conditioned by.
         self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
-        # The tokens of the last update, while they wait to be stored; and once their query was seen, which tokens are no
-        # padding, if the mask told, and the query, if it is not counted yet.
+        # The tokens of the last update, while they wait to be stored; and once their query was seen, which tokens are
+        # no padding, if the mask told, and the query, if it is not counted yet.
         self.pending: dict[str, torch.Tensor] | None = None
         self.observed: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
         # Whether tokens are kept on the CPU between updates.

@@ -96,8 +96,8 @@ def append(states: LayerStates, key_states: torch.Tensor, value_states: torch.Te
 
 def compile_in_background(work: Callable[[], None], device: torch.device) -> None:
     """
-    Compiles the kernels that `work` would launch on `device`, in other threads. The first launch of a kernel waits for them. Does
-    nothing where there are no kernels, or Triton cannot compile in threads.
+    Compiles the kernels that `work` would launch on `device`, in other threads. The first launch of a kernel waits for
+    them. Does nothing where there are no kernels, or Triton cannot compile in threads.
     """
     if launch is not None and not launch.INTERPRETED and hasattr(launch.triton, "AsyncCompileMode"):
         launch.compile_in_background(work, device)

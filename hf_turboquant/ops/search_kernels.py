@@ -122,7 +122,7 @@ def _rounded(
     y, part, matrix, boundaries, centroids, unit: tl.constexpr, sign_unit: tl.constexpr, CODE_BITS: tl.constexpr,
     T: tl.constexpr,
 ):  # fmt: skip
-    """Codes and values nearest to what is left of y beside `part`, the sketch of what these leave, and its signs' part."""
+    """Codes and values nearest to y without `part`, the sketch of what these leave, and the part that its signs add."""
     codes, nearest = nearest_codes((y.to(tl.float32) - part) * (1 / unit), boundaries, centroids, CODE_BITS)
     sketched = _sketch_rows(y.to(tl.float32) - nearest * unit, matrix, T)
     part = _unsketch(tl.where(sketched >= 0, 1.0, -1.0), matrix, T) * sign_unit
