@@ -202,7 +202,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
             return self._wait(states)
         held, tokens = self.tokens, states["keys"].shape[2]
         before, sinks, window = held.length, held.sinks, held.window
-        coded = held.quantized > 0 or before + tokens > sinks + window
+        coded = before + tokens > sinks + window or held.quantized > 0
         if before > 0 and coded and tokens == 1:
             self.step = held.step(*states.values())
             return handles(self.step)

@@ -181,8 +181,8 @@ class Tokens:
 
     def read(self) -> LayerStates:
         """What attention reads."""
-        ring = self.exact.ring
-        return self.read_from(self.exact.tensors, self.quantized, ring, self.quantized % ring if ring else 0)
+        ring, quantized = self.exact.ring, self.quantized
+        return self.read_from(self.exact.tensors, quantized, ring, quantized % ring if ring else 0)
 
     def read_from(self, exact: dict[str, torch.Tensor], quantized: int, ring: int, phase: int) -> LayerStates:
         """The same with other slots in place of its own."""

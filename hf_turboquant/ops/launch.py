@@ -151,14 +151,15 @@ class Launcher:
 
     def __call__(self, grid: tuple[int, int, int], stream: int, args: tuple, fixed: tuple) -> None:
         """Launches with `args` and then `fixed`, which this launcher's [`fix`] must have made."""
+        postponed = _postponed.get()
         if INTERPRETED:
             self.kernel[grid](*args, *fixed, **self.constants)
-        elif is_only_compiling():
+        elif postponed is not None:
             args += fixed[: len(fixed) - len(self.values)]
             if self.kernel.__name__ in SLOW:
                 self.start(*args)
             else:
-                _postponed.get().append((self, args))
+                postponed.append((self, args))
         else:
             # The first call passes tensors, because compilation depends on their types.
             compiled = self.compiled or self.compile(*args, *fixed[: len(fixed) - len(self.values)])
