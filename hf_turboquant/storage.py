@@ -1,6 +1,5 @@
 """TokenBuffer: named tensors that grow by tokens, in place. SlotBuffer: the same for exact tokens, in fixed slots."""
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -78,7 +77,8 @@ class TokenBuffer:
 
     def snapshot(self) -> "TokenBuffer":
         """A buffer with the same tensors but its own length: it does not see later appends and moves."""
-        return copy.copy(self)
+        # `copy.copy` takes several times as long.
+        return self.over(**vars(self))
 
 
 @lru_cache(maxsize=1024)
