@@ -27,7 +27,7 @@ from rich.progress import track
 from torch.autograd import DeviceType
 from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 import hf_turboquant
 from hf_turboquant._supported import cache_name
@@ -171,6 +171,15 @@ def loop(model, caches: list[dict], batch: int, context: int, args) -> list[tupl
     return [(*times, f"{step_s / full_s:.2f}", f"{peak / 1e9:.1f}")]
 
 
+def batching_ms(model, batch: int, context: int) -> float:
+    """Time of a step of transformers' continuous batching: the difference of 72 and 8 tokens."""
+    options = {"inputs": torch.randint(3, model.config.vocab_size, (batch, context)).tolist(), "progress_bar": False}
+    lengths = (GenerationConfig(max_new_tokens=n, do_sample=False, eos_token_id=-1, pad_token_id=0) for n in (8, 72))
+    requests = [partial(model.generate_batch, generation_config=length, **options) for length in lengths]
+    (few_ms, _), (many_ms, _) = calls_ms(requests, 2, skipped=1)
+    return (many_ms - few_ms) / 64
+
+
 @torch.inference_mode()
 def prefill(model, caches: list[dict], context: int) -> list[tuple[str]]:
     """Median time of a prefill of one sequence; first prefills, which compile, don't count."""
@@ -226,6 +235,7 @@ def arguments() -> argparse.Namespace:
     mode = partial(parser.add_mutually_exclusive_group().add_argument, type=parse_count, nargs="?")
     mode("--static", const=64, help="time this many compiled steps (bare: 64)")
     mode("--loop", const=200, help="time requests of so many tokens (bare: 200)")
+    parser.add_argument("--batching", action="store_true", help="with --loop, also time transformers' generate_batch")
     add("--largest-batch", help="find the largest batch at this context")
     args = parse_for_gpu(parser)
     args.mode = "loop" if args.loop else "static" if args.static else "eager"
@@ -261,6 +271,8 @@ def main():
         for batch, context in track(shapes, description="decode steps", transient=True):
             for name, row in attempt(work, model, groups, batch, context, args):
                 print(line(f"{batch} × {context:,}", name, *row, *[""] * (len(columns) - len(row))), flush=True)
+    for batch, context in shapes if args.loop and args.batching else ():
+        print(f"generate_batch, {batch} × {context:,}: {batching_ms(model, batch, context):.1f} ms a step", flush=True)
     if args.mode != "eager":
         return
     with sdpa_kernel([CUDNN, FLASH]):
