@@ -29,6 +29,8 @@ def compile_in_background(work: Callable[[], None], device: torch.device) -> Non
         _postponed.set(postponed)
         on_device = torch.cuda.device_of(torch.empty(0, device=device))
         with on_device, ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
+            # Before its first kernel, Triton reads all of its own library, unless that has been done.
+            threads.submit(getattr(triton.runtime.cache, "triton_key", bool))
             work()
             for launcher, args in postponed:
                 launcher.start(*args)
