@@ -21,7 +21,7 @@ from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, op
 from hf_turboquant._supported import cache_name
 from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, learned, rotary_frequencies, valid_tokens
 from hf_turboquant.config import LEARNED_TOKENS
-from hf_turboquant.layer import MAX_WAITING_TOKENS, TurboQuantLayer
+from hf_turboquant.layer import MAX_KEPT_QUERIES, MAX_WAITING_TOKENS, TurboQuantLayer
 from hf_turboquant.memory import layer_memory
 from hf_turboquant.quantizer import Quantizer
 from hf_turboquant.static import STEP_TOKENS, TurboQuantStaticLayer
@@ -502,6 +502,39 @@ def test_a_deferred_prompt_is_stored_before_anybody_looks(deferring):
         assert layer.pending is None and twin.pending is None and twin.tokens.quantized == 200 - 4 - 128
     report = layer_memory(new())
     assert report.other_bytes == 0 and report.codes_bytes > 0
+
+
+# The query of a short prompt is kept, that of a longer one is counted at once.
+@pytest.mark.parametrize("tokens, kept", [(200, True), (MAX_KEPT_QUERIES + 1, False)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_deferring_changes_nothing(tokens, kept, padded, monkeypatch):
+    query, keys, values = skewed_states(tokens + 1)
+    mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
+    mask[..., :7] = not padded
+    layers = []
+    for defers in (False, True):
+        monkeypatch.setattr(TurboQuantLayer, "_defers", lambda layer, defers=defers: defers)
+        layers.append(new_layer(residual_length=16))
+        asked = query[:, :, :tokens].clone()
+        held = layers[-1].update(keys[:, :, :tokens], values[:, :, :tokens])
+        sdpa(asked, *held, attn_mask=mask, enable_gqa=True)
+        if defers:
+            assert (layers[-1].observed[1] is not None) == kept
+        # it belongs to the caller
+        asked.fill_(torch.nan)
+        layers[-1].update(keys[:, :, tokens:], values[:, :, tokens:])
+    now, later = layers
+    assert now.condition == later.condition == "attention" and now.tokens.quantized == later.tokens.quantized > 0
+    for quantizers in zip(now.tokens.quantizers.values(), later.tokens.quantizers.values(), strict=True):
+        for name in ("mean", "scale"):
+            assert_equal_or_none(*(getattr(quantizer, name) for quantizer in quantizers))
+    for role, buffer in now.tokens.codes.items():
+        for name, tensor in buffer.tensors.items():
+            assert torch.equal(tensor[:, :, 0], later.tokens.codes[role][name][:, :, 0])
+
+
+def assert_equal_or_none(one, other):
+    assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
 
 
 def test_all_layers_of_a_cache_follow_one_verdict(deferring, tmp_path):
