@@ -35,7 +35,8 @@ def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, q
 
 @lru_cache(maxsize=64)
 def _start(*args) -> None:
-    ops.compile_in_background(partial(_launch, *args), args[-1])
+    *_, device = args
+    ops.compile_in_background(partial(_launch, *args), device)
 
 
 def _launch(config, frequencies, kind, shapes, dtypes, groups, short, masked, device) -> None:

@@ -56,6 +56,13 @@ def turboquant_attention_forward(
         The output, of shape `[batch, query_length, num_attention_heads, head_dim]`, and the probabilities or `None`.
     """
     _refuse_selections(module, kwargs)
+    if are_pair(key, value) and isinstance(key.states, ExactStates):
+        options = {"position_bias": position_bias, "output_attentions": output_attentions, **kwargs}
+        how = attention_mask, scaling, dropout, softcap, s_aux, is_causal
+        out = turboquant_attention_forward(module, query, key.dequantize(), value.dequantize(), *how, **options)
+        # Only a query and a mask that attention has accepted.
+        key.states.observe(query, attention_mask)
+        return out
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query_length = query.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -93,15 +100,11 @@ def _refuse_selections(module: torch.nn.Module, kwargs: dict) -> None:
 
 
 def _plain_where_needed(query, key, value, attention_mask):
-    """Keys, values and mask, plain where tokens wait for this query, or where gradients flow: codes have none."""
-    if are_pair(key, value):
-        if isinstance(key.states, ExactStates):
-            key.states.observe(query, attention_mask)
-            key, value = key.dequantize(), value.dequantize()
-        elif key.states.training is not None or ops.trains(query):
-            states = key.states.measured()
-            key, value = (ops.dequantize_all(states, role) for role in ROLES)
-            attention_mask = None if attention_mask is None else attention_mask[..., : states.kv_len]
+    """Keys, values and mask, plain where gradients flow: codes have none."""
+    if are_pair(key, value) and (key.states.training is not None or ops.trains(query)):
+        states = key.states.measured()
+        key, value = (ops.dequantize_all(states, role) for role in ROLES)
+        attention_mask = None if attention_mask is None else attention_mask[..., : states.kv_len]
     return key, value, attention_mask
 
 

@@ -229,7 +229,8 @@ def _turns(frequencies: tuple[float, ...], first: int, stop: int, step: int, dev
 
 def valid_tokens(attention_mask: torch.Tensor | None, kv_len: int) -> torch.Tensor | None:
     """Boolean of shape `[batch, kv_len]`: the tokens that the last query may attend to; `None` if all count."""
-    if attention_mask is None or attention_mask.dim() != 4 or attention_mask.shape[-1] < kv_len:
+    shape = () if attention_mask is None else attention_mask.shape
+    if len(shape) != 4 or shape[2] == 0 or shape[3] < kv_len:
         return None
     last = attention_mask[:, 0, -1, :kv_len]
     # Additive masks hide tokens with the dtype's lowest value or -inf.

@@ -90,10 +90,12 @@ class QuantizedStates(torch.Tensor):
             if call is not None and isinstance(call["states"], LayerStates):
                 return ops.attention(**call)
             if call is not None:
-                call["states"].observe(call["query"], call["attention_mask"])
                 # Attention writes to nothing and returns memory of its own, so it needs nothing of `_call_plain`.
                 plain_args = [x.dequantize() if isinstance(x, cls) else x for x in args]
-                return func(*plain_args, **{k: x.dequantize() if isinstance(x, cls) else x for k, x in kwargs.items()})
+                out = func(*plain_args, **{k: x.dequantize() if isinstance(x, cls) else x for k, x in kwargs.items()})
+                # Only a query and a mask that attention has accepted.
+                call["states"].observe(call["query"], call["attention_mask"])
+                return out
         elif func is torch.Tensor.to and isinstance(args[0], cls):
             # Models that share a layer's states move them to the device that they are already on.
             like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)

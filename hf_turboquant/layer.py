@@ -21,8 +21,8 @@ from .tokens import Tokens
 MAX_WAITING_TOKENS = 512
 # A layer that defers quantizing does so for prompts of at most so many tokens, in all sequences.
 MAX_DEFERRED_TOKENS = 2_048
-# Of so many tokens it keeps the query: copying it takes the host less time than summing its squares.
-MAX_KEPT_QUERIES = 512
+# Up to this size it keeps the query of such a prompt: copying it takes the host less time than summing its squares.
+MAX_QUERY_BYTES = 2**22
 
 
 class TurboQuantLayer(BatchOperations, DynamicLayer):
@@ -91,6 +91,12 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         # Otherwise each copy would quantize the prompt again.
         self._store_deferred()
         return dict(vars(self))
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self.is_initialized and torch.is_inference_mode_enabled():
+            # What is copied there cannot be written to outside.
+            self.tokens = self.tokens.mapped(torch.clone)
 
     def _store_deferred(self) -> None:
         if self.observed is not None:
@@ -232,8 +238,10 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         """
         if query is not None and self.pending is not None and not self.is_offloaded and self._defers():
             if self.observed is None:
-                valid = self._seen_with(query, attention_mask)
-                if query.shape[0] * query.shape[2] <= MAX_KEPT_QUERIES:
+                valid = self._look_at(query, attention_mask)
+                # Query and mask belong to the caller.
+                valid = None if valid is None else valid.clone()
+                if query.nbytes <= MAX_QUERY_BYTES:
                     self.observed = valid, query.detach().clone()
                 else:
                     self._count(query, valid)
@@ -249,7 +257,10 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         if self.pending is None:
             return
         with self._all_or_nothing():
-            valid, query = self.observed or (self._seen_with(query, attention_mask), query)
+            if self.observed is not None:
+                valid, query = self.observed
+            else:
+                valid = self._look_at(query, attention_mask)
             if query is not None:
                 self._count(query, valid)
             self._store(self.pending, valid)
@@ -257,8 +268,8 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         if self.is_offloaded:
             self.offload()
 
-    def _seen_with(self, query: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Which of all tokens are no padding, as far as the mask of this query tells."""
+    def _look_at(self, query: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Starts to compile for such queries; returns which of all tokens are no padding, as far as the mask tells."""
         valid = valid_tokens(attention_mask, self.get_seq_length())
         if query is not None:
             compile_ahead(self, self.pending["keys"], self.pending["values"], query, valid is not None)

@@ -55,8 +55,8 @@ class MemoryReport:
     def __str__(self) -> str:
         held = {name.removesuffix("_bytes"): getattr(self, name) for name in _PARTS}
         parts = ", ".join(f"{name} {readable(count)}" for name, count in held.items() if count)
-        ratio = f"{self.compression_ratio:.2f} times smaller"
-        if self.compression_ratio < 1:
+        ratio = f"{self.compression_ratio:.2f} times smaller" if self.full_bytes else "no tokens"
+        if 0 < self.compression_ratio < 1:
             later = f"; smaller from about {self.smaller_from:,} tokens on" if self.smaller_from else ""
             ratio = f"{1 / self.compression_ratio:.1f} times larger{later}"
         return f"{readable(self.total_bytes)} in place of {readable(self.full_bytes)}: {ratio} ({parts or 'empty'})"

@@ -8,6 +8,7 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 
 from . import ops
 from .arena import describe, new_arena, open_arena
+from .conditioning import NOT_CONDITIONED
 from .config import TurboQuantConfig
 from .handle import handles
 from .layer import TurboQuantLayer
@@ -37,7 +38,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     Steps of one or a few tokens do the same work at every length and read both lengths from device memory, so that
     `torch.compile` and CUDA graphs can hold them, and eager steps need not wait for the device. All other updates use
     the base class, which needs the lengths on the host. Between them `most_tokens` is an upper bound on the host:
-    callers that replay a graph must call `count`, and `measure` fetches the exact lengths.
+    callers that replay a graph must call `count`, and `measure` fetches the exact lengths. No step may come before the
+    first prompt is stored.
 
     Tokens wait to be learned from in the exact slots, of which there are `config.held_length` beside the sinks. Before
     a step that no longer fits there, the host conditions keys; the step itself is the same before and afterwards.
@@ -118,6 +120,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         vars(self).update(state)
         self.tokens = Tokens({}, {}, None, 0, self.config.backend)
         if self.is_initialized:
+            with torch.inference_mode(False):
+                # What is copied in inference mode cannot be written to outside.
+                self.arena = self.arena.clone() if self.arena.is_inference() else self.arena
             torch._dynamo.mark_static_address(self.arena)
             self.tokens = self._opened()
             self.measure()
@@ -218,6 +223,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         super()._store(states, valid)
         if self.conditioning.waits and self.tokens.length <= self.tokens.sinks:
+            self.conditioning.provisional = NOT_CONDITIONED
             self._condition(None, None)
         elif self.conditioning.waits:
             # Whoever replays steps without telling may fill the slots: condition now by the tokens known so far.

@@ -478,6 +478,9 @@ def test_short_texts_say_from_where_on_the_cache_is_smaller(options):
     never = TurboQuantCache(CONFIG, max_cache_len=40)
     never.update(*states(20), 0)
     assert "times larger (" in str(never.memory())
+    never.reset()
+    never.early_initialization(2, 2, 32, torch.float32, "cpu")
+    assert "in place of 0 B: no tokens (" in str(never.memory())
 
 
 def test_a_preset_takes_every_option_of_the_cache():

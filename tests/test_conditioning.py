@@ -19,9 +19,10 @@ from transformers import (
 import hf_turboquant.layer
 from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
 from hf_turboquant._supported import cache_name
+from hf_turboquant.attention import turboquant_attention_forward
 from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, learned, rotary_frequencies, valid_tokens
 from hf_turboquant.config import LEARNED_TOKENS
-from hf_turboquant.layer import MAX_KEPT_QUERIES, MAX_WAITING_TOKENS, TurboQuantLayer
+from hf_turboquant.layer import MAX_WAITING_TOKENS, TurboQuantLayer
 from hf_turboquant.memory import layer_memory
 from hf_turboquant.quantizer import Quantizer
 from hf_turboquant.static import STEP_TOKENS, TurboQuantStaticLayer
@@ -346,6 +347,7 @@ def test_degenerate_statistics_fall_back(spoil, kind):
 
 def test_masks_that_say_nothing():
     assert valid_tokens(None, 5) is None
+    assert valid_tokens(torch.ones(1, 1, 0, 5, dtype=torch.bool), 5) is None
     assert valid_tokens(torch.ones(1, 1, 1, 3, dtype=torch.bool), 5) is None
 
 
@@ -504,24 +506,26 @@ def test_a_deferred_prompt_is_stored_before_anybody_looks(deferring):
     assert report.other_bytes == 0 and report.codes_bytes > 0
 
 
-# The query of a short prompt is kept, that of a longer one is counted at once.
-@pytest.mark.parametrize("tokens, kept", [(200, True), (MAX_KEPT_QUERIES + 1, False)])
+# A small query is kept, a larger one is counted at once.
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
-def test_deferring_changes_nothing(tokens, kept, padded, monkeypatch):
-    query, keys, values = skewed_states(tokens + 1)
-    mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
-    mask[..., :7] = not padded
+def test_deferring_changes_nothing(kept, padded, monkeypatch):
+    tokens, (query, keys, values) = 200, skewed_states(201)
+    if not kept:
+        monkeypatch.setattr("hf_turboquant.layer.MAX_QUERY_BYTES", query[:, :, :tokens].nbytes - 1)
     layers = []
     for defers in (False, True):
         monkeypatch.setattr(TurboQuantLayer, "_defers", lambda layer, defers=defers: defers)
         layers.append(new_layer(residual_length=16))
-        asked = query[:, :, :tokens].clone()
+        asked, mask = query[:, :, :tokens].clone(), torch.ones(1, 1, 1, tokens, dtype=torch.bool)
+        mask[..., :7] = not padded
         held = layers[-1].update(keys[:, :, :tokens], values[:, :, :tokens])
         sdpa(asked, *held, attn_mask=mask, enable_gqa=True)
         if defers:
             assert (layers[-1].observed[1] is not None) == kept
-        # it belongs to the caller
+        # both belong to the caller
         asked.fill_(torch.nan)
+        mask.fill_(True)
         layers[-1].update(keys[:, :, tokens:], values[:, :, tokens:])
     now, later = layers
     assert now.condition == later.condition == "attention" and now.tokens.quantized == later.tokens.quantized > 0
@@ -531,6 +535,33 @@ def test_deferring_changes_nothing(tokens, kept, padded, monkeypatch):
     for role, buffer in now.tokens.codes.items():
         for name, tensor in buffer.tensors.items():
             assert torch.equal(tensor[:, :, 0], later.tokens.codes[role][name][:, :, 0])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "turboquant"])
+@pytest.mark.parametrize("defers", [False, True])
+@pytest.mark.parametrize("wrong", ["heads", "head_dim", "dtype", "mask"])
+def test_a_query_that_attention_refuses_counts_for_nothing(wrong, defers, attention, monkeypatch):
+    monkeypatch.setattr(TurboQuantLayer, "_defers", lambda layer: defers)
+    query, keys, values = skewed_states(200)
+    mask = torch.ones(1, 1, 200, 200, dtype=torch.bool)
+    bad = {"heads": (query[:, :3], mask), "head_dim": (query[..., :60], mask), "dtype": (query.int(), mask)}
+
+    def attend(query, handles, mask):
+        if attention == "sdpa":
+            return sdpa(query, *handles, attn_mask=mask, enable_gqa=True)
+        return turboquant_attention_forward(torch.nn.Module(), query, *handles, mask, output_attentions=True)
+
+    layer, expected = (new_layer(residual_length=16) for _ in range(2))
+    handles = layer.update(keys, values)
+    with pytest.raises((RuntimeError, ValueError)):
+        asked, seen = bad.get(wrong, (query, mask[..., :150]))
+        attend(asked, handles, seen)
+    for each, given in ((layer, handles), (expected, expected.update(keys, values))):
+        attend(query, given, mask)
+        each.update(keys[:, :, :1], values[:, :, :1])
+    assert layer.condition == expected.condition == "attention"
+    means = (each.tokens.quantizers["keys"].mean for each in (layer, expected))
+    assert_equal_or_none(*means)
 
 
 def assert_equal_or_none(one, other):

@@ -187,6 +187,22 @@ def test_reset_keeps_the_memory_for_the_same_batch():
     assert layer.get_seq_length() == 191 and held(layer)[0].shape[0] == 1
 
 
+def test_a_crop_into_the_sinks_forgets_what_keys_would_be_conditioned_by():
+    layer = new_layer(300, condition="center", sink_length=64, residual_length=8)
+    keys, values = states(400)
+    feed(layer, 5 + keys, values, [150])
+    layer.settle()
+    layer.crop(-130)
+    feed(layer, 5 + keys, values, [40], start=20)
+    layer.settle()
+    for token in range(60, 260):
+        # as a graph that somebody replays without telling
+        ops.append(layer.states, *(x[:, :, token : token + 1] for x in (keys, values)))
+    layer.measure()
+    assert layer.tokens.quantized > 0 and not layer.conditioning.waits
+    assert (layer.condition == "center") == bool(layer.states.quantizers["keys"].mean.any())
+
+
 @pytest.mark.parametrize("length", [20, 100, 250])
 def test_crop_reorder_repeat_and_select(length):
     options = {"residual_length": 16}
@@ -208,6 +224,19 @@ def test_crop_reorder_repeat_and_select(length):
         feed(each, *states(20, batch=3), [1] * 20)
     assert held(layer)[0].shape[0] == 3
     assert_same_tokens(layer, grows)
+
+
+@pytest.mark.parametrize("capacity", [300, None])
+def test_a_copy_made_in_inference_mode_goes_on_outside(capacity):
+    kind, (keys, values) = TurboQuantLayer if capacity is None else TurboQuantStaticLayer, states(202)
+    layer = kind(TurboQuantConfig(max_cache_len=capacity, condition="center"), 0)
+    feed(layer, keys, values, [200])
+    layer.settle()
+    with torch.inference_mode():
+        twins = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    for each in (layer, *twins):
+        feed(each, keys, values, [1, 1], start=200)
+        assert_same_tokens(each, layer)
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,11 @@ def compile_in_background(work: Callable[[], None], device: torch.device) -> Non
         with on_device, ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
             # Before its first kernel, Triton reads all of its own library, unless that has been done.
             threads.submit(getattr(triton.runtime.cache, "triton_key", bool))
-            work()
-            for launcher, args in postponed:
-                launcher.start(*args)
+            try:
+                work()
+            finally:
+                for launcher, args in postponed:
+                    launcher.start(*args)
             if device.type == "cuda":
                 # Constants that `work` made must be ready on every stream.
                 torch.cuda.current_stream().synchronize()

@@ -74,13 +74,14 @@ def warmup(self, *args, grid, **options):
     given = dict(zip(self.arg_names, args)) | options
     assert given.keys() >= set(self.arg_names), self.__name__
     seen.add((self.__name__, given.get("MASK")))
+    order.append(self.__name__)
 
 
 def fail(*args):
     raise AssertionError("launched")
 
 
-JITFunction.warmup, launch.launch = warmup, fail
+JITFunction.warmup, launch.launch, order = warmup, fail, []
 attend.supports = encode.supports = statistics.supports = lambda *args: None
 kind, capacity = (TurboQuantStaticLayer, 4096) if sys.argv[1] == "static" else (TurboQuantLayer, None)
 config = TurboQuantConfig(backend="triton", max_cache_len=capacity)
@@ -92,6 +93,18 @@ for _ in range(2):
     assert not launch.is_only_compiling()
     print(json.dumps(sorted(seen, key=str)))
     seen.clear()
+# what takes long begins first
+assert {*order} > {*launch.SLOW} and order == sorted(order, key=lambda name: name not in launch.SLOW)
+order.clear()
+attend.attention = fail
+ahead._start(config, None, kind, (4, 64, 64), half, 4, True, False, torch.device("cpu"))
+try:
+    launch._in_background[0].result()
+except AssertionError:
+    # and what comes after it is compiled even if an error comes first
+    assert "sum_kernel" in order
+else:
+    raise AssertionError("the error is lost")
 """
 )
 
