@@ -124,7 +124,7 @@ class Steps:
         """Releases everything that the next request does not need."""
         self.model = self.cache = self.name = self.model_kwargs = None
 
-    def start(self, model, name: str, model_kwargs: dict) -> None:
+    def start(self, model, name: str, model_kwargs: dict, input_ids: torch.Tensor) -> None:
         """Starts after a prefill, with `generate`'s `model_kwargs` for the next step and the cache under `name`."""
         self.model, self.name, self.model_kwargs = model, name, model_kwargs
         self.cache = cache = model_kwargs[name]
@@ -134,17 +134,14 @@ class Steps:
         others = {key: x for key, x in model_kwargs.items() if key not in (name, "attention_mask", "position_ids")}
         moving = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(others))
         self.inside = stays and kinds <= set(COUNTED_ON_DEVICE) and not moving
-        self.fresh = True
+        store_prompt(cache)
+        if self.inside:
+            self._load(self._at_start(input_ids))
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits of the next token, of shape `[batch, vocab_size]`, after the last of `input_ids` `[batch, tokens]`."""
         captures = self.can_capture and not self.failed
-        fresh, self.fresh = self.fresh, False
-        if fresh:
-            store_prompt(self.cache)
         if self.inside:
-            if fresh:
-                self._load(self._at_start(input_ids))
             self.static["input_ids"].copy_(input_ids[:, -1:])
         elif captures:
             inputs = self._prepare(input_ids, self.model_kwargs)

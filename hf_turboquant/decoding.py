@@ -35,7 +35,7 @@ def run(
             nonlocal steps
             if steps is None:
                 # The first token is out already: comparing fingerprints takes longer than a step.
-                steps = _begin(model, name, model_kwargs)
+                steps = _begin(model, name, model_kwargs, ids)
             return steps(ids)
 
         ahead = _can_crop(cache) or not returned
@@ -61,13 +61,13 @@ def run(
     return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=raw_logits, **{name: cache})
 
 
-def _begin(model, name: str, model_kwargs: dict) -> Steps:
+def _begin(model, name: str, model_kwargs: dict, ids: torch.Tensor) -> Steps:
     """The steps of a request, those captured for an earlier one if nothing has changed that they rely on."""
     cache = model_kwargs[name]
     steps, mark = _steps.pop(cache, None), fingerprint(model, cache)
     if steps is None or steps.fingerprint != mark:
         steps = Steps(mark)
-    steps.start(model, name, model_kwargs)
+    steps.start(model, name, model_kwargs, ids)
     return steps
 
 
