@@ -52,19 +52,15 @@ CACHES = {
 COLUMNS = {
     "eager": ("step (ms)", "host (ms)", "GPU busy (ms)", "peak memory (GB)", "cache (GB)"),
     "static": ("step (ms)", "GPU busy (ms)", "first steps (s)", "peak memory (GB)", "cache (GB)"),
-    "loop": (
-        "first request: first token (s)", "then to full speed (s)", "first token (s)", "step (ms)",
-        "ideal, fp16 KV (ms)", "ideal, codes (ms)", "of fp16 ideal", "peak memory (GB)",
-    ),
+    "loop": ("first request: first token (s)", "then to full speed (s)", "first token (s)", "step (ms)",
+             "ideal, fp16 KV (ms)", "ideal, codes (ms)", "of fp16 ideal", "peak memory (GB)"),
 }  # fmt: skip
-# Tokens filled at a time, of all sequences together.
-FILLED_TOKENS = 2**18
 
 
 def fill(cache, config, batch: int, context: int) -> None:
     """Fills every layer with random keys and values of `context` tokens, as a prefill leaves them."""
     # A large batch is filled in pieces, because its states would take memory that the cache needs.
-    piece = max(1, FILLED_TOKENS // batch)
+    piece = max(1, 2**18 // batch)
     for layer_idx in range(config.num_hidden_layers):
         for start in range(0, context, piece):
             shape = (batch, config.num_key_value_heads, min(piece, context - start), config.head_dim)

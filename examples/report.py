@@ -11,7 +11,6 @@ import torch
 from hf_turboquant.evaluation.caches import parse
 from hf_turboquant.evaluation.load import machine
 
-# Where the benchmarks run.
 DEVICE = "cuda"
 
 
