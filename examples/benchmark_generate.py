@@ -231,7 +231,7 @@ def arguments() -> argparse.Namespace:
     mode = partial(parser.add_mutually_exclusive_group().add_argument, type=parse_count, nargs="?")
     mode("--static", const=64, help="time this many compiled steps (bare: 64)")
     mode("--loop", const=200, help="time requests of so many tokens (bare: 200)")
-    parser.add_argument("--batching", action="store_true", help="with --loop, also time transformers' generate_batch")
+    parser.add_argument("--batching", action="store_true", help="also time steps of transformers' generate_batch")
     add("--largest-batch", help="find the largest batch at this context")
     args = parse_for_gpu(parser)
     args.mode = "loop" if args.loop else "static" if args.static else "eager"
@@ -267,7 +267,7 @@ def main():
         for batch, context in track(shapes, description="decode steps", transient=True):
             for name, row in attempt(work, model, groups, batch, context, args):
                 print(line(f"{batch} × {context:,}", name, *row, *[""] * (len(columns) - len(row))), flush=True)
-    for batch, context in shapes if args.loop and args.batching else ():
+    for batch, context in shapes if args.batching else ():
         print(f"generate_batch, {batch} × {context:,}: {batching_ms(model, batch, context):.1f} ms a step", flush=True)
     if args.mode != "eager":
         return

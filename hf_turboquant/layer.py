@@ -239,13 +239,11 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         if query is not None and self.pending is not None and not self.is_offloaded and self._defers():
             if self.observed is None:
                 valid = self._look_at(query, attention_mask)
-                # Query and mask belong to the caller.
-                valid = None if valid is None else valid.clone()
-                if query.nbytes <= MAX_QUERY_BYTES:
-                    self.observed = valid, query.detach().clone()
-                else:
+                if query.nbytes > MAX_QUERY_BYTES:
                     self._count(query, valid)
-                    self.observed = valid, None
+                    query = None
+                # Copies, because query and mask belong to the caller.
+                self.observed = tuple(None if x is None else x.detach().clone() for x in (valid, query))
         elif self.observed is None:
             self.settle(query, attention_mask)
 

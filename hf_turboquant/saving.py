@@ -127,11 +127,9 @@ def load_cache(cls, folder: str | Path, config: PreTrainedConfig | None, device:
 
 def model_fields(config: PreTrainedConfig) -> dict:
     """The fields that distinguish a model from others, as json represents them."""
-    text = config.get_text_config(decoder=True)
-    # Not by attribute: if layers differ, the config refuses to give one value for all of them. `to_dict` copies all.
-    fields = text.to_dict() if getattr(text, "is_heterogeneous", False) else vars(text)
-    known = {name: fields.get(name) for name in MODEL_FIELDS} | {"model_type": text.model_type}
-    return json.loads(json.dumps(known, default=str))
+    # Not by attribute: if layers differ, the config refuses to give one value for all of them.
+    text = config.get_text_config(decoder=True).to_dict()
+    return json.loads(json.dumps({name: text.get(name) for name in MODEL_FIELDS}, default=str))
 
 
 def _recognised(cache) -> dict:
