@@ -9,10 +9,10 @@ from . import ops
 from .conditioning import HORIZON
 
 
-def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, query: torch.Tensor, masked: bool):
+def note_launches(layer, key_states: torch.Tensor, value_states: torch.Tensor, query: torch.Tensor, masked: bool):
     """
-    Starts to compile, in other threads, what the prompt and decode steps of `layer` will launch on a GPU. The first of
-    these launches waits for that. Triton keeps the kernels on disk for later processes.
+    Notes what the prompt and decode steps of `layer` will launch on a GPU, for [`compile_noted`]: if the prompt is
+    quantized later, compiling it at once would delay the first token, because Triton's front end is Python.
 
     Args:
         layer (`TurboQuantLayer`): before its first token is quantized.
@@ -30,7 +30,17 @@ def compile_ahead(layer, key_states: torch.Tensor, value_states: torch.Tensor, q
             layer.verdict["compiled"] = kind
             # Kernels are the same for every capacity, and requests have many.
             config = replace(layer.config, max_cache_len=1) if layer.config.max_cache_len else layer.config
-            _start(config, None if layer.frequencies is None else tuple(layer.frequencies), *kind)
+            frequencies = None if layer.frequencies is None else tuple(layer.frequencies)
+            layer.verdict.setdefault("to_compile", []).append((config, frequencies, *kind))
+
+
+def compile_noted(layer) -> None:
+    """
+    Starts to compile, in other threads, what was noted for the layers of a cache. The first of the launches waits for
+    that. Triton keeps the kernels on disk for later processes.
+    """
+    for noted in layer.verdict.pop("to_compile", ()):
+        _start(*noted)
 
 
 @lru_cache(maxsize=64)

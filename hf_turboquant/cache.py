@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from . import ops
 from .conditioning import known_head_dims, layer_kinds, rotary_frequencies
 from .config import KEYWORDS, PRESETS, TurboQuantConfig, check_names
 from .hybrid import TurboQuantHybridLayer, TurboQuantStaticHybridLayer
@@ -85,6 +86,8 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
                 "`offloading` must be False with `max_cache_len`: compiled steps have the addresses of the tokens. "
                 "Leave one of them out."
             )
+        if self.options.backend != "torch":
+            ops.start_compiler()
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         if self.options.max_cache_len is not None:
             self.layers = _static_layers(config, self.options.max_cache_len)

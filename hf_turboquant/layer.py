@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from . import ops
-from .ahead import compile_ahead
+from .ahead import compile_noted, note_launches
 from .batch import BatchOperations
 from .conditioning import Conditioning, valid_tokens
 from .config import TurboQuantConfig
@@ -259,6 +259,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
                 valid, query = self.observed
             else:
                 valid = self._look_at(query, attention_mask)
+            compile_noted(self)
             if query is not None:
                 self._count(query, valid)
             self._store(self.pending, valid)
@@ -267,10 +268,10 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
             self.offload()
 
     def _look_at(self, query: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Starts to compile for such queries; returns which of all tokens are no padding, as far as the mask tells."""
+        """Which of all tokens are no padding, as far as the mask tells; notes what to compile for such queries."""
         valid = valid_tokens(attention_mask, self.get_seq_length())
         if query is not None:
-            compile_ahead(self, self.pending["keys"], self.pending["values"], query, valid is not None)
+            note_launches(self, self.pending["keys"], self.pending["values"], query, valid is not None)
         return valid
 
     def _count(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import hf_turboquant.layer
-from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ops
+from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, ahead, ops
 from hf_turboquant._supported import cache_name
 from hf_turboquant.attention import turboquant_attention_forward
 from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, learned, rotary_frequencies, valid_tokens
@@ -504,6 +504,23 @@ def test_a_deferred_prompt_is_stored_before_anybody_looks(deferring):
         assert layer.pending is None and twin.pending is None and twin.tokens.quantized == 200 - 4 - 128
     report = layer_memory(new())
     assert report.other_bytes == 0 and report.codes_bytes > 0
+
+
+def test_kernels_are_compiled_when_the_prompt_is_stored(deferring, monkeypatch):
+    """By then the first token is out, which Triton's front end, in Python, would have delayed."""
+    started = []
+    monkeypatch.setattr(ahead, "_start", lambda *noted: started.append((noted, layer.tokens.length)))
+    monkeypatch.setattr(
+        "hf_turboquant.layer.note_launches",
+        lambda layer, *states: layer.verdict.setdefault("to_compile", []).append((layer.layer_idx,)),
+    )
+    layer = new_layer()
+    queries, keys, values = skewed_states(200)
+    list(feed(layer, [199], queries, keys, values))
+    assert layer.observed is not None and not started
+    layer.update(keys[:, :, 199:], values[:, :, 199:])
+    # before the first launch
+    assert started == [((layer.layer_idx,), 0)] and layer.tokens.length == 200
 
 
 # A small query is kept, a larger one is counted at once.

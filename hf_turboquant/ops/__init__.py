@@ -94,6 +94,12 @@ def append(states: LayerStates, key_states: torch.Tensor, value_states: torch.Te
     (kernels.pop() if len(kernels) == 1 else reference.append)(states, new)
 
 
+def start_compiler() -> None:
+    """Starts what compiling takes before the first kernel, in other threads, if a GPU is in use."""
+    if launch is not None and not launch.INTERPRETED and torch.cuda.is_initialized():
+        launch.start_compiler()
+
+
 def compile_in_background(work: Callable[[], None], device: torch.device) -> None:
     """
     Compiles the kernels that `work` would launch on `device`, in other threads. The first launch of a kernel waits for

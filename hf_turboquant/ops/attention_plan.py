@@ -35,10 +35,12 @@ class QuantizerConstants:
 
     def __init__(self, quantizer: Quantizer):
         codebook, sketch = quantizer.codebook, quantizer.sketch
-        # A⁻ᵀ and S A⁻ᵀ with the units of their integers, made on the host, where looking at them makes nothing wait.
-        self.hosted = [_integers(quantizer.dual[0].cpu().double())]
+        matrices = [quantizer.dual[0].double()]
         if sketch is not None:
-            self.hosted.append(_integers(sketch.cpu().double() @ self.hosted[0][0]))
+            matrices.append(sketch.double() @ matrices[0])
+        # A⁻ᵀ and S A⁻ᵀ with the units of their integers. On the host, looking at them makes nothing wait, and in numpy,
+        # because torch's threads would go on to spin on the cores that compile kernels.
+        self.hosted = [_integers(matrix.cpu().numpy()) for matrix in matrices]
         # Scale and mean of keys that have none.
         shape = 1, 1, quantizer.head_dim
         self.neutral = quantizer.dual.new_ones(shape), quantizer.dual.new_zeros(shape)
@@ -69,14 +71,14 @@ class QuantizerConstants:
             order = operand_dimensions(quantizer.nbits, quantizer.head_dim, portable)
             inner = order >= 0
             shape = len(self.hosted), 2, len(order), triton.next_power_of_2(quantizer.head_dim)
-            out = self.hosted[0][0].new_zeros(shape)
+            out = np.zeros(shape, dtype=np.int8)
             for (matrix, unit, _), to in zip(self.hosted, out, strict=True):
-                integers = (matrix / unit).round()
-                high = ((integers + 64) / 128).floor()
+                integers = np.round(matrix / unit)
+                high = np.floor((integers + 64) / 128)
                 to[0, inner, : quantizer.head_dim] = high[order[inner]]
                 to[1, inner, : quantizer.head_dim] = (integers - 128 * high)[order[inner]]
             # Integers below 64 need no high terms.
-            return out[:, int(not out[:, 0].any()) :].to(quantizer.dual.device, torch.int8)
+            return torch.from_numpy(out[:, int(not out[:, 0].any()) :]).to(quantizer.dual.device)
 
         return self._keep("query", portable, make)
 
@@ -93,7 +95,8 @@ class QuantizerConstants:
         """The matrices that multiply rotated vectors and signs, A⁻ᵀ and κS A⁻ᵀ, `[operators, head_dim, head_dim]`."""
 
         def make() -> torch.Tensor:
-            return torch.stack([matrix for matrix, _, _ in self.hosted]).to(quantizer.dual.device, dtype)
+            matrices = np.stack([matrix for matrix, _, _ in self.hosted])
+            return torch.from_numpy(matrices).to(quantizer.dual.device, dtype)
 
         return self._keep("decode", dtype, make)
 
@@ -104,32 +107,32 @@ class QuantizerConstants:
         return matrices
 
 
-def _integers(matrix: torch.Tensor) -> tuple[torch.Tensor, float, float]:
+def _integers(matrix: np.ndarray) -> tuple[np.ndarray, float, float]:
     """
     A matrix, the unit in which its entries are integers of at most 14 bits, and a bound on the coordinates of its
     product with a vector of norm one. Rotations and sketches by Hadamard matrices, and their products, are multiples of
     a unit that leaves integers of 7 bits.
     """
     # After a random rotation, six standard deviations are never reached.
-    bound = float(matrix.norm(dim=1).max()) * min(1, 6 / len(matrix) ** 0.5)
+    bound = float(np.linalg.norm(matrix, axis=1).max()) * min(1, 6 / len(matrix) ** 0.5)
     for unit in (len(matrix) ** -0.5, 2 * len(matrix) ** -1.5):
         integers = matrix / unit
-        if integers.abs().max() < 64.5 and (integers - integers.round()).abs().max() < 1e-4:
+        if np.abs(integers).max() < 64.5 and np.abs(integers - np.round(integers)).max() < 1e-4:
             return matrix, unit, bound
-    return matrix, float(matrix.abs().max()) / 16256, bound
+    return matrix, float(np.abs(matrix).max()) / 16256, bound
 
 
-def operand_dimensions(nbits: int, head_dim: int, portable: bool) -> torch.Tensor:
+def operand_dimensions(nbits: int, head_dim: int, portable: bool) -> np.ndarray:
     """The coordinate of every element of the operands of keys, `COUNT · WIDTH` in all; -1 where there is none."""
     stride, first, step = operand_offsets(nbits)
     count = len(first)
-    element = torch.arange(operand_width(nbits, head_dim), device="cpu")
+    element = np.arange(operand_width(nbits, head_dim))
     if portable:
         parts = [element * count + i for i in range(count)]
     else:
         parts = [element // 4 * stride + start + element % 4 * step for start in first]
-    order = torch.cat(parts)
-    return torch.where(order < head_dim, order, -1)
+    order = np.concatenate(parts)
+    return np.where(order < head_dim, order, -1)
 
 
 def operand_width(nbits: int, head_dim: int) -> int:

@@ -5,10 +5,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial
+from threading import Lock
 
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import ASTSource
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -19,6 +21,29 @@ _postponed: ContextVar[list[tuple] | None] = ContextVar("postponed", default=Non
 SLOW = "quantize_kernel", "step_kernel", "attend_kernel", "prepare_kernel"
 # What compiles in another thread; the first real launch of a kernel waits for it.
 _in_background: list[Future] = []
+_front_end = Lock()
+
+
+class _Source(ASTSource):
+    """
+    A kernel's source whose front end waits for those of others. It is Python, so that several at once would all be done
+    when the last of them is, while one by one, most kernels are in the hands of other compilers early.
+    """
+
+    def make_ir(self, *args, **kwargs):
+        with _front_end:
+            return super().make_ir(*args, **kwargs)
+
+
+@lru_cache(maxsize=1)
+def start_compiler() -> list[Future]:
+    """Starts, in other threads, what Triton does before its first kernel; returns that."""
+    # It reads all of its own library, and has a C compiler make its driver.
+    work = getattr(triton.runtime.cache, "triton_key", bool), lambda: triton.runtime.driver.active
+    threads = ThreadPoolExecutor(len(work))
+    futures = [threads.submit(function) for function in work]
+    threads.shutdown(wait=False)
+    return futures
 
 
 def compile_in_background(work: Callable[[], None], device: torch.device) -> None:
@@ -29,8 +54,6 @@ def compile_in_background(work: Callable[[], None], device: torch.device) -> Non
         _postponed.set(postponed)
         on_device = torch.cuda.device_of(torch.empty(0, device=device))
         with on_device, ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
-            # Before its first kernel, Triton reads all of its own library, unless that has been done.
-            threads.submit(getattr(triton.runtime.cache, "triton_key", bool))
             try:
                 work()
             finally:
@@ -40,6 +63,7 @@ def compile_in_background(work: Callable[[], None], device: torch.device) -> Non
                 # Constants that `work` made must be ready on every stream.
                 torch.cuda.current_stream().synchronize()
 
+    start_compiler()
     thread = ThreadPoolExecutor(1)
     _in_background.append(thread.submit(compile))
     thread.shutdown(wait=False)
@@ -147,6 +171,10 @@ class Launcher:
 
     def start(self, *args) -> None:
         """Starts to compile within `triton.AsyncCompileMode`."""
+        wait(start_compiler())
+        # Triton sets the attribute when a kernel first sees the device.
+        if torch.cuda.is_available() and self.kernel.device_caches[torch.cuda.current_device()]:
+            self.kernel.ASTSource = _Source
         kernel = self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
         future = getattr(kernel, "future", None)
         if future is not None:

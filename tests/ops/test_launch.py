@@ -10,6 +10,10 @@ from threading import Thread
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_turboquant import TurboQuantCache, TurboQuantConfig
+from hf_turboquant.quantizer import Quantizer
 
 PROGRAM = """
 import json
@@ -195,6 +199,54 @@ def test_what_fails_in_the_background_fails_no_launch():
     for thread in waiting:
         thread.join()
     assert slow.done() and not launch._in_background
+
+
+def test_front_ends_take_turns(monkeypatch):
+    launch = pytest.importorskip("hf_turboquant.ops.launch")
+    running, most = [], []
+
+    def make_ir(source, *args, **kwargs):
+        running.append(source)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.remove(source)
+        return args, kwargs
+
+    monkeypatch.setattr(launch.ASTSource, "make_ir", make_ir)
+    sources = [object.__new__(launch._Source) for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda source: source.make_ir(1, context=2), sources))
+    assert made == [((1,), {"context": 2})] * 4 and most == [1] * 4
+
+
+def test_a_cache_starts_the_compiler_where_there_is_a_gpu(monkeypatch):
+    launch = pytest.importorskip("hf_turboquant.ops.launch")
+    started = []
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "start_compiler", lambda: started.append(1))
+    for in_use, backend, expected in ((False, "auto", 0), (True, "torch", 0), (True, "auto", 1)):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda in_use=in_use: in_use)
+        TurboQuantCache(backend=backend)
+        assert len(started) == expected
+
+
+def test_constants_are_made_by_no_threads_of_torch():
+    plan = pytest.importorskip("hf_turboquant.ops.attention_plan")
+    quantizer = Quantizer.create(TurboQuantConfig(nbits=3), "keys", 0, 128)
+    called = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        constants = plan.QuantizerConstants(quantizer)
+        constants.query_matrices(quantizer, False)
+        constants.decode_operators(quantizer, torch.float16)
+    # moved, converted, and one product
+    cheap = {"select", "new_ones", "new_zeros", "detach", "lift_fresh", "clone"}
+    assert {"_to_copy", "mm"} <= called <= {"_to_copy", "mm", *cheap}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU tells by itself")
