@@ -3,18 +3,25 @@
 from collections.abc import Callable
 
 import torch
+from transformers.cache_utils import DynamicLayer
+
+from .handle import handles
+from .quantizer import ROLES
+from .states import ExactStates
+from .tokens import Tokens
 
 
 class BatchOperations:
     """Operations of [`TurboQuantLayer`], which says what its attributes mean."""
 
     def come_to_rest(self) -> None:
-        """Stores all waiting tokens and brings offloaded ones back to the layer's device."""
+        """Stores all waiting tokens, brings offloaded ones back to the layer's device, and fetches the lengths."""
         self.settle()
         if self.is_offloaded and torch.cuda.is_available():
             # A copy may be in progress on another stream.
             torch.cuda.synchronize()
         self.prefetch()
+        self.measure()
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Applies `function` to every tensor of tokens; either all of them change or none."""
@@ -23,13 +30,38 @@ class BatchOperations:
         self.come_to_rest()
         valid = self.conditioning.valid
         valid = None if valid is None else function(valid)
-        self._replace(function)
+        self._replace(self.tokens.mapped(function))
         self.conditioning.valid = valid
         if self.is_offloaded:
             self.offload()
 
-    def _replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.tokens = self.tokens.mapped(function)
+    def _replace(self, tokens: Tokens) -> None:
+        """Goes on with `tokens`, copies of those held."""
+        self.tokens = self.tokens.replaced_by(tokens, self._outdate)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """
+        Removes the last `-tokens_to_remove` tokens from the codes and the exact slots. The remaining tokens are
+        unchanged: exact tokens stay exact, quantized ones stay quantized.
+        """
+        if not self.is_initialized:
+            return
+        self.settle()
+        self.measure()
+        # Ask transformers' own layer what the argument means: this changed between releases.
+        positions, held = DynamicLayer(), torch.empty(1, 1, self.tokens.length, 1, device="meta")
+        positions.update(held, held)
+        positions.crop(tokens_to_remove)
+        length = positions.get_seq_length()
+        if self.fixed:
+            # Handles read what the next step overwrites.
+            self._outdate()
+        if not length:
+            self._begin_again()
+        else:
+            self.tokens.crop(length)
+            if self.conditioning.valid is not None:
+                self.conditioning.valid = self.conditioning.valid[:, :length]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the batch for beam search."""
@@ -46,8 +78,13 @@ class BatchOperations:
     def offload(self) -> None:
         """
         Moves codes and exact tokens to pinned host memory on the current stream. Tokens whose query was not seen yet
-        are moved when they are stored.
+        are moved when they are stored. With a fixed capacity, raises a `ValueError`.
         """
+        if self.fixed:
+            raise ValueError(
+                "A cache with `max_cache_len` must stay on its device, because compiled steps hold the addresses of its "
+                "memory, got a call of `offload`. Leave `max_cache_len` out."
+            )
         self.is_offloaded = self.is_initialized
         if self.observed is not None:
             # This comes back here.
@@ -55,9 +92,57 @@ class BatchOperations:
         elif self.is_offloaded and self.pending is None:
             self.settle()
             # A non-blocking copy to the CPU goes to pinned memory.
-            self._replace(lambda tensor: tensor.to("cpu", non_blocking=True))
+            self._replace(self.tokens.mapped(lambda tensor: tensor.to("cpu", non_blocking=True)))
 
     def prefetch(self) -> None:
         """Moves codes and exact tokens back to the layer's device on the current stream."""
         if self.is_offloaded and self.tokens.exact["keys"].device != self.device:
-            self._replace(lambda tensor: tensor.to(self.device, non_blocking=True))
+            self._replace(self.tokens.mapped(lambda tensor: tensor.to(self.device, non_blocking=True)))
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """
+        The keys held, as a handle that later updates don't change; `None` before the first token. While nothing is
+        quantized, writing to it changes what is held; after that it raises a `ValueError`.
+        """
+        self.come_to_rest()
+        return self._held()[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The values held, in the same form as `keys`."""
+        self.come_to_rest()
+        return self._held()[1] if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, states: None) -> None:
+        self._refuse(states)
+
+    @values.setter
+    def values(self, states: None) -> None:
+        self._refuse(states)
+
+    def _refuse(self, states: torch.Tensor | None) -> None:
+        # The constructor of the base class sets both to None.
+        if states is not None:
+            raise ValueError("A TurboQuantLayer holds codes: its keys and values cannot be assigned. Use `update`.")
+
+    def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Handles of all tokens held, which the next update leaves what they are."""
+        if self.fixed:
+            return handles(self.tokens.frozen())
+        self.lent = True
+        if self.tokens.quantized:
+            return handles(self.tokens.read())
+        return handles(ExactStates({role: self.tokens.whole(role) for role in ROLES}, lambda *_: None, writable=True))
+
+    def __getstate__(self) -> dict:
+        # Otherwise each copy would quantize the prompt again.
+        self._store_deferred()
+        return {name: value for name, value in vars(self).items() if name != "step" or not self.fixed}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self.is_initialized and not self.fixed and torch.is_inference_mode_enabled():
+            # What is copied there cannot be written to outside.
+            self.tokens = self.tokens.mapped(torch.clone)

@@ -20,21 +20,21 @@ from transformers.cache_utils import (
 from . import ops
 from .conditioning import known_head_dims, layer_kinds, rotary_frequencies
 from .config import KEYWORDS, PRESETS, TurboQuantConfig, check_names
-from .hybrid import TurboQuantHybridLayer, TurboQuantStaticHybridLayer
+from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
 from .memory import MemoryReport, layer_memory
 from .packing import can_pack
 from .saving import load_cache, model_fields, save_cache
-from .static import StaticSlidingLayer, TurboQuantStaticLayer
+from .sliding import StaticSlidingLayer
 
 logger = logging.getLogger(__name__)
 
 # What we compress. Other subclasses of these layers have windows or states of their own.
 _OURS = {
     DynamicLayer: TurboQuantLayer,
-    StaticLayer: TurboQuantStaticLayer,
+    StaticLayer: TurboQuantLayer,
     LinearAttentionAndFullAttentionLayer: TurboQuantHybridLayer,
-    LinearAttentionAndStaticFullAttentionLayer: TurboQuantStaticHybridLayer,
+    LinearAttentionAndStaticFullAttentionLayer: TurboQuantHybridLayer,
 }
 
 
@@ -207,15 +207,15 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
             )
         if self.options.max_cache_len is None or torch.compiler.is_compiling():
             return super().get_mask_sizes(query_length, layer_idx)
-        first = next((layer for layer in self.layers if isinstance(layer, TurboQuantStaticLayer)), None)
-        waits = first is not None and first.has_tokens and first.conditioning.waits
+        first = next((layer for layer in self.layers if isinstance(layer, TurboQuantLayer)), None)
+        waits = first is not None and first.tokens.has_tokens and first.conditioning.waits
         if waits and self.layers[layer_idx] is not first:
             first.get_mask_sizes(query_length)
         sizes = super().get_mask_sizes(query_length, layer_idx)
         if waits and not first.conditioning.waits:
             # `generate` asks about one layer before a compiled step, whose layers cannot ask by themselves.
             for layer in self.layers:
-                if isinstance(layer, TurboQuantStaticLayer) and layer is not first:
+                if isinstance(layer, TurboQuantLayer) and layer is not first:
                     layer.make_room(query_length)
         return sizes
 
@@ -360,7 +360,7 @@ def _log_unpackable(dim: int) -> None:
 
 def _in_full_precision(layer: TurboQuantLayer) -> DynamicLayer | StaticLayer:
     """The layer of transformers for what `layer` would have held, with its recurrent states if it has any."""
-    kind = next(theirs for theirs, ours in _OURS.items() if ours is type(layer))
+    kind = [theirs for theirs, ours in _OURS.items() if ours is type(layer)][layer.fixed]
     held = vars(layer)
     plain = kind(**{name: held[name] for name in ("number_of_states", "max_cache_len") if name in held})
     if isinstance(plain, LinearAttentionLayer):

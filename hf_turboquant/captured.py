@@ -10,15 +10,15 @@ from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 from transformers.utils import ModelOutput
 
 from .cache import TurboQuantCache
-from .hybrid import TurboQuantStaticHybridLayer
+from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
-from .static import StaticSlidingLayer, TurboQuantStaticLayer
+from .sliding import StaticSlidingLayer
 
 logger = logging.getLogger(__name__)
 
 # The first kind counts tokens in device memory alone; the memory of the second at least keeps its address.
-COUNTED_ON_DEVICE = TurboQuantStaticLayer, StaticLayer
-STATIC = *COUNTED_ON_DEVICE, StaticSlidingLayer, LinearAttentionLayer, TurboQuantStaticHybridLayer
+COUNTED_ON_DEVICE = TurboQuantLayer, StaticLayer
+STATIC = *COUNTED_ON_DEVICE, StaticSlidingLayer, LinearAttentionLayer, TurboQuantHybridLayer
 
 
 def fingerprint(model, cache: Cache) -> tuple:
@@ -32,8 +32,8 @@ def fingerprint(model, cache: Cache) -> tuple:
 
 def _tensors(layer) -> list[torch.Tensor]:
     held = vars(layer)
-    if isinstance(layer, TurboQuantStaticLayer):
-        held = [held.get(name) for name in ("arena", "conv_states", "recurrent_states")]
+    if isinstance(layer, TurboQuantLayer) and layer.fixed:
+        held = [layer.tokens.arena, held.get("conv_states"), held.get("recurrent_states")]
     return [leaf for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor)]
 
 
@@ -62,7 +62,7 @@ class Graph:
 
     def replay(self, cache: Cache) -> torch.Tensor:
         """Runs one step; raises a `ValueError` if the cache has no capacity left for it."""
-        ours = [layer for layer in cache.layers if isinstance(layer, TurboQuantStaticLayer)]
+        ours = [layer for layer in cache.layers if isinstance(layer, TurboQuantLayer)]
         for layer in ours:
             layer.find_room(1)
         self.graph.replay()
@@ -129,7 +129,8 @@ class Steps:
         self.model, self.name, self.model_kwargs = model, name, model_kwargs
         self.cache = cache = model_kwargs[name]
         kinds = {type(layer) for layer in cache.layers}
-        stays = isinstance(cache, (TurboQuantCache, StaticCache)) and kinds <= set(STATIC)
+        fixed = isinstance(cache, TurboQuantCache) and cache.options.max_cache_len is not None
+        stays = (fixed or isinstance(cache, StaticCache)) and kinds <= set(STATIC)
         self.can_capture = stays and cache.is_compileable and Graph.runs_on(model)
         others = {key: x for key, x in model_kwargs.items() if key not in (name, "attention_mask", "position_ids")}
         moving = any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(others))

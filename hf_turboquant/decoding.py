@@ -8,7 +8,7 @@ from transformers import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .captured import Steps, fingerprint, store_prompt
-from .static import TurboQuantStaticLayer
+from .layer import TurboQuantLayer
 
 # For each cache, the steps that were captured over it.
 _steps: WeakKeyDictionary = WeakKeyDictionary()
@@ -126,7 +126,7 @@ def _decode(step, logits, ids, logits_processor, stopping_criteria, config, stre
 @contextmanager
 def _first_token_first(cache: Cache):
     """Within this context, layers of static capacity leave quantizing a short prompt to [`captured.store_prompt`]."""
-    layers = [layer for layer in cache.layers if isinstance(layer, TurboQuantStaticLayer)]
+    layers = [layer for layer in cache.layers if isinstance(layer, TurboQuantLayer)]
     for layer in layers:
         layer.defers = True
     try:

@@ -5,17 +5,19 @@ from contextlib import contextmanager
 from copy import copy
 
 import torch
-from transformers.cache_utils import DynamicLayer
 
 from . import ops
 from .ahead import compile_noted, note_launches
 from .batch import BatchOperations
-from .conditioning import Conditioning, valid_tokens
+from .conditioning import NOT_CONDITIONED, Conditioning, valid_tokens
 from .config import TurboQuantConfig
-from .handle import QuantizedStates, handles, log_cut_off, plain
+from .fixed import FixedTokens
+from .handle import handles, log_cut_off
+from .lengths import NOT_COMPILED, Lengths
 from .quantizer import ROLES
 from .states import ExactStates, LayerStates
 from .tokens import Tokens
+from .traced import append, handles_of
 
 # Keys wait for enough different tokens while there are at most so many beside the sinks.
 MAX_WAITING_TOKENS = 512
@@ -23,9 +25,11 @@ MAX_WAITING_TOKENS = 512
 MAX_DEFERRED_TOKENS = 2_048
 # Up to this size it keeps the query of such a prompt: copying it takes the host less time than summing its squares.
 MAX_QUERY_BYTES = 2**22
+# Most tokens of a step over a fixed capacity: one token of a compiled model, or those that a draft proposes.
+STEP_TOKENS = 16
 
 
-class TurboQuantLayer(BatchOperations, DynamicLayer):
+class TurboQuantLayer(BatchOperations, Lengths):
     """
     The keys and values of one full-attention layer.
 
@@ -33,18 +37,36 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
     leaves the recent window. All of them stay exact until there are `LEARNED_TOKENS` to condition keys by, and longer,
     up to `MAX_WAITING_TOKENS`, while most of them are alike.
 
+    With `config.max_cache_len`, the capacity is fixed: see [`FixedTokens`]. Steps then wait for nothing, and everything
+    else fetches the lengths first ([`measure`]). Before a step whose tokens no longer fit in the exact slots, keys that
+    wait are conditioned. Callers that replay a graph must call `find_room` before and `count` afterwards. No step may
+    come before the first prompt is stored.
+
     Args:
         config (`TurboQuantConfig`): options of the cache.
         layer_idx (`int`): index of the layer in the model; seeds its rotations.
     """
 
+    # Repeated here because guards of a compiled step check it, and looking up an inherited attribute takes longer than
+    # all other checks.
+    is_sliding = False
     step: LayerStates | None = None
+    tokens: Tokens | None = None
     # Of the first tokens.
     device: torch.device | None = None
+    # With a fixed capacity, whether the caller promises to call `settle` before a step: none that is compiled can.
+    defers: bool = False
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.config = config
         self.layer_idx = layer_idx
+        self.fixed = config.max_cache_len is not None
+        if self.fixed:
+            self.max_cache_len = config.max_cache_len
+        # Attention would read a longer chunk after some of its own tokens have left the window.
+        self.step_tokens = max(1, min(STEP_TOKENS, config.residual_length))
+        # The torch reference fetches lengths from the device, which a CUDA graph cannot do.
+        self.is_compileable = self.fixed and config.backend != "torch"
         # Of the rotary embedding of the keys, if the model's config defines one: see `conditioning.condition`.
         self.frequencies: list[float] | None = None
         # Shared by the layers of a cache: see `Conditioning.differ` and `ahead`.
@@ -59,13 +81,17 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         if c.condition != "none" and tokens:
             waiting = f"not conditioned yet, {tokens} tokens wait"
             known = f", {waiting if self.condition is None else self.conditioning.found}"
-        return f"{type(self).__name__}({keys}{known}, {values})"
+        room = f", room for {self.max_cache_len:,} tokens" if self.fixed else ""
+        return f"{type(self).__name__}({keys}{known}, {values}{room})"
 
     def reset(self) -> None:
-        """Forgets all tokens and frees their memory."""
+        """Forgets all tokens; frees their memory, unless the capacity is fixed."""
         self.is_initialized = False
         self.verdict.clear()
-        self.tokens = Tokens({}, {}, None, 0, self.config.backend)
+        if not self.fixed:
+            self.tokens = Tokens({}, {}, None, 0, self.config.backend)
+        else:
+            self.tokens = FixedTokens(self.config, self.layer_idx) if self.tokens is None else self.tokens.forgotten()
         # What keys are conditioned by.
         self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
         # The tokens of the last update, while they wait to be stored; and once their query was seen, which tokens are
@@ -84,64 +110,28 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
     @property
     def condition(self) -> str | None:
         """What conditioning found: see [`conditioning.Learned.condition`]. `None` as long as keys wait for it."""
+        # A step may have quantized the first token.
+        self.measure()
         self._store_deferred()
         return self.conditioning.condition
-
-    def __getstate__(self) -> dict:
-        # Otherwise each copy would quantize the prompt again.
-        self._store_deferred()
-        return dict(vars(self))
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        if self.is_initialized and torch.is_inference_mode_enabled():
-            # What is copied there cannot be written to outside.
-            self.tokens = self.tokens.mapped(torch.clone)
 
     def _store_deferred(self) -> None:
         if self.observed is not None:
             self.settle()
 
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """
-        The keys held, as a handle that later updates don't change; `None` before the first token. While nothing is
-        quantized, writing to it changes what is held; after that it raises a `ValueError`.
-        """
-        self.come_to_rest()
-        return self._held()[0] if self.is_initialized else None
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """The values held, in the same form as `keys`."""
-        self.come_to_rest()
-        return self._held()[1] if self.is_initialized else None
-
-    @keys.setter
-    def keys(self, states: None) -> None:
-        self._refuse(states)
-
-    @values.setter
-    def values(self, states: None) -> None:
-        self._refuse(states)
-
-    def _refuse(self, states: torch.Tensor | None) -> None:
-        # The constructor of the base class sets both to None.
-        if states is not None:
-            raise ValueError("A TurboQuantLayer holds codes: its keys and values cannot be assigned. Use `update`.")
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Draws the rotations and makes empty buffers that fit the states, of shape `[batch, heads, T, head_dim]`."""
+        """Draws the rotations and makes memory that fits the states, of shape `[batch, heads, T, head_dim]`."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
-        self.tokens = self._new_tokens({"keys": key_states, "values": value_states})
+        states = {"keys": key_states, "values": value_states}
+        if self.fixed:
+            self.tokens.open(states, self.conditioning.waits)
+        else:
+            # Until keys are conditioned, the slots hold all tokens.
+            ring = max(self.config.held_length, MAX_WAITING_TOKENS)
+            ring = ring if self.conditioning.waits else self.config.residual_length
+            self.tokens = Tokens.like(states, self.config, self.layer_idx, ring)
         self.is_initialized = True
-
-    def _new_tokens(self, states: dict[str, torch.Tensor]) -> Tokens:
-        # Until keys are conditioned, the slots hold all tokens.
-        ring = max(self.config.held_length, MAX_WAITING_TOKENS)
-        ring = ring if self.conditioning.waits else self.config.residual_length
-        return Tokens.like(states, self.config, self.layer_idx, ring)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -158,13 +148,18 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
             Keys and values of all tokens, as [`QuantizedStates`] or, if all of them are exact, as plain tensors. They
             are valid until the next update. The states given belong to the caller again once this returns.
             Attention reads the first prefill, and any chunk longer than the recent window, exactly. If the new states
-            require gradients, these flow to them through plain tensors; none flow to tokens of earlier calls.
+            require gradients, these flow to them through plain tensors; none flow to tokens of earlier calls. A step
+            over a fixed capacity returns handles of `max_cache_len` tokens, of which attention ignores those to come.
 
         Raises:
-            `ValueError`: the states don't fit what the layer holds. The layer is left unchanged.
+            `ValueError`: the states don't fit what the layer holds, or its capacity. The layer is left unchanged.
         """
-        update = self._untraced_update if torch.compiler.is_compiling() else self._update
-        return update(key_states, value_states)
+        if not torch.compiler.is_compiling():
+            return self._update(key_states, value_states)
+        if not self._is_step(key_states.shape[2]) or ops.trains(key_states, value_states):
+            return self._untraced_update(key_states, value_states)
+        append(self.tokens.arena, self.tokens.description, key_states, value_states)
+        return handles_of(self.tokens.arena, self.tokens.description, self.max_cache_len, key_states, value_states)
 
     def _update(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         previous = self.step
@@ -176,7 +171,7 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         return self._train(held, key_states, value_states) if ops.trains(key_states, value_states) else held
 
     # Lengths change with every step: a graph that contained them would be compiled again each time.
-    _untraced_update = torch.compiler.disable(_update)
+    _untraced_update = torch.compiler.disable(_update, reason=NOT_COMPILED)
 
     def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         states = {"keys": key_states, "values": value_states}
@@ -185,16 +180,23 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
             self.settle()
         if self.lent:
             # Others read and write there.
-            self._replace(torch.clone)
+            self._replace(self.tokens.mapped(torch.clone))
             self.lent = False
         if self.is_offloaded:
             self.prefetch()
+        is_step = self.fixed and self._takes_step(key_states.shape[2])
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
         if not as_held:
-            states = self._in_one_dtype(states)
+            self.measure()
+            tokens, states = self.tokens.in_one_dtype(states)
+            if tokens is not self.tokens:
+                self._replace(tokens)
         try:
+            if is_step:
+                self.step = self.tokens.step(*states.values())
+                return handles(self.step)
             return self._take(states)
         except BaseException:
             # A smaller batch may come next.
@@ -284,15 +286,22 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         quantizing than everything else in a short prompt, and the first token need not wait for that.
         """
         batch, _, tokens, _ = self.pending["keys"].shape
-        return self.device.type == "cuda" and batch * tokens <= MAX_DEFERRED_TOKENS
+        return (self.defers or not self.fixed) and self.device.type == "cuda" and batch * tokens <= MAX_DEFERRED_TOKENS
 
     def _store(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         """Stores new tokens; `valid` tells which of all tokens are no padding, as far as that is known."""
         # Without detach, buffers would keep every autograd graph alive.
         states = {role: states[role].detach() for role in ROLES}
-        if not self.conditioning.waits:
+        if self.conditioning.waits:
+            self._store_and_learn(states, valid)
+        else:
             self.tokens.append(states)
-            return
+        if self.fixed:
+            if self.conditioning.waits:
+                self._condition_provisionally()
+            self.tokens.write_lengths()
+
+    def _store_and_learn(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None) -> None:
         length, (batch, _, tokens, _) = self.tokens.length, states["keys"].shape
         self.conditioning.add_mask(valid, batch, length + tokens)
         if length > 0 and tokens == 1:
@@ -314,8 +323,31 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
     def _learn(self, states: dict[str, torch.Tensor], coming: int = 0) -> bool:
         """Whether keys are conditioned from now on, by `states`: see [`Conditioning.learn`]."""
         tokens = self.conditioning.learn(self.tokens, states, coming)
-        self.tokens = self.tokens if tokens is None else tokens
-        return tokens is not None
+        if tokens is None:
+            return False
+        self.tokens = tokens
+        if self.fixed:
+            keys = tokens.quantizers["keys"]
+            tokens.keep_condition(keys.mean, keys.scale)
+        return True
+
+    def _learn_now(self, coming: int) -> None:
+        """Conditions keys that wait, unless there is still room in the exact slots for so many more tokens."""
+        states = {role: self.tokens.whole(role).clone() for role in ROLES}
+        with self._all_or_nothing():
+            self.conditioning.add_mask(None, *states["keys"].shape[0:3:2])
+            self._learn(states, coming)
+        self.tokens.write_lengths()
+
+    def _condition_provisionally(self) -> None:
+        """Whoever replays steps without telling may fill the slots: conditions keys by the tokens known so far."""
+        if self.tokens.length <= self.tokens.sinks:
+            self.conditioning.provisional = NOT_CONDITIONED
+            self.tokens.keep_condition(None, None)
+        else:
+            states = {role: self.tokens.whole(role) for role in ROLES}
+            keys, self.conditioning.provisional = self.conditioning.apply(self.tokens.quantizers["keys"], states)
+            self.tokens.keep_condition(keys.mean, keys.scale)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -327,29 +359,6 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
             self.tokens, self.conditioning = tokens, conditioning
             raise
 
-    def _in_one_dtype(self, states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """
-        Plain tensors, as `torch.cat` would make them: exact tokens and new ones in the wider dtype of both, for keys
-        and for values.
-        """
-        held = {role: self.tokens.exact[role].dtype for role in ROLES}
-        dtypes = {role: torch.promote_types(held[role], states[role].dtype) for role in ROLES}
-        if dtypes != held:
-            self._widen(dtypes)
-        states = {role: plain(new) if isinstance(new, QuantizedStates) else new for role, new in states.items()}
-        return {role: states[role].to(dtypes[role]) for role in ROLES}
-
-    def _widen(self, dtypes: dict[str, torch.dtype]) -> None:
-        # Handles returned earlier keep the tensors they read.
-        self.tokens = self.tokens.to(dtypes)
-
-    def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Handles of all tokens held, which the next update leaves what they are."""
-        self.lent = True
-        if self.tokens.quantized:
-            return handles(self.tokens.read())
-        return handles(ExactStates({role: self.tokens.whole(role) for role in ROLES}, lambda *_: None, writable=True))
-
     def _wait(self, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps a copy of the states until the query that attends to them is seen; returns what attention reads."""
         before = self.tokens.length
@@ -359,42 +368,16 @@ class TurboQuantLayer(BatchOperations, DynamicLayer):
         self.pending = {role: tensor[:, :, before:].detach() for role, tensor in exact.items()}
         return handles(ExactStates(exact, self.observe))
 
+    def _begin_again(self) -> None:
+        """Forgets all tokens, in memory for others of their kind."""
+        empty = [self.tokens.exact[role][:, :, :0] for role in ROLES]
+        # What comes next has nothing to do with what was learned; a recurrent part is not concerned.
+        TurboQuantLayer.reset(self)
+        self.lazy_initialization(*empty)
+        if self.fixed:
+            self.tokens.write_lengths()
+
     def _outdate(self) -> None:
         """What the last update returned must not be read any more."""
         if self.step is not None:
             self.step.outdated, self.step = True, None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated for tokens."""
-        return self.tokens.nbytes
-
-    def measure(self) -> None:
-        """Fetches lengths to the host; in this class they are always there."""
-
-    def get_seq_length(self) -> int:
-        """Number of tokens held."""
-        return self.tokens.length + (self.pending["keys"].shape[2] if self.pending else 0)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """
-        Removes the last `-tokens_to_remove` tokens from the codes and the exact slots. The remaining tokens are
-        unchanged: exact tokens stay exact, quantized ones stay quantized.
-        """
-        if not self.is_initialized:
-            return
-        self.settle()
-        # Ask transformers' own layer what the argument means: this changed between releases.
-        positions, held = DynamicLayer(), torch.empty(1, 1, self.tokens.length, 1, device="meta")
-        positions.update(held, held)
-        positions.crop(tokens_to_remove)
-        length = positions.get_seq_length()
-        if not length:
-            # What comes next has nothing to do with what was learned.
-            empty = [self.tokens.exact[role][:, :, :0] for role in ROLES]
-            TurboQuantLayer.reset(self)
-            self.lazy_initialization(*empty)
-            return
-        self.tokens.crop(length)
-        if self.conditioning.valid is not None:
-            self.conditioning.valid = self.conditioning.valid[:, :length]

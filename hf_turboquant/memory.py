@@ -70,7 +70,7 @@ def layer_memory(layer) -> MemoryReport:
     # A compressed layer has its tokens in buffers or an arena, and else recurrent states and waiting tokens.
     if isinstance(layer, TurboQuantLayer):
         layer._store_deferred()
-    leaves = tree_leaves({name: value for name, value in vars(layer).items() if name != "arena"})
+    leaves = tree_leaves(vars(layer))
     held = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
     if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:
         return MemoryReport(other_bytes=held, full_bytes=held)

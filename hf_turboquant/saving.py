@@ -16,10 +16,10 @@ from transformers import PreTrainedConfig, cache_utils
 
 from .conditioning import Learned, learned
 from .config import TurboQuantConfig
-from .hybrid import TurboQuantHybridLayer, TurboQuantStaticHybridLayer
+from .hybrid import TurboQuantHybridLayer
 from .layer import TurboQuantLayer
 from .quantizer import ROLES
-from .static import StaticSlidingLayer, TurboQuantStaticLayer
+from .sliding import StaticSlidingLayer
 
 FORMAT, FORMAT_VERSION = "hf_turboquant cache", 5
 # Up to format 4 the description was a file of its own.
@@ -34,8 +34,9 @@ FIRST_TOKENS = ("dtype", "device", "batch_size", "num_heads", "head_dim")
 # Only our layers and those of transformers can be saved; layers that models define may keep anything.
 _THEIRS = *cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values(), *cache_utils.STATIC_LAYER_TYPE_MAPPING.values()
 _THEIRS = [kind for kind in _THEIRS if kind.__module__ == cache_utils.__name__]
-_OURS = [TurboQuantLayer, TurboQuantStaticLayer, TurboQuantHybridLayer, TurboQuantStaticHybridLayer, StaticSlidingLayer]
-SAVED_LAYERS = {kind.__name__: kind for kind in _THEIRS + _OURS}
+SAVED_LAYERS = {kind.__name__: kind for kind in (*_THEIRS, TurboQuantLayer, TurboQuantHybridLayer, StaticSlidingLayer)}
+# As saved when layers of fixed capacity were classes of their own.
+SAVED_LAYERS |= {"TurboQuantStaticLayer": TurboQuantLayer, "TurboQuantStaticHybridLayer": TurboQuantHybridLayer}
 
 
 def save_cache(cache, folder: str | Path) -> None:
@@ -215,10 +216,10 @@ def _restore(layer: TurboQuantLayer, saved: dict) -> None:
         conditioning.query_energy = torch.empty(heads, head_dim, dtype=torch.float32, device=layer.device)
     if saved["valid"] is not None:
         conditioning.valid = torch.empty(batch, length, device=layer.device, dtype=torch.bool)
-    if isinstance(layer, TurboQuantStaticLayer):
+    if layer.fixed:
         conditioning.provisional = known
-        layer._condition(None, None)
-        layer._write_lengths()
+        layer.tokens.keep_condition(None, None)
+        layer.tokens.write_lengths()
     elif known.centred:
         mean, scale = torch.empty((2, heads, 1, head_dim), dtype=torch.float32, device=layer.device)
         quantizers = layer.tokens.quantizers

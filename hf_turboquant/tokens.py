@@ -1,13 +1,12 @@
 """Tokens: the keys and values that a layer holds, and where each of them is."""
 
-import copy
 from collections.abc import Callable
 
 import torch
 
 from . import ops
 from .config import TurboQuantConfig
-from .handle import QuantizedStates
+from .handle import QuantizedStates, plain
 from .packing import BLOCK
 from .plans import Plans
 from .quantizer import ROLES, Quantizer
@@ -25,8 +24,10 @@ class Tokens:
         exact (`SlotBuffer`, *optional*): `None` where there is no memory yet.
         window (`int`): recent tokens that stay exact, at most `exact.ring`.
         backend (`str`): `"auto"`, `"triton"` or `"torch"`: see [`TurboQuantConfig`].
-        fixed (`bool`): whether the memory must stay what it is.
     """
+
+    # Whether the memory must stay what it is: see `FixedTokens`.
+    fixed = False
 
     def __init__(
         self,
@@ -35,10 +36,9 @@ class Tokens:
         exact: SlotBuffer | None,
         window: int,
         backend: str,
-        fixed: bool = False,
     ):
         self.quantizers, self.codes, self.exact = quantizers, codes, exact
-        self.window, self.backend, self.fixed = window, backend, fixed
+        self.window, self.backend = window, backend
         self.length = 0
         # What launches on the same buffers share.
         self.plans = Plans()
@@ -215,7 +215,8 @@ class Tokens:
 
     def snapshot(self) -> "Tokens":
         """The same tokens, which do not see what is appended here later."""
-        twin = copy.copy(self)
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
         twin.codes = {role: buffer.snapshot() for role, buffer in self.codes.items()}
         twin.exact = self.exact.snapshot()
         return twin
@@ -237,6 +238,10 @@ class Tokens:
         twin.checked = None
         return twin
 
+    def replaced_by(self, tokens: "Tokens", outdate: Callable[[], None]) -> "Tokens":
+        """What a layer holds when it goes on with `tokens`, a copy; calls `outdate` before anything is overwritten."""
+        return tokens
+
     def emptied(self, window: int) -> "Tokens":
         """The same without tokens, of which none was quantized, and with so many recent ones exact from now on."""
         twin = self.snapshot()
@@ -245,3 +250,14 @@ class Tokens:
             twin.exact.ring = window
             twin.exact.map(lambda tensor: tensor.new_empty((*tensor.shape[:2], 0, tensor.shape[3])))
         return twin
+
+    def in_one_dtype(self, states: dict[str, torch.Tensor]) -> tuple["Tokens", dict[str, torch.Tensor]]:
+        """
+        The same and new states as plain tensors, both in the wider dtype of both, as `torch.cat` would make them; for
+        keys and for values.
+        """
+        held = {role: self.exact[role].dtype for role in ROLES}
+        dtypes = {role: torch.promote_types(held[role], states[role].dtype) for role in ROLES}
+        states = {role: plain(new) if isinstance(new, QuantizedStates) else new for role, new in states.items()}
+        states = {role: new.to(dtypes[role]) for role, new in states.items()}
+        return self if dtypes == held else self.to(dtypes), states

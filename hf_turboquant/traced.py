@@ -4,6 +4,7 @@ import torch
 
 from . import ops
 from .arena import head_dims, open_arena
+from .quantizer import ROLES
 
 
 @torch.library.custom_op("hf_turboquant::append", mutates_args={"arena"})
@@ -105,6 +106,14 @@ class TracedStates:
     def __getattr__(self, name: str):
         # Eager attention ends up here, because it transposes the keys first.
         raise AttributeError(_ONLY_ATTENTION)
+
+
+def handles_of(arena, description, kv_len: int, *states: torch.Tensor) -> tuple[TracedStates, ...]:
+    """Handles of `kv_len` keys and of values of an arena, in the form of new key and value states."""
+    return tuple(
+        TracedStates(arena, description, role, (*x.shape[:2], kv_len, x.shape[3]), x.dtype, x.device)
+        for role, x in zip(ROLES, states, strict=True)
+    )
 
 
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

@@ -22,10 +22,9 @@ from hf_turboquant._supported import cache_name
 from hf_turboquant.attention import turboquant_attention_forward
 from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, learned, rotary_frequencies, valid_tokens
 from hf_turboquant.config import LEARNED_TOKENS
-from hf_turboquant.layer import MAX_WAITING_TOKENS, TurboQuantLayer
+from hf_turboquant.layer import MAX_WAITING_TOKENS, STEP_TOKENS, TurboQuantLayer
 from hf_turboquant.memory import layer_memory
 from hf_turboquant.quantizer import Quantizer
-from hf_turboquant.static import STEP_TOKENS, TurboQuantStaticLayer
 
 
 def skewed_states(tokens, batch=1, heads=2, seed=0):
@@ -139,8 +138,7 @@ def test_an_update_stores_what_nobody_looked_at():
 
 
 def new_layer(capacity=None, **options):
-    kind = TurboQuantLayer if capacity is None else TurboQuantStaticLayer
-    return kind(TurboQuantConfig(max_cache_len=capacity, **options), 0)
+    return TurboQuantLayer(TurboQuantConfig(max_cache_len=capacity, **options), 0)
 
 
 def feed(layer, pieces, query, keys, values, start=0):

@@ -328,7 +328,7 @@ def test_memory_and_graph_serve_the_next_request_like_it(llama, graphs):
     def request(**options):
         out = ours(llama, prompt(**options))
         _, cache = generation._kept[llama]
-        return out, cache, cache.layers[0].arena.data_ptr()
+        return out, cache, cache.layers[0].tokens.arena.data_ptr()
 
     _, cache, address = request()
     assert cache.options.max_cache_len == 256 and graphs.made == 1
@@ -339,7 +339,7 @@ def test_memory_and_graph_serve_the_next_request_like_it(llama, graphs):
         assert torch.equal(out, theirs(llama, prompt(tokens=tokens)))
     # no room, another batch, other options
     assert request(tokens=300)[1] is not cache and graphs.made == 2
-    assert request(batch=1, tokens=300)[1].layers[0].arena is not None and graphs.made == 3
+    assert request(batch=1, tokens=300)[1].layers[0].tokens.arena is not None and graphs.made == 3
     ours(llama, prompt(batch=1, tokens=300), nbits=4)
     assert graphs.made == 4
     ours(llama, prompt(batch=1, tokens=30), nbits=4, max_cache_len=300)

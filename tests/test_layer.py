@@ -7,7 +7,6 @@ from hf_turboquant import QuantizedStates, TurboQuantConfig, ops
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.ops import reference
 from hf_turboquant.states import LayerStates
-from hf_turboquant.static import TurboQuantStaticLayer
 from hf_turboquant.storage import TokenBuffer
 
 
@@ -85,7 +84,7 @@ def test_a_chunk_longer_than_the_window_is_read_exactly():
     assert not torch.equal(plain(layer.keys)[:, :, 200:284], keys[:, :, 200:284])
 
 
-KINDS = {"grows": (TurboQuantLayer, {}), "static": (TurboQuantStaticLayer, {"max_cache_len": 300})}
+KINDS = {"grows": {}, "static": {"max_cache_len": 300}}
 MEMORY = (
     {},
     {"condition": "none"},
@@ -98,7 +97,7 @@ MEMORY = (
 @pytest.fixture(params=[(kind, options) for kind in KINDS for options in MEMORY], ids=str)
 def new_layer(request):
     kind, options = request.param
-    return lambda: KINDS[kind][0](TurboQuantConfig(nbits=4, **KINDS[kind][1], **options), 0)
+    return lambda: TurboQuantLayer(TurboQuantConfig(nbits=4, **KINDS[kind], **options), 0)
 
 
 @pytest.mark.parametrize("attends", (True, False))
@@ -146,7 +145,7 @@ def test_what_was_given_stays_what_it_was(new_layer):
     start -= 150
     go_on(1, 130)
     layer.reorder_cache(torch.tensor([1, 0]))
-    layer.offload() if type(layer) is TurboQuantLayer else None
+    layer.offload() if not layer.fixed else None
     go_on(1, 1)
     layer.reset()
     start = 0
@@ -277,7 +276,7 @@ def test_bad_updates_change_nothing(case):
     assert torch.equal(plain(layer.keys), before[0]) and torch.equal(plain(layer.values), before[1])
 
 
-@pytest.mark.parametrize("kind", (TurboQuantLayer, TurboQuantStaticLayer))
+@pytest.mark.parametrize("capacity", (None, 400))
 @pytest.mark.parametrize(
     "dtypes",
     [
@@ -290,9 +289,11 @@ def test_bad_updates_change_nothing(case):
     ids=str,
 )
 @pytest.mark.parametrize("condition", ("none", "attention"))
-def test_each_role_has_its_own_dtype(kind, dtypes, condition):
+def test_each_role_has_its_own_dtype(capacity, dtypes, condition):
     """As under autocast, which may begin or end between two updates: the dtypes that torch.cat would give."""
-    layer = kind(TurboQuantConfig(residual_length=16, nbits=4, max_cache_len=400, condition=condition), 0)
+    layer = TurboQuantLayer(
+        TurboQuantConfig(residual_length=16, nbits=4, max_cache_len=capacity, condition=condition), 0
+    )
     # not a DynamicLayer: that of transformers 5.17 starts with an empty tensor of the keys' dtype for both
     full, start = None, 0
     keys, values = states(300, value_dim=64)

@@ -212,7 +212,7 @@ def test_every_length_of_static_capacity(lengths, options, tmp_path):
     cache.save_pretrained(tmp_path / "saved")
     loaded = TurboQuantCache.from_pretrained(tmp_path / "saved")
     assert loaded.options == cache.options and loaded.get_max_length() == 310
-    assert loaded.layers[0].arena.shape == cache.layers[0].arena.shape
+    assert loaded.layers[0].tokens.arena.shape == cache.layers[0].tokens.arena.shape
     assert len({int(each.get_seq_length()) for each in (loaded, cache)}) == 1 and same(loaded, cache)
     # one at a time, as compiled steps do: nobody asks a step for its conditioning
     for each in (loaded, cache):

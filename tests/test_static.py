@@ -28,12 +28,11 @@ from transformers import (
 from transformers.cache_utils import StaticSlidingWindowLayer
 from transformers.generation import CompileConfig
 
-from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, arena, conditioning, ops, static
+from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, arena, conditioning, fixed, ops
 from hf_turboquant._supported import cache_name
-from hf_turboquant.hybrid import TurboQuantStaticHybridLayer
+from hf_turboquant.hybrid import TurboQuantHybridLayer
 from hf_turboquant.layer import TurboQuantLayer
 from hf_turboquant.states import LayerStates
-from hf_turboquant.static import TurboQuantStaticLayer
 
 SHAPE = dict(
     hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -74,7 +73,7 @@ def held(layer):
 
 
 def test_a_batch_operation_that_finds_no_memory_changes_nothing(monkeypatch):
-    layer = TurboQuantStaticLayer(TurboQuantConfig(max_cache_len=300, condition="none"), 0)
+    layer = TurboQuantLayer(TurboQuantConfig(max_cache_len=300, condition="none"), 0)
     keys, values = states(202)
     feed(layer, keys, values, [200])
     given = layer.update(keys[:, :, 200:201], values[:, :, 200:201])
@@ -83,7 +82,7 @@ def test_a_batch_operation_that_finds_no_memory_changes_nothing(monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(static, "new_arena", fail)
+    monkeypatch.setattr(fixed, "new_arena", fail)
     for operation in (lambda: layer.batch_repeat_interleave(2), lambda: layer.batch_select_indices([0])):
         with pytest.raises(torch.OutOfMemoryError):
             operation()
@@ -95,7 +94,7 @@ def test_a_batch_operation_that_finds_no_memory_changes_nothing(monkeypatch):
 
 def new_layer(capacity=400, **options):
     options = {"condition": "none", **options}
-    return TurboQuantStaticLayer(TurboQuantConfig(max_cache_len=capacity, **options), 0)
+    return TurboQuantLayer(TurboQuantConfig(max_cache_len=capacity, **options), 0)
 
 
 def assert_same_tokens(layer, other):
@@ -118,7 +117,7 @@ def test_the_same_as_the_layer_that_grows(condition, pieces, options):
     layer, grows = new_layer(**options), TurboQuantLayer(TurboQuantConfig(**options), 0)
     keys, values = states(sum(pieces))
     feed(layer, keys[:, :, :1], values[:, :, :1], [1])
-    address = layer.arena.data_ptr()
+    address = layer.tokens.arena.data_ptr()
     layer.reset()
     feed(layer, keys, values, pieces)
     feed(grows, keys, values, pieces)
@@ -126,7 +125,7 @@ def test_the_same_as_the_layer_that_grows(condition, pieces, options):
     assert_same_tokens(layer, grows)
     assert layer.tokens.quantized == grows.tokens.quantized > 0
     assert layer.condition == grows.condition == condition
-    assert layer.arena.data_ptr() == address
+    assert layer.tokens.arena.data_ptr() == address
 
 
 def test_a_step_returns_handles_of_the_whole_room():
@@ -147,7 +146,7 @@ def test_nothing_is_written_beyond_the_capacity():
         if pieces == [161]:
             with pytest.raises(ValueError, match="max_cache_len=160.* got 161 after 0"):
                 feed(layer, keys, values, pieces)
-            assert layer.get_seq_length() == 0 and layer.arena is None
+            assert layer.get_seq_length() == 0 and layer.tokens.arena is None
         else:
             feed(layer, keys, values, pieces)
     before = held(layer)
@@ -165,13 +164,13 @@ def test_reset_keeps_the_memory_for_the_same_batch():
     layer = new_layer(300, condition="center")
     keys, values = states(200)
     feed(layer, 5 + keys, values, [190, 1])
-    address = layer.arena.data_ptr()
+    address = layer.tokens.arena.data_ptr()
     layer.reset()
     assert layer.get_seq_length() == 0 and layer.condition is None
     feed(layer, keys, values, [190, 1])
     fresh = new_layer(300, condition="center")
     feed(fresh, keys, values, [190, 1])
-    assert layer.arena.data_ptr() == address
+    assert layer.tokens.arena.data_ptr() == address
     assert_same_tokens(layer, fresh)
     layer.reset()
     # Lengths and statistics of the last sequence are still there, and must not count.
@@ -180,7 +179,7 @@ def test_reset_keeps_the_memory_for_the_same_batch():
     layer.reset()
     feed(layer, keys, values, [3])
     layer.settle()
-    neutral = layer.states.quantizers["keys"]
+    neutral = layer.tokens.states.quantizers["keys"]
     assert layer.get_seq_length() == 3 and not neutral.mean.any() and (neutral.scale == 1).all()
     layer.reset()
     feed(layer, keys[:1], values[:1], [190, 1])
@@ -197,10 +196,10 @@ def test_a_crop_into_the_sinks_forgets_what_keys_would_be_conditioned_by():
     layer.settle()
     for token in range(60, 260):
         # as a graph that somebody replays without telling
-        ops.append(layer.states, *(x[:, :, token : token + 1] for x in (keys, values)))
+        ops.append(layer.tokens.states, *(x[:, :, token : token + 1] for x in (keys, values)))
     layer.measure()
     assert layer.tokens.quantized > 0 and not layer.conditioning.waits
-    assert (layer.condition == "center") == bool(layer.states.quantizers["keys"].mean.any())
+    assert (layer.condition == "center") == bool(layer.tokens.states.quantizers["keys"].mean.any())
 
 
 @pytest.mark.parametrize("length", [20, 100, 250])
@@ -213,10 +212,10 @@ def test_crop_reorder_repeat_and_select(length):
         each.crop(-9)
         feed(each, keys, values, [1] * 4, start=length)
     assert_same_tokens(layer, grows)
-    address = layer.arena.data_ptr()
+    address = layer.tokens.arena.data_ptr()
     for each in (layer, grows):
         each.reorder_cache(torch.tensor([1, 0]))
-    assert layer.arena.data_ptr() == address
+    assert layer.tokens.arena.data_ptr() == address
     assert_same_tokens(layer, grows)
     for each in (layer, grows):
         each.batch_repeat_interleave(3)
@@ -228,8 +227,8 @@ def test_crop_reorder_repeat_and_select(length):
 
 @pytest.mark.parametrize("capacity", [300, None])
 def test_a_copy_made_in_inference_mode_goes_on_outside(capacity):
-    kind, (keys, values) = TurboQuantLayer if capacity is None else TurboQuantStaticLayer, states(202)
-    layer = kind(TurboQuantConfig(max_cache_len=capacity, condition="center"), 0)
+    keys, values = states(202)
+    layer = TurboQuantLayer(TurboQuantConfig(max_cache_len=capacity, condition="center"), 0)
     feed(layer, keys, values, [200])
     layer.settle()
     with torch.inference_mode():
@@ -270,7 +269,7 @@ def test_a_short_prompt_and_steps_condition_what_steps_quantize(prompt, told):
         feed(layer, keys, values, [prompt])
         layer.settle()
         for at in range(prompt, 200):
-            ops.append(layer.states, keys[:, :, at : at + 1], values[:, :, at : at + 1])
+            ops.append(layer.tokens.states, keys[:, :, at : at + 1], values[:, :, at : at + 1])
     layer.measure()
     known = 132 if told else prompt
     assert layer.condition == ("center" if known > 4 else "none")
@@ -279,7 +278,7 @@ def test_a_short_prompt_and_steps_condition_what_steps_quantize(prompt, told):
     error = (held(layer)[0] - keys)[:, :, 4:60].norm() / (keys - 10)[:, :, 4:60].norm()
     assert 0 < error < (0.3 if known > 4 else 5)
     # and so it goes on
-    assert layer.step_room == 300 and layer.get_seq_length() == 200
+    assert layer.tokens.step_room == 300 and layer.get_seq_length() == 200
 
 
 @pytest.mark.parametrize("first", [8, 16, 40])
@@ -338,7 +337,8 @@ def test_memory_is_counted_and_does_not_change():
             feed(cache.layers[index], *states(tokens + 20, value_dim=32), [tokens, *[1] * 20])
         reports.append(cache.memory())
         assert reports[-1].total_bytes == sum(
-            layer.arena.nbytes + sum(q.nbytes for q in layer.tokens.quantizers.values()) for layer in cache.layers
+            layer.tokens.arena.nbytes + sum(q.nbytes for q in layer.tokens.quantizers.values())
+            for layer in cache.layers
         )
     assert reports[0].total_bytes == reports[1].total_bytes
     assert 0 < reports[0].codes_bytes < reports[1].codes_bytes and reports[1].slack_bytes < reports[0].slack_bytes
@@ -417,8 +417,8 @@ def test_a_thousand_steps_are_compiled_once():
 
 def test_compiled_steps_fetch_no_length(monkeypatch):
     fetched = []
-    measure = TurboQuantStaticLayer.measure
-    monkeypatch.setattr(TurboQuantStaticLayer, "measure", lambda layer: fetched.append(layer) or measure(layer))
+    measure = TurboQuantLayer.measure
+    monkeypatch.setattr(TurboQuantLayer, "measure", lambda layer: fetched.append(layer) or measure(layer))
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
     counts = []
     for tokens in (5, 25):
@@ -452,12 +452,12 @@ def test_no_step_asks_the_host_for_anything(monkeypatch):
         for layer in cache.layers:
             layer.update(*states(2, value_dim=32))
     assert not fetched
-    assert [layer.most_tokens for layer in cache.layers] == [PROMPT + 1 + 4 + 2]
+    assert [layer.tokens.most_tokens for layer in cache.layers] == [PROMPT + 1 + 4 + 2]
     # the device counts what nobody told the host; whoever tells it afterwards is believed until it looks
     cache.layers[0].count(3)
-    assert cache.layers[0].most_tokens == PROMPT + 10 and cache.get_seq_length() == PROMPT + 7
+    assert cache.layers[0].tokens.most_tokens == PROMPT + 10 and cache.get_seq_length() == PROMPT + 7
     cache.layers[0].measure()
-    assert cache.layers[0].most_tokens == cache.layers[0].tokens.length == PROMPT + 7 and fetched
+    assert cache.layers[0].tokens.most_tokens == cache.layers[0].tokens.length == PROMPT + 7 and fetched
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -489,7 +489,7 @@ def test_a_graph_of_the_bare_model_gives_the_tokens_of_steps():
     assert torch.equal(*results)
     # the host has not heard of the replayed steps, and the device refuses what is too much
     layer = cache.layers[0]
-    assert layer.most_tokens < PROMPT + 31
+    assert layer.tokens.most_tokens < PROMPT + 31
     layer.measure()
     assert layer.tokens.length == PROMPT + 31
     for _ in range(20):
@@ -577,7 +577,7 @@ def test_what_a_static_cache_refuses():
 def test_layers_come_from_the_config():
     cache = TurboQuantCache(Gemma3TextConfig(**SHAPE, **SLIDING), max_cache_len=300, skip_layers=(1,))
     kinds = [type(layer).__name__ for layer in cache.layers]
-    assert kinds == ["StaticSlidingLayer", "StaticLayer", "StaticSlidingLayer", "TurboQuantStaticLayer"]
+    assert kinds == ["StaticSlidingLayer", "StaticLayer", "StaticSlidingLayer", "TurboQuantLayer"]
     assert isinstance(cache.layers[0], StaticSlidingWindowLayer) and cache.get_max_length() == 300
     assert "room for 300 tokens" in repr(cache)
     assert not TurboQuantCache(LlamaConfig(**SHAPE)).is_compileable
@@ -604,7 +604,7 @@ def test_what_no_graph_can_take_runs_uncompiled_or_says_so():
 def test_a_hybrid_layer_has_both_parts():
     model = FalconH1ForCausalLM(FalconH1Config(**SHAPE, **MAMBA2)).eval()
     cache = TurboQuantCache(model.config, max_cache_len=300)
-    assert {type(layer) for layer in cache.layers} == {TurboQuantStaticHybridLayer}
+    assert {type(layer) for layer in cache.layers} == {TurboQuantHybridLayer}
     assert cache.is_compileable and cache.get_max_length() == 300
     expected = generate(model, cache)
     recurrent = cache.layers[0].conv_states[0].data_ptr()

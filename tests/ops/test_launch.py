@@ -71,7 +71,6 @@ AHEAD = (
 from triton.runtime.jit import JITFunction
 
 from hf_turboquant import ahead
-from hf_turboquant.static import TurboQuantStaticLayer
 
 
 def warmup(self, *args, grid, **options):
@@ -87,7 +86,7 @@ def fail(*args):
 
 JITFunction.warmup, launch.launch, order = warmup, fail, []
 attend.supports = encode.supports = statistics.supports = lambda *args: None
-kind, capacity = (TurboQuantStaticLayer, 4096) if sys.argv[1] == "static" else (TurboQuantLayer, None)
+kind, capacity = (TurboQuantLayer, 4096) if sys.argv[1] == "static" else (TurboQuantLayer, None)
 config = TurboQuantConfig(backend="triton", max_cache_len=capacity)
 half = (torch.float16,) * 3
 for _ in range(2):
@@ -122,7 +121,6 @@ from types import SimpleNamespace
 from triton.runtime.jit import JITFunction
 
 from hf_turboquant import ahead
-from hf_turboquant.static import TurboQuantStaticLayer
 
 
 class Found(Compiled):
@@ -164,7 +162,7 @@ gpu = {"regs_per_multiprocessor": 2**16, "warp_size": 32, "shared_memory_per_mul
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(**gpu, multi_processor_count=132)
 attend.supports = encode.supports = statistics.supports = lambda *args: None
 static, masked = sys.argv[1] == "static", sys.argv[2] == "masked"
-kind, room = (TurboQuantStaticLayer, {"max_cache_len": 8192}) if static else (TurboQuantLayer, {})
+kind, room = (TurboQuantLayer, {"max_cache_len": 8192}) if static else (TurboQuantLayer, {})
 config, dtypes = TurboQuantConfig(backend="triton", nbits=3, **room), (torch.bfloat16,) * 3
 frequencies = tuple(10_000 ** (-i / 32) for i in range(32))
 new = lambda heads, tokens: torch.zeros(1, tokens, heads, 64, dtype=torch.bfloat16).transpose(1, 2)

@@ -20,7 +20,6 @@ from hf_turboquant.ops import attention_plan, reference
 from hf_turboquant.ops import encode as quantize_kernels
 from hf_turboquant.quantizer import Quantizer
 from hf_turboquant.states import AttentionOptions
-from hf_turboquant.static import TurboQuantStaticLayer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
@@ -294,18 +293,18 @@ def test_plans_are_for_the_buffers_that_they_were_made_for():
 
 def test_steps_of_a_static_layer_share_a_plan_and_attention_has_none():
     keys, values = random_tokens(160)
-    layer = TurboQuantStaticLayer(TurboQuantConfig(max_cache_len=300, backend="triton", condition="none"), 0)
+    layer = TurboQuantLayer(TurboQuantConfig(max_cache_len=300, backend="triton", condition="none"), 0)
     layer.update(keys[:, :, :150], values[:, :, :150])
     plans = []
     for at in range(150, 154):
         states = grow(layer, keys, values, at, at + 1)[0].states
         ops.attention(torch.randn(1, 4, 1, 64, device=DEVICE).to(keys.dtype), states, scaling=0.125)
-        plans += layer.states.plans.values()
+        plans += layer.tokens.states.plans.values()
     assert len(plans) == 4 and len(set(plans)) == 1
     # of tokens that lie elsewhere, in place of that one
     wide = torch.zeros(1, HEADS, 1, 80, device=DEVICE, dtype=keys.dtype)[..., 3:67]
     layer.update(wide, wide)
-    (other,) = layer.states.plans.values()
+    (other,) = layer.tokens.states.plans.values()
     assert other is not plans[0]
 
 
@@ -313,7 +312,7 @@ def test_a_token_that_is_a_handle_or_elsewhere():
     keys, values = random_tokens(150)
     one, layer = dynamic_layer(sinks=0, ring=0), dynamic_layer()
     one.update(keys[:, :, :1], values[:, :, :1])
-    static = TurboQuantStaticLayer(TurboQuantConfig(max_cache_len=300, backend="triton", condition="none"), 0)
+    static = TurboQuantLayer(TurboQuantConfig(max_cache_len=300, backend="triton", condition="none"), 0)
     for held in (layer, static):
         held.update(keys[:, :, :140], values[:, :, :140])
         # twice, because the second step of its kind takes a shorter way
@@ -398,7 +397,7 @@ def test_each_role_has_its_own_dtype(dtypes, query_dtype, capacity):
     tokens = random_tokens(44, (64, 32), torch.float32)
     layer = dynamic_layer(nbits=4, max_cache_len=capacity)
     if capacity is not None:
-        layer = TurboQuantStaticLayer(layer.config, 0)
+        layer = TurboQuantLayer(layer.config, 0)
     given, query = [[], []], torch.randn(1, 4, 1, 64, device=DEVICE).to(query_dtype)
     for at in (0, *range(40, 44)):
         piece = slice(at, at + 1) if at else slice(40)
