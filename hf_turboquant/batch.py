@@ -82,8 +82,8 @@ class BatchOperations:
         """
         if self.fixed:
             raise ValueError(
-                "A cache with `max_cache_len` must stay on its device, because compiled steps hold the addresses of its "
-                "memory, got a call of `offload`. Leave `max_cache_len` out."
+                "A cache with `max_cache_len` must stay on its device, because compiled steps hold its addresses, got "
+                "a call of `offload`. Leave `max_cache_len` out."
             )
         self.is_offloaded = self.is_initialized
         if self.observed is not None:
