@@ -244,6 +244,20 @@ def test_more_tokens_than_the_capacity_are_refused(tmp_path):
         TurboQuantCache.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["TurboQuantStaticLayer", "TurboQuantStaticHybridLayer"])
+def test_layers_of_fixed_capacity_under_their_old_names(name, tmp_path, monkeypatch):
+    """They were classes of their own."""
+    model = make_model("falcon_h1" if "Hybrid" in name else "llama")
+    cache, state = prefilled(model, max_cache_len=300), saving._state
+    monkeypatch.setattr(saving, "_state", lambda layer, index: {**state(layer, index), "kind": name})
+    cache.save_pretrained(tmp_path / "saved")
+    assert name in (tmp_path / "saved" / saving.FILE).read_bytes().decode(errors="ignore")
+    loaded = TurboQuantCache.from_pretrained(tmp_path / "saved", config=model.config)
+    assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in cache.layers]
+    for ours, theirs in zip(cache.layers, loaded.layers, strict=True):
+        assert torch.equal(ours.tokens.arena, theirs.tokens.arena)
+
+
 def test_what_is_loaded_in_inference_mode_can_be_written_to_outside(tmp_path):
     for capacity in (None, 300):
         cache = filled(150, max_cache_len=capacity, skip_layers=(1,))
