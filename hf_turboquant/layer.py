@@ -184,7 +184,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
             self.lent = False
         if self.is_offloaded:
             self.prefetch()
-        is_step = self.fixed and self._takes_step(key_states.shape[2])
+        is_step = self._takes_step(key_states.shape[2])
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
@@ -205,15 +205,12 @@ class TurboQuantLayer(BatchOperations, Lengths):
             raise
 
     def _take(self, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends states that fit; returns what attention reads."""
+        """Appends states that fit and are no step; returns what attention reads."""
         if self.conditioning.waits:
             return self._wait(states)
         held, tokens = self.tokens, states["keys"].shape[2]
         before, sinks, window = held.length, held.sinks, held.window
         coded = before + tokens > sinks + window or held.quantized > 0
-        if before > 0 and coded and tokens == 1:
-            self.step = held.step(*states.values())
-            return handles(self.step)
         # Attention reads the first tokens, or the sinks, and the new ones exactly. Allocate that before anything
         # changes: memory may run out.
         exact = None

@@ -62,7 +62,11 @@ class Lengths(DynamicLayer):
         return self.fixed and tokens <= self.step_tokens and self.tokens.has_tokens and self.pending is None
 
     def _takes_step(self, tokens: int) -> bool:
-        """As [`_is_step`], after making sure that there is room."""
+        """Whether so many tokens are a step, which one launch appends; makes sure that a fixed capacity has room."""
+        held = self.tokens
+        if not self.fixed:
+            coded = held.length > 0 and (held.quantized > 0 or held.length + 1 > held.sinks + held.window)
+            return tokens == 1 and coded and not self.conditioning.waits
         if self._is_step(tokens):
             self.find_room(tokens)
             return True
