@@ -7,9 +7,8 @@ import torch
 
 from . import ops
 from .arena import describe, new_arena, open_arena
-from .config import TurboQuantConfig
 from .plans import Plans
-from .quantizer import ROLES
+from .quantizer import ROLES, Quantizer
 from .states import LayerStates
 from .storage import SlotBuffer
 from .tokens import Tokens
@@ -33,7 +32,6 @@ class FixedTokens(Tokens):
         layer_idx (`int`): index of the layer in the model; seeds its rotations.
     """
 
-    fixed = True
     # The memory, a description of its contents, and views of it.
     arena: torch.Tensor | None = None
     description: str | None = None
@@ -49,18 +47,14 @@ class FixedTokens(Tokens):
     # Whether `announce` has already counted the tokens of the next step.
     announced: bool = False
 
-    def __init__(self, config: TurboQuantConfig, layer_idx: int):
-        super().__init__({}, {}, None, 0, config.backend)
-        self.config, self.layer_idx = config, layer_idx
-
     def forgotten(self) -> "FixedTokens":
-        """None, in the same memory."""
+        """No tokens, in the same memory."""
         empty = FixedTokens(self.config, self.layer_idx)
         empty.arena, empty.description, empty.states = self.arena, self.description, self.states
         return empty
 
     def open(self, states: dict[str, torch.Tensor], waits: bool) -> None:
-        """Allocates memory for states of shape `[batch, heads, T, head_dim]`, or takes the previous sequence's."""
+        """As [`Tokens.open`], or takes the memory of the previous sequence."""
         device = states["keys"].device
         description = describe(self.config, self.layer_idx, states["keys"], states["values"])
         if self.arena is None or (self.description, self.arena.device) != (description, device):
@@ -154,13 +148,14 @@ class FixedTokens(Tokens):
         """From now on only the recent tokens are exact."""
         self.waits, self.window = False, self.config.residual_length
 
-    def keep_condition(self, mean: torch.Tensor | None, scale: torch.Tensor | None) -> None:
-        """Writes mean and scale of keys to the arena; `None` stands for zero and one, which change nothing."""
-        self.quantizers = self.states.quantizers
+    def keep_condition(self, keys: Quantizer | None = None) -> None:
+        """Writes the mean and scale of `keys`, by default those that quantized last, to the arena."""
+        keys, self.quantizers = keys or self.quantizers["keys"], self.states.quantizers
         held = self.quantizers["keys"]
         if held.mean is not None:
-            held.mean.zero_() if mean is None else held.mean.copy_(mean)
-            held.scale.fill_(1) if scale is None else held.scale.copy_(scale)
+            # Zero and one change nothing.
+            held.mean.zero_() if keys.mean is None else held.mean.copy_(keys.mean)
+            held.scale.fill_(1) if keys.scale is None else held.scale.copy_(keys.scale)
 
     def frozen(self) -> LayerStates:
         """All tokens, for attention to read whatever comes: compiled steps write to the arena without any Python."""
@@ -175,8 +170,8 @@ class FixedTokens(Tokens):
 
     def emptied(self, window: int) -> "FixedTokens":
         """The same memory without tokens, of which so many recent ones are exact from now on."""
-        twin = super().emptied(window)
-        twin.waits = False
+        twin = self.snapshot()
+        twin.length, twin.window, twin.waits = 0, window, False
         return twin
 
     def replaced_by(self, tokens: Tokens, outdate: Callable[[], None]) -> "FixedTokens":
@@ -189,7 +184,7 @@ class FixedTokens(Tokens):
         outdate()
         held._view()
         if held.arena is not self.arena:
-            held.keep_condition(keys.mean, keys.scale)
+            held.keep_condition(keys)
         for role in ROLES:
             held.exact[role].copy_(tokens.exact[role])
             for name, tensor in held.codes[role].tensors.items():

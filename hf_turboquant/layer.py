@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 
 import torch
 
@@ -19,8 +20,6 @@ from .states import ExactStates, LayerStates
 from .tokens import Tokens
 from .traced import append, handles_of
 
-# Keys wait for enough different tokens while there are at most so many beside the sinks.
-MAX_WAITING_TOKENS = 512
 # A layer that defers quantizing does so for prompts of at most so many tokens, in all sequences.
 MAX_DEFERRED_TOKENS = 2_048
 # Up to this size it keeps the query of such a prompt: copying it takes the host less time than summing its squares.
@@ -51,7 +50,6 @@ class TurboQuantLayer(BatchOperations, Lengths):
     # all other checks.
     is_sliding = False
     step: LayerStates | None = None
-    tokens: Tokens | None = None
     # Of the first tokens.
     device: torch.device | None = None
     # With a fixed capacity, whether the caller promises to call `settle` before a step: none that is compiled can.
@@ -71,6 +69,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         self.frequencies: list[float] | None = None
         # Shared by the layers of a cache: see `Conditioning.differ` and `ahead`.
         self.verdict: dict = {}
+        self.tokens = (FixedTokens if self.fixed else Tokens)(config, layer_idx)
         super().__init__()
         self.reset()
 
@@ -88,10 +87,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         """Forgets all tokens; frees their memory, unless the capacity is fixed."""
         self.is_initialized = False
         self.verdict.clear()
-        if not self.fixed:
-            self.tokens = Tokens({}, {}, None, 0, self.config.backend)
-        else:
-            self.tokens = FixedTokens(self.config, self.layer_idx) if self.tokens is None else self.tokens.forgotten()
+        self.tokens = self.tokens.forgotten()
         # What keys are conditioned by.
         self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
         # The tokens of the last update, while they wait to be stored; and once their query was seen, which tokens are
@@ -123,14 +119,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         """Draws the rotations and makes memory that fits the states, of shape `[batch, heads, T, head_dim]`."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
-        states = {"keys": key_states, "values": value_states}
-        if self.fixed:
-            self.tokens.open(states, self.conditioning.waits)
-        else:
-            # Until keys are conditioned, the slots hold all tokens.
-            ring = max(self.config.held_length, MAX_WAITING_TOKENS)
-            ring = ring if self.conditioning.waits else self.config.residual_length
-            self.tokens = Tokens.like(states, self.config, self.layer_idx, ring)
+        self.tokens.open({"keys": key_states, "values": value_states}, self.conditioning.waits)
         self.is_initialized = True
 
     def update(
@@ -175,7 +164,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
 
     def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         states = {"keys": key_states, "values": value_states}
-        as_held = self.tokens.check(states, self.device, self.layer_idx)
+        as_held = self.tokens.check(states, self.device)
         if self.pending is not None:
             self.settle()
         if self.lent:
@@ -293,10 +282,9 @@ class TurboQuantLayer(BatchOperations, Lengths):
             self._store_and_learn(states, valid)
         else:
             self.tokens.append(states)
-        if self.fixed:
-            if self.conditioning.waits:
-                self._condition_provisionally()
-            self.tokens.write_lengths()
+        if self.fixed and self.conditioning.waits:
+            self._condition_provisionally()
+        self.tokens.write_lengths()
 
     def _store_and_learn(self, states: dict[str, torch.Tensor], valid: torch.Tensor | None) -> None:
         length, (batch, _, tokens, _) = self.tokens.length, states["keys"].shape
@@ -323,9 +311,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         if tokens is None:
             return False
         self.tokens = tokens
-        if self.fixed:
-            keys = tokens.quantizers["keys"]
-            tokens.keep_condition(keys.mean, keys.scale)
+        tokens.keep_condition()
         return True
 
     def _learn_now(self, coming: int) -> None:
@@ -338,13 +324,14 @@ class TurboQuantLayer(BatchOperations, Lengths):
 
     def _condition_provisionally(self) -> None:
         """Whoever replays steps without telling may fill the slots: conditions keys by the tokens known so far."""
-        if self.tokens.length <= self.tokens.sinks:
-            self.conditioning.provisional = NOT_CONDITIONED
-            self.tokens.keep_condition(None, None)
-        else:
+        keys, self.conditioning.provisional = (
+            replace(self.tokens.quantizers["keys"], mean=None, scale=None),
+            NOT_CONDITIONED,
+        )
+        if self.tokens.length > self.tokens.sinks:
             states = {role: self.tokens.whole(role) for role in ROLES}
-            keys, self.conditioning.provisional = self.conditioning.apply(self.tokens.quantizers["keys"], states)
-            self.tokens.keep_condition(keys.mean, keys.scale)
+            keys, self.conditioning.provisional = self.conditioning.apply(keys, states)
+        self.tokens.keep_condition(keys)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -371,8 +358,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         # What comes next has nothing to do with what was learned; a recurrent part is not concerned.
         TurboQuantLayer.reset(self)
         self.lazy_initialization(*empty)
-        if self.fixed:
-            self.tokens.write_lengths()
+        self.tokens.write_lengths()
 
     def _outdate(self) -> None:
         """What the last update returned must not be read any more."""

@@ -77,10 +77,8 @@ class Lengths(DynamicLayer):
     @torch.compiler.disable(reason=NOT_COMPILED)
     def measure(self) -> None:
         """Fetches the lengths from the device, if only it has them: those of steps over a fixed capacity."""
-        if not self.fixed:
-            return
         self.tokens.measure()
-        if self.tokens.has_tokens and self.tokens.quantized and self.conditioning.waits:
+        if self.fixed and self.conditioning.waits and self.tokens.has_tokens and self.tokens.quantized:
             # A step has quantized the first token.
             self.conditioning.finish(self.conditioning.provisional)
             self.tokens.stop_waiting()

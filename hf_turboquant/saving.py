@@ -218,7 +218,7 @@ def _restore(layer: TurboQuantLayer, saved: dict) -> None:
         conditioning.valid = torch.empty(batch, length, device=layer.device, dtype=torch.bool)
     if layer.fixed:
         conditioning.provisional = known
-        layer.tokens.keep_condition(None, None)
+        layer.tokens.keep_condition(replace(layer.tokens.quantizers["keys"], mean=None, scale=None))
         layer.tokens.write_lengths()
     elif known.centred:
         mean, scale = torch.empty((2, heads, 1, head_dim), dtype=torch.float32, device=layer.device)

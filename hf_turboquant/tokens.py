@@ -13,47 +13,50 @@ from .quantizer import ROLES, Quantizer
 from .states import LayerStates
 from .storage import SlotBuffer, TokenBuffer, reserve_all
 
+# Where memory grows, keys wait for enough different tokens while there are at most so many beside the sinks.
+MAX_WAITING_TOKENS = 512
+
 
 class Tokens:
     """
     The keys and values of one layer: exact ones in slots, the first `exact.sinks` and the last `window` of them, and
-    codes for all between. When a token is stored, and when keys are conditioned, is for the layer to decide.
+    codes for all between. When a token is stored, and when keys are conditioned, is for the layer to decide. Their
+    memory, which [`open`] makes, grows.
 
     Args:
-        quantizers (`dict[str, Quantizer]`), codes (`dict[str, TokenBuffer]`): by role.
-        exact (`SlotBuffer`, *optional*): `None` where there is no memory yet.
-        window (`int`): recent tokens that stay exact, at most `exact.ring`.
-        backend (`str`): `"auto"`, `"triton"` or `"torch"`: see [`TurboQuantConfig`].
+        config (`TurboQuantConfig`): options of the cache.
+        layer_idx (`int`): index of the layer in the model; seeds its rotations.
     """
 
-    # Whether the memory must stay what it is: see `FixedTokens`.
-    fixed = False
-
-    def __init__(
-        self,
-        quantizers: dict[str, Quantizer],
-        codes: dict[str, TokenBuffer],
-        exact: SlotBuffer | None,
-        window: int,
-        backend: str,
-    ):
-        self.quantizers, self.codes, self.exact = quantizers, codes, exact
-        self.window, self.backend = window, backend
-        self.length = 0
+    def __init__(self, config: TurboQuantConfig, layer_idx: int):
+        self.config, self.layer_idx = config, layer_idx
+        # By role; nothing where there is no memory yet.
+        self.quantizers: dict[str, Quantizer] = {}
+        self.codes: dict[str, TokenBuffer] = {}
+        self.exact: SlotBuffer | None = None
+        # How many tokens there are, and how many recent ones stay exact, at most `exact.ring`.
+        self.length = self.window = 0
         # What launches on the same buffers share.
         self.plans = Plans()
         # Shapes, dtypes and devices of the last states that fitted.
         self.checked: tuple | None = None
 
-    @classmethod
-    def like(cls, states: dict[str, torch.Tensor], config: TurboQuantConfig, layer_idx: int, ring: int) -> "Tokens":
-        """Empty buffers that grow, for states of shape `[batch, heads, tokens, head_dim]` by role."""
-        (batch, heads, _, _), device = states["keys"].shape, states["keys"].device
-        quantizers = {role: Quantizer.create(config, role, layer_idx, states[role].shape[-1], device) for role in ROLES}
+    def forgotten(self) -> "Tokens":
+        """No tokens, and no memory."""
+        return Tokens(self.config, self.layer_idx)
+
+    def open(self, states: dict[str, torch.Tensor], waits: bool) -> None:
+        """
+        Makes memory for states of shape `[batch, heads, tokens, head_dim]`, by role, of which no token counts yet.
+        While keys wait to be conditioned, all tokens are exact.
+        """
+        (batch, heads, _, _), device, config = states["keys"].shape, states["keys"].device, self.config
+        for role in ROLES:
+            self.quantizers[role] = Quantizer.create(config, role, self.layer_idx, states[role].shape[-1], device)
+            self.codes[role] = self.quantizers[role].new_buffer(batch, heads)
+        self.window = max(config.held_length, MAX_WAITING_TOKENS) if waits else config.residual_length
         shapes = {role: (states[role].dtype, (states[role].shape[-1],)) for role in ROLES}
-        exact = SlotBuffer(shapes, batch, heads, device, config.sink_length, ring)
-        codes = {role: quantizers[role].new_buffer(batch, heads) for role in ROLES}
-        return cls(quantizers, codes, exact, ring, config.backend)
+        self.exact = SlotBuffer(shapes, batch, heads, device, config.sink_length, self.window)
 
     @property
     def quantized(self) -> int:
@@ -75,18 +78,17 @@ class Tokens:
         """Bytes allocated."""
         return sum(buffer.nbytes for buffer in (*self.codes.values(), self.exact))
 
-    def check(self, states: dict, device: torch.device | None, layer_idx: int) -> bool:
+    def check(self, states: dict, device: torch.device | None) -> bool:
         """
         Whether new states, by role, are plain tensors of the dtypes of those held.
 
         Args:
             device (`torch.device`, *optional*): where they must be; `None` where there is no memory yet.
-            layer_idx (`int`): for messages.
 
         Raises:
             `ValueError`: they don't fit one another, or cannot follow those held.
         """
-        keys, values = states["keys"], states["values"]
+        keys, values, layer_idx = states["keys"], states["values"], self.layer_idx
         if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor):
             given = keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device
             given += type(keys), type(values)
@@ -165,7 +167,7 @@ class Tokens:
         if last > first:
             leaving = {role: self._leaving(states[role], role, first, last) for role in ROLES}
             parts = ((new, self.quantizers[role], self.codes[role]) for role, new in leaving.items())
-            ops.quantize(*parts, backend=self.backend)
+            ops.quantize(*parts, backend=self.config.backend)
         for start, stop in ((before, min(after, self.sinks)), (max(before, self.sinks, last), after)):
             if start < stop:
                 for role in ROLES:
@@ -187,8 +189,8 @@ class Tokens:
     def read_from(self, exact: dict[str, torch.Tensor], quantized: int, ring: int, phase: int) -> LayerStates:
         """The same with other slots in place of its own."""
         return LayerStates(
-            self.quantizers, self.codes, exact, self.length, quantized, self.sinks, ring, phase, self.backend, None,
-            self.plans,
+            self.quantizers, self.codes, exact, self.length, quantized, self.sinks, ring, phase, self.config.backend,
+            None, self.plans,
         )  # fmt: skip
 
     def step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> LayerStates:
@@ -208,6 +210,15 @@ class Tokens:
             states.quantized = self.quantized = quantized + 1
             states.phase = states.quantized % states.ring if states.ring else 0
         return states
+
+    def measure(self) -> None:
+        """Fetches the lengths from the device, if only it has them."""
+
+    def write_lengths(self) -> None:
+        """Writes the lengths to the device, if steps read them there."""
+
+    def keep_condition(self) -> None:
+        """Copies mean and scale of keys to where steps read them, if that is elsewhere."""
 
     def crop(self, length: int) -> None:
         """Keeps the first `length` tokens, exact or quantized as they are."""
@@ -246,7 +257,7 @@ class Tokens:
         """The same without tokens, of which none was quantized, and with so many recent ones exact from now on."""
         twin = self.snapshot()
         twin.length, twin.window = 0, window
-        if not self.fixed and window != twin.exact.ring:
+        if window != twin.exact.ring:
             twin.exact.ring = window
             twin.exact.map(lambda tensor: tensor.new_empty((*tensor.shape[:2], 0, tensor.shape[3])))
         return twin

@@ -22,9 +22,10 @@ from hf_turboquant._supported import cache_name
 from hf_turboquant.attention import turboquant_attention_forward
 from hf_turboquant.conditioning import HORIZON, condition, energy_of_queries, learned, rotary_frequencies, valid_tokens
 from hf_turboquant.config import LEARNED_TOKENS
-from hf_turboquant.layer import MAX_WAITING_TOKENS, STEP_TOKENS, TurboQuantLayer
+from hf_turboquant.layer import STEP_TOKENS, TurboQuantLayer
 from hf_turboquant.memory import layer_memory
 from hf_turboquant.quantizer import Quantizer
+from hf_turboquant.tokens import MAX_WAITING_TOKENS
 
 
 def skewed_states(tokens, batch=1, heads=2, seed=0):

@@ -47,7 +47,7 @@ def exact_arithmetic():
         patch.setattr(hf_turboquant.conditioning, "condition", coarse_condition)
         patch.setattr(hf_turboquant.config, "LEARNED_TOKENS", LEARNED_TOKENS)
         patch.setattr(hf_turboquant.conditioning, "MIN_TOKENS", MIN_TOKENS)
-        patch.setattr(hf_turboquant.layer, "MAX_WAITING_TOKENS", MAX_WAITING_TOKENS)
+        patch.setattr(hf_turboquant.tokens, "MAX_WAITING_TOKENS", MAX_WAITING_TOKENS)
         # soft rounds round, and a token that comes alone has fewer of them
         for bits, annealing in ANNEALINGS.items():
             patch.setitem(ANNEALINGS, bits, dataclasses.replace(annealing, rounds=0, single_rounds=0))
