@@ -74,6 +74,6 @@ def _launch(config, frequencies, kind, shapes, dtypes, groups, short, masked, de
     layer.update(keys, values)
     layer.settle(query, torch.ones((1, 1, 1, tokens), dtype=torch.bool, device=device) if masked else None)
     states = layer.update(keys[:, :, :1], values[:, :, :1])[0].states
-    # A step over a static capacity has a mask for all of it.
+    # A step over a fixed capacity has a mask for all of it.
     mask = torch.ones((1, 1, 1, 2 * tokens), dtype=torch.bool, device=device) if static else None
     ops.attention(query[:, :, :1], states, scaling=1.0, attention_mask=mask)

@@ -1,4 +1,4 @@
-"""Arena: one tensor with everything that a layer of static capacity holds for its tokens."""
+"""Arena: one tensor with everything that a layer of fixed capacity holds for its tokens."""
 
 import json
 import math

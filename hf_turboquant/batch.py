@@ -1,4 +1,4 @@
-"""What is done to all tokens of a layer at once: reorder, repeat, select, move to the CPU and back."""
+"""What is done to all tokens of a layer at once: reorder, repeat, select, crop, move, copy, hand out."""
 
 from collections.abc import Callable
 

@@ -222,7 +222,7 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
     @property
     def is_compileable(self) -> bool:
         """
-        Whether `generate` may compile decode steps: with static capacity alone. The layers of a purely recurrent model
+        Whether `generate` may compile decode steps: with fixed capacity alone. The layers of a purely recurrent model
         would allow it always, but `generate` compiles by itself for every cache of a class that it does not know.
         """
         return self.options.max_cache_len is not None and super().is_compileable
@@ -360,7 +360,8 @@ def _log_unpackable(dim: int) -> None:
 
 def _in_full_precision(layer: TurboQuantLayer) -> DynamicLayer | StaticLayer:
     """The layer of transformers for what `layer` would have held, with its recurrent states if it has any."""
-    kind = [theirs for theirs, ours in _OURS.items() if ours is type(layer)][layer.fixed]
+    grows, stays = (theirs for theirs, ours in _OURS.items() if ours is type(layer))
+    kind = stays if layer.fixed else grows
     held = vars(layer)
     plain = kind(**{name: held[name] for name in ("number_of_states", "max_cache_len") if name in held})
     if isinstance(plain, LinearAttentionLayer):

@@ -16,7 +16,7 @@ from .sliding import StaticSlidingLayer
 
 logger = logging.getLogger(__name__)
 
-# The first kind counts tokens in device memory alone; the memory of the second at least keeps its address.
+# Of fixed capacity, the first kind counts tokens in device memory; the memory of the second at least keeps its address.
 COUNTED_ON_DEVICE = TurboQuantLayer, StaticLayer
 STATIC = *COUNTED_ON_DEVICE, StaticSlidingLayer, LinearAttentionLayer, TurboQuantHybridLayer
 

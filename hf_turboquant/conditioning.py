@@ -71,7 +71,7 @@ class Conditioning:
         self.config, self.layer_idx, self.frequencies, self.verdict = config, layer_idx, frequencies, verdict
         # What was found, possibly on the device only; None while there is too little to learn from.
         self.found: Learned | torch.Tensor | None = NOT_CONDITIONED if config.condition == "none" else None
-        # With a static capacity, what would be found if the next token were quantized.
+        # With a fixed capacity, what would be found if the next token were quantized.
         self.provisional: Learned | torch.Tensor = NOT_CONDITIONED
         # What it will need: queries so far, and which of the tokens so far are no padding.
         self.query_energy: torch.Tensor | None = None

@@ -125,8 +125,8 @@ def _decode(step, logits, ids, logits_processor, stopping_criteria, config, stre
 
 @contextmanager
 def _first_token_first(cache: Cache):
-    """Within this context, layers of static capacity leave quantizing a short prompt to [`captured.store_prompt`]."""
-    layers = [layer for layer in cache.layers if isinstance(layer, TurboQuantLayer)]
+    """Within this context, layers of fixed capacity leave quantizing a short prompt to [`captured.store_prompt`]."""
+    layers = [layer for layer in cache.layers if isinstance(layer, TurboQuantLayer) and layer.fixed]
     for layer in layers:
         layer.defers = True
     try:

@@ -148,14 +148,13 @@ class FixedTokens(Tokens):
         """From now on only the recent tokens are exact."""
         self.waits, self.window = False, self.config.residual_length
 
-    def keep_condition(self, keys: Quantizer | None = None) -> None:
-        """Writes the mean and scale of `keys`, by default those that quantized last, to the arena."""
-        keys, self.quantizers = keys or self.quantizers["keys"], self.states.quantizers
+    def keep_condition(self, keys: Quantizer | None) -> None:
+        """Writes the mean and scale of `keys` to the arena; `None` stands for zero and one, which change nothing."""
+        self.quantizers = self.states.quantizers
         held = self.quantizers["keys"]
         if held.mean is not None:
-            # Zero and one change nothing.
-            held.mean.zero_() if keys.mean is None else held.mean.copy_(keys.mean)
-            held.scale.fill_(1) if keys.scale is None else held.scale.copy_(keys.scale)
+            held.mean.copy_(keys.mean) if keys and keys.mean is not None else held.mean.zero_()
+            held.scale.copy_(keys.scale) if keys and keys.scale is not None else held.scale.fill_(1)
 
     def frozen(self) -> LayerStates:
         """All tokens, for attention to read whatever comes: compiled steps write to the arena without any Python."""

@@ -31,7 +31,7 @@ def generate(model, input_ids, logits_processor, stopping_criteria, generation_c
 
     `generate` prepares everything and calls this in place of its own loop. All of its arguments keep their meaning;
     those of [`TurboQuantConfig`] configure the cache, and `max_cache_len` is its least capacity. You may pass a cache
-    of any kind instead; steps are captured if its capacity is static. The next request with the same batch size reuses
+    of any kind instead; steps are captured if its capacity is fixed. The next request with the same batch size reuses
     the memory and the graph. Anything but greedy search and sampling is passed on to transformers' own loop.
 
     Args:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import replace
 
 import torch
 
@@ -173,7 +172,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
             self.lent = False
         if self.is_offloaded:
             self.prefetch()
-        is_step = self._takes_step(key_states.shape[2])
+        is_step = self._prepare_step(key_states.shape[2])
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
@@ -290,7 +289,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         length, (batch, _, tokens, _) = self.tokens.length, states["keys"].shape
         self.conditioning.add_mask(valid, batch, length + tokens)
         if length > 0 and tokens == 1:
-            # As with a static capacity, where keys are conditioned before the token of a step comes.
+            # As with a fixed capacity, where keys are conditioned before the token of a step comes.
             self._learn({role: self.tokens.whole(role) for role in ROLES}, coming=1)
             self.tokens.append(states)
         elif not self._learn(self.tokens.followed_by(states, length) if length else states):
@@ -311,7 +310,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         if tokens is None:
             return False
         self.tokens = tokens
-        tokens.keep_condition()
+        tokens.keep_condition(tokens.quantizers["keys"])
         return True
 
     def _learn_now(self, coming: int) -> None:
@@ -324,13 +323,10 @@ class TurboQuantLayer(BatchOperations, Lengths):
 
     def _condition_provisionally(self) -> None:
         """Whoever replays steps without telling may fill the slots: conditions keys by the tokens known so far."""
-        keys, self.conditioning.provisional = (
-            replace(self.tokens.quantizers["keys"], mean=None, scale=None),
-            NOT_CONDITIONED,
-        )
+        keys, self.conditioning.provisional = None, NOT_CONDITIONED
         if self.tokens.length > self.tokens.sinks:
             states = {role: self.tokens.whole(role) for role in ROLES}
-            keys, self.conditioning.provisional = self.conditioning.apply(keys, states)
+            keys, self.conditioning.provisional = self.conditioning.apply(self.tokens.quantizers["keys"], states)
         self.tokens.keep_condition(keys)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""How many tokens a layer holds, on the host and on the device, and for how many it has room."""
+"""How many tokens a layer holds, on the host and on the device, how many bytes, and for how many it has room."""
 
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -45,24 +45,29 @@ class Lengths(DynamicLayer):
         if not self.fixed:
             return super().get_mask_sizes(query_length)
         self._store_deferred()
-        if not self._is_step(query_length):
+        waiting = self.pending["keys"].shape[2] if self.pending else 0
+        # What waits will have been stored by then.
+        is_step = query_length <= self.step_tokens and (self.tokens.has_tokens or waiting > 0)
+        if waiting or not is_step:
             self.measure()
-            self._check_room(query_length)
-            return self.tokens.length + (self.pending["keys"].shape[2] if self.pending else 0) + query_length, 0
-        if not torch.compiler.is_compiling() and not self.tokens.is_capturing():
+            self._check_room(waiting + query_length)
+        elif not torch.compiler.is_compiling() and not self.tokens.is_capturing():
             # `generate` asks before every compiled step, while the device is idle: waiting for the length would keep it
             # idle for longer.
             self.tokens.announced = False
             self.find_room(query_length)
             self.tokens.announce(query_length)
-        return self.max_cache_len, 0
+        return self.max_cache_len if is_step else self.tokens.length + waiting + query_length, 0
 
     def _is_step(self, tokens: int) -> bool:
         """Whether so many tokens are a step over a fixed capacity."""
         return self.fixed and tokens <= self.step_tokens and self.tokens.has_tokens and self.pending is None
 
-    def _takes_step(self, tokens: int) -> bool:
-        """Whether so many tokens are a step, which one launch appends; makes sure that a fixed capacity has room."""
+    def _prepare_step(self, tokens: int) -> bool:
+        """
+        Whether so many tokens are a step, which one launch appends. With a fixed capacity, makes sure that there is
+        room, or raises a `ValueError`.
+        """
         held = self.tokens
         if not self.fixed:
             coded = held.length > 0 and (held.quantized > 0 or held.length + 1 > held.sinks + held.window)
@@ -104,6 +109,8 @@ class Lengths(DynamicLayer):
         Fetches the exact length; raises a `ValueError` if so many tokens more do not fit. Keys that wait to be
         conditioned are, if the exact slots cannot take the tokens.
         """
+        if not self.fixed:
+            return
         self.measure()
         self._check_room(tokens)
         if self.conditioning.waits and self.tokens.has_tokens:

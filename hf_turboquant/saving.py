@@ -162,9 +162,9 @@ def _state(layer, index: int) -> dict:
 def _tokens(layer: TurboQuantLayer) -> dict:
     """The tokens of a layer and what is known of them; tensors share its memory."""
     held, conditioning, keys = layer.tokens, layer.conditioning, layer.tokens.quantizers["keys"]
-    # Steps over a static capacity don't lengthen what is known of padding.
+    # Steps over a fixed capacity don't lengthen what is known of padding.
     conditioning.add_mask(None, held.exact["keys"].shape[0], held.length)
-    # A static layer knows before the first code how it would be conditioned.
+    # A layer of fixed capacity knows before the first code how it would be conditioned.
     known = learned(conditioning.provisional if conditioning.waits else conditioning.found)
     return {
         "length": held.length,
@@ -188,7 +188,7 @@ def _new_layer(cache, index: int, kind: str, fields: dict, tokens: dict | None):
         layer = kind(cache.options, index, **given)
         layer.verdict = cache.verdict
     else:
-        # The window of a layer of static capacity is that capacity.
+        # The window of a layer of fixed capacity is that capacity.
         layer = kind(**{"sliding_window": given.get("max_cache_len"), **given})
     for name, value in fields.items():
         if name not in vars(layer) and not name.endswith(FIRST_TOKENS):
@@ -218,7 +218,7 @@ def _restore(layer: TurboQuantLayer, saved: dict) -> None:
         conditioning.valid = torch.empty(batch, length, device=layer.device, dtype=torch.bool)
     if layer.fixed:
         conditioning.provisional = known
-        layer.tokens.keep_condition(replace(layer.tokens.quantizers["keys"], mean=None, scale=None))
+        layer.tokens.keep_condition(None)
         layer.tokens.write_lengths()
     elif known.centred:
         mean, scale = torch.empty((2, heads, 1, head_dim), dtype=torch.float32, device=layer.device)

@@ -1,4 +1,4 @@
-"""A sliding layer of static capacity that a CUDA graph can hold."""
+"""A sliding layer of fixed capacity that a CUDA graph can hold."""
 
 import torch
 from transformers.cache_utils import StaticSlidingWindowLayer

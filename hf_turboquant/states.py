@@ -25,7 +25,7 @@ class LayerStates:
         kv_len (`int`), quantized (`int`): the number of all tokens, and of those in codes.
         backend (`str`): `"auto"`, `"triton"` or `"torch"`: see [`TurboQuantConfig`].
         counters (`torch.Tensor`, *optional*):
-            With a static capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 3]`: for keys
+            With a fixed capacity the lengths are in device memory, int32 of shape `[2, batch * heads, 3]`: for keys
             and for values, the number of all tokens, of quantized ones, and of the recent ones that stay exact, at most
             `ring`. `kv_len` and `quantized` are upper bounds in that case.
         plans (`Plans`, *optional*): the layer's plans for launches.

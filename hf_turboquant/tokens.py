@@ -51,6 +51,8 @@ class Tokens:
         While keys wait to be conditioned, all tokens are exact.
         """
         (batch, heads, _, _), device, config = states["keys"].shape, states["keys"].device, self.config
+        # What was returned before keeps what it reads.
+        vars(self).update(vars(Tokens(config, self.layer_idx)))
         for role in ROLES:
             self.quantizers[role] = Quantizer.create(config, role, self.layer_idx, states[role].shape[-1], device)
             self.codes[role] = self.quantizers[role].new_buffer(batch, heads)
@@ -217,8 +219,15 @@ class Tokens:
     def write_lengths(self) -> None:
         """Writes the lengths to the device, if steps read them there."""
 
-    def keep_condition(self) -> None:
-        """Copies mean and scale of keys to where steps read them, if that is elsewhere."""
+    def keep_condition(self, keys: Quantizer | None) -> None:
+        """Copies the mean and scale of `keys` to where steps read them, if that is elsewhere; `None` if it has none."""
+
+    def count(self, tokens: int) -> None:
+        """Counts the tokens of a step that was launched without [`step`]."""
+
+    def may_lack_room(self, tokens: int) -> bool:
+        """Whether there may be no room for so many tokens more."""
+        return False
 
     def crop(self, length: int) -> None:
         """Keeps the first `length` tokens, exact or quantized as they are."""

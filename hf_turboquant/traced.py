@@ -1,4 +1,4 @@
-"""What `torch.compile` sees of a layer of static capacity: three operators, and a handle that is not a tensor."""
+"""What `torch.compile` sees of a layer of fixed capacity: three operators, and a handle that is not a tensor."""
 
 import torch
 

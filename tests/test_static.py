@@ -660,3 +660,44 @@ def test_requests_of_many_lengths_leave_nothing(monkeypatch):
         seen.append(tables())
     # by then each table has met every kind of request
     assert seen[19] == seen[39]
+
+
+@pytest.mark.parametrize("before", [10, 0], ids=["a later chunk", "the first prompt"])
+def test_a_mask_fits_the_step_after_tokens_that_nobody_read(before):
+    layer, sdpa = new_layer(150, condition="attention"), torch.nn.functional.scaled_dot_product_attention
+    if before:
+        sdpa(torch.ones(2, 2, before, 32), *layer.update(*states(before)))
+    layer.update(*states(20))
+    assert layer.pending is not None
+    columns, _ = layer.get_mask_sizes(1)
+    keys, values = layer.update(*states(1))
+    assert columns == keys.shape[2] == 150
+    mask = torch.ones(1, 1, 1, columns, dtype=torch.bool)
+    assert sdpa(torch.ones(2, 2, 1, 32), keys, values, attn_mask=mask).isfinite().all()
+    assert layer.get_seq_length() == before + 21
+    layer.update(*states(20))
+    with pytest.raises(ValueError, match="must get no more tokens"):
+        layer.get_mask_sizes(110)
+
+
+def test_a_layer_that_grows_has_room():
+    """Whoever drives steps need not ask which kind a layer is."""
+    layer = new_layer(None)
+    for tokens in (200, 1):
+        layer.find_room(tokens)
+        layer.make_room(tokens)
+        layer.update(*states(tokens))
+        layer.count(tokens)
+    assert layer.get_seq_length() == 201
+
+
+def test_memory_is_opened_once_more():
+    """What was returned before keeps what it reads."""
+    layer = new_layer(None, condition="none")
+    layer.update(*states(200))
+    held = layer.keys
+    before = held.dequantize().clone()
+    layer.lazy_initialization(*(x[:, :, :0] for x in states(1)))
+    assert layer.get_seq_length() == 0
+    assert layer.update(*states(40))[0].shape[2] == layer.get_seq_length() == 40
+    assert torch.equal(held.dequantize(), before)

@@ -63,7 +63,7 @@ def append(states: LayerStates, key_states: torch.Tensor, value_states: torch.Te
     its exact slot. The kernels need one launch, and the host waits for nothing. The buffers must have the capacity, and
     the caller must update the lengths.
 
-    With a static capacity the lengths are in device memory and are updated there; several tokens may be given, which
+    With a fixed capacity the lengths are in device memory and are updated there; several tokens may be given, which
     are appended one by one.
 
     Args:

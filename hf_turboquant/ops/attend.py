@@ -102,7 +102,7 @@ def scores(
 
 def _plan(query, states: LayerStates, options: AttentionOptions, mask_kind: tuple, portable) -> "AttentionPlan":
     key = _key(query, options, mask_kind, portable)
-    # With a static capacity, a captured graph may hold no memory but its own.
+    # With a fixed capacity, a captured graph may hold no memory but its own.
     plans = states.plans if states.counters is None else None
     plan = None if plans is None else plans.get(key)
     if plan is None or not plan.fits(states):
@@ -139,7 +139,7 @@ class AttentionPlan(Plan):
         self.blocks = -(-states.quantized // BLOCK)
         portable = is_portable(query.device) if portable is None else portable
         matrices = constants_of(keys).query_matrices(keys, portable)
-        # With a static capacity the kernels read the lengths from device memory, and these are upper bounds.
+        # With a fixed capacity the kernels read the lengths from device memory, and these are upper bounds.
         static = states.counters is not None
         self.kernels = kernels = kernels_for(
             query.device,

@@ -8,7 +8,7 @@ from .codes import exp2
 # Floor of the running maximum: finite, so that a row that has seen nothing yet subtracts to zero and not to NaN.
 LOWEST = tl.constexpr(-1e30)
 
-# Stored as the length of a sequence that exceeds a static capacity.
+# Stored as the length of a sequence that exceeds a fixed capacity.
 OVERFLOW = tl.constexpr(2**30)
 
 # Compiled kernels must not specialise on the values of these arguments, because launchers reuse them for all values.
