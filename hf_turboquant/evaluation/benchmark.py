@@ -83,6 +83,8 @@ def graph_us(functions: Sequence[Callable[[], object]], inner: int = 1, repeats:
     Median GPU time of one of `functions`, from replays of a CUDA graph that holds all of them `inner` times. They
     should work on different tensors, so that nothing is found in L2.
     """
+    # What they read must be there before another stream reads it.
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for function in functions:
