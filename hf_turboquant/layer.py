@@ -1,7 +1,7 @@
 """TurboQuantLayer: exact sinks and an exact recent window, with codes for all tokens between them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 
 import torch
@@ -343,9 +343,9 @@ class TurboQuantLayer(BatchOperations, Lengths):
         """Keeps a copy of the states until the query that attends to them is seen; returns what attention reads."""
         before = self.tokens.length
         # Ordinary tensors even in inference mode, whose versions show whether they were written to.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             exact = self.tokens.followed_by(states, before)
-        self.pending = {role: tensor[:, :, before:].detach() for role, tensor in exact.items()}
+        self.pending = {role: (x[:, :, before:] if before else x).detach() for role, x in exact.items()}
         return handles(ExactStates(exact, self.observe))
 
     def _begin_again(self) -> None:

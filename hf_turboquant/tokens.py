@@ -1,6 +1,7 @@
 """Tokens: the keys and values that a layer holds, and where each of them is."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -50,15 +51,10 @@ class Tokens:
         Makes memory for states of shape `[batch, heads, tokens, head_dim]`, by role, of which no token counts yet.
         While keys wait to be conditioned, all tokens are exact.
         """
-        (batch, heads, _, _), device, config = states["keys"].shape, states["keys"].device, self.config
-        # What was returned before keeps what it reads.
-        vars(self).update(vars(Tokens(config, self.layer_idx)))
-        for role in ROLES:
-            self.quantizers[role] = Quantizer.create(config, role, self.layer_idx, states[role].shape[-1], device)
-            self.codes[role] = self.quantizers[role].new_buffer(batch, heads)
-        self.window = max(config.held_length, MAX_WAITING_TOKENS) if waits else config.residual_length
-        shapes = {role: (states[role].dtype, (states[role].shape[-1],)) for role in ROLES}
-        self.exact = SlotBuffer(shapes, batch, heads, device, config.sink_length, self.window)
+        keys, kinds = states["keys"], tuple((x.dtype, (x.shape[3],)) for x in states.values())
+        window = max(self.config.held_length, MAX_WAITING_TOKENS) if waits else self.config.residual_length
+        made = _opened(self.config, self.layer_idx, *keys.shape[:2], kinds, keys.device, window)
+        vars(self).update(vars(made.snapshot()), plans=Plans())
 
     @property
     def quantized(self) -> int:
@@ -281,3 +277,16 @@ class Tokens:
         states = {role: plain(new) if isinstance(new, QuantizedStates) else new for role, new in states.items()}
         states = {role: new.to(dtypes[role]) for role, new in states.items()}
         return self if dtypes == held else self.to(dtypes), states
+
+
+# Requests are alike, and making buffers for every layer of each takes a noticeable part of a short prompt's time.
+@lru_cache(maxsize=1024)
+def _opened(config: TurboQuantConfig, layer_idx: int, batch: int, heads: int, kinds, device, window: int) -> Tokens:
+    """Tokens with empty buffers, for states of these dtypes and shapes of a head, by role."""
+    made = Tokens(config, layer_idx)
+    for role, (_, (head_dim,)) in zip(ROLES, kinds, strict=True):
+        made.quantizers[role] = Quantizer.create(config, role, layer_idx, head_dim, device)
+        made.codes[role] = made.quantizers[role].new_buffer(batch, heads)
+    shapes = dict(zip(ROLES, kinds, strict=True))
+    made.exact, made.window = SlotBuffer(shapes, batch, heads, device, config.sink_length, window), window
+    return made
