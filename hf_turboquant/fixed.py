@@ -54,7 +54,7 @@ class FixedTokens(Tokens):
         return empty
 
     def open(self, states: dict[str, torch.Tensor], waits: bool) -> None:
-        """As [`Tokens.open`], or takes the memory of the previous sequence."""
+        """As [`Tokens.open`]; takes the memory of the previous sequence where it fits."""
         device = states["keys"].device
         description = describe(self.config, self.layer_idx, states["keys"], states["values"])
         if self.arena is None or (self.description, self.arena.device) != (description, device):
