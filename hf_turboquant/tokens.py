@@ -54,7 +54,8 @@ class Tokens:
         keys, kinds = states["keys"], tuple((x.dtype, (x.shape[3],)) for x in states.values())
         window = max(self.config.held_length, MAX_WAITING_TOKENS) if waits else self.config.residual_length
         made = _opened(self.config, self.layer_idx, *keys.shape[:2], kinds, keys.device, window)
-        vars(self).update(vars(made.snapshot()), plans=Plans())
+        # Whoever conditions keys or loads tokens changes what is its own.
+        vars(self).update(vars(made.snapshot()), quantizers=dict(made.quantizers), plans=Plans())
 
     @property
     def quantized(self) -> int:

@@ -270,6 +270,16 @@ def test_what_is_loaded_in_inference_mode_can_be_written_to_outside(tmp_path):
         assert same(loaded, cache)
 
 
+def test_a_loaded_cache_leaves_later_ones_as_they_were(tmp_path):
+    """Empty buffers are made once for all layers that are alike; what is loaded must not get into them."""
+    cache = filled(200)
+    cache.save_pretrained(tmp_path / "saved")
+    loaded = TurboQuantCache.from_pretrained(tmp_path / "saved")
+    assert all(layer.tokens.quantizers["keys"].mean is not None for layer in loaded.layers)
+    for layer in filled(20).layers:
+        assert layer.conditioning.waits and layer.tokens.quantizers["keys"].mean is None
+
+
 def test_queries_seen_before_the_first_code_are_kept(tmp_path):
     model = make_model("llama")
     cache = prefilled(model, length=70, residual_length=128)
