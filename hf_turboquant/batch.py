@@ -140,9 +140,3 @@ class BatchOperations:
         # Otherwise each copy would quantize the prompt again.
         self._store_deferred()
         return {name: value for name, value in vars(self).items() if name != "step" or not self.fixed}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        if self.is_initialized and not self.fixed and torch.is_inference_mode_enabled():
-            # What is copied there cannot be written to outside.
-            self.tokens = self.tokens.mapped(torch.clone)

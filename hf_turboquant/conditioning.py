@@ -136,7 +136,7 @@ class Conditioning:
         keys, found = self.apply(tokens.quantizers["keys"], states)
         if beside <= tokens.exact.ring and not self.differ(found, length):
             return None
-        conditioned = tokens.emptied(self.config.residual_length)
+        conditioned = tokens.emptied()
         conditioned.quantizers = {**tokens.quantizers, "keys": keys}
         conditioned.append(states)
         self.finish(found)

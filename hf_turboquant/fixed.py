@@ -167,10 +167,11 @@ class FixedTokens(Tokens):
         super().crop(length)
         self.write_lengths()
 
-    def emptied(self, window: int) -> "FixedTokens":
-        """The same memory without tokens, of which so many recent ones are exact from now on."""
+    def emptied(self) -> "FixedTokens":
+        """The same memory without tokens, of which only the recent ones are exact from now on."""
         twin = self.snapshot()
-        twin.length, twin.window, twin.waits = 0, window, False
+        twin.length = 0
+        twin.stop_waiting()
         return twin
 
     def replaced_by(self, tokens: Tokens, outdate: Callable[[], None]) -> "FixedTokens":

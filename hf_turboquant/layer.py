@@ -198,7 +198,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
             return self._wait(states)
         held, tokens = self.tokens, states["keys"].shape[2]
         before, sinks, window = held.length, held.sinks, held.window
-        coded = before + tokens > sinks + window or held.quantized > 0
+        coded = held.are_coded_after(tokens)
         # Attention reads the first tokens, or the sinks, and the new ones exactly. Allocate that before anything
         # changes: memory may run out.
         exact = None

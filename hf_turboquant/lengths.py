@@ -70,8 +70,7 @@ class Lengths(DynamicLayer):
         """
         held = self.tokens
         if not self.fixed:
-            coded = held.length > 0 and (held.quantized > 0 or held.length + 1 > held.sinks + held.window)
-            return tokens == 1 and coded and not self.conditioning.waits
+            return tokens == 1 and held.length > 0 and not self.conditioning.waits and held.are_coded_after(1)
         if self._is_step(tokens):
             self.find_room(tokens)
             return True

@@ -209,7 +209,7 @@ def _restore(layer: TurboQuantLayer, saved: dict) -> None:
         raise ValueError(f"length must fit the rest of layer {layer.layer_idx}, got {length}, {quantized} quantized")
     if not saved["waits"]:
         conditioning.finish(known)
-        layer.tokens = layer.tokens.emptied(layer.config.residual_length)
+        layer.tokens = layer.tokens.emptied()
     layer.tokens.resize(length, quantized)
     batch, heads, _, head_dim = like[0].shape
     if saved["query_energy"] is not None:

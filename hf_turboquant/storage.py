@@ -1,7 +1,6 @@
 """TokenBuffer: named tensors that grow by tokens, in place. SlotBuffer: the same for exact tokens, in fixed slots."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 
@@ -23,7 +22,12 @@ class TokenBuffer:
     def __init__(self, shapes, block: int, batch: int, heads: int, device: torch.device):
         self.block = block
         self.length = 0
-        self.tensors = {name: _nothing((batch, heads, 0, *shape), *of, device) for name, (*of, shape) in shapes.items()}
+        # Ordinary tensors even in inference mode, because what grows out of them is written to outside.
+        with torch.inference_mode(False):
+            self.tensors = {
+                name: torch.empty((batch, heads, 0, *shape), dtype=dtype, device=device)
+                for name, (dtype, shape) in shapes.items()
+            }
 
     @classmethod
     def over(cls, tensors: dict[str, torch.Tensor], **fields) -> "TokenBuffer":
@@ -79,14 +83,6 @@ class TokenBuffer:
         """A buffer with the same tensors but its own length: it does not see later appends and moves."""
         # `copy.copy` takes several times as long.
         return self.over(**vars(self))
-
-
-@lru_cache(maxsize=1024)
-def _nothing(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor without elements, which all may share."""
-    # Ordinary even in inference mode, because what grows out of it is written to outside.
-    with torch.inference_mode(False):
-        return torch.empty(shape, dtype=dtype, device=device)
 
 
 def reserve_all(buffers: Sequence[TokenBuffer], tokens: int) -> None:

@@ -124,6 +124,16 @@ class Tokens:
         self.checked = given
         return True
 
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self.exact is not None and torch.is_inference_mode_enabled():
+            # What is copied there cannot be written to outside.
+            vars(self).update(vars(self.mapped(torch.clone)))
+
+    def are_coded_after(self, tokens: int) -> bool:
+        """Whether there are codes once so many tokens more have come."""
+        return self.quantized > 0 or self.length + tokens > self.sinks + self.window
+
     def whole(self, role: str) -> torch.Tensor:
         """All tokens, as long as none is quantized; shares memory."""
         return self.exact[role][:, :, : self.length]
@@ -259,9 +269,9 @@ class Tokens:
         """What a layer holds when it goes on with `tokens`, a copy; calls `outdate` before anything is overwritten."""
         return tokens
 
-    def emptied(self, window: int) -> "Tokens":
-        """The same without tokens, of which none was quantized, and with so many recent ones exact from now on."""
-        twin = self.snapshot()
+    def emptied(self) -> "Tokens":
+        """The same without tokens, of which none was quantized; from now on only the recent ones are exact."""
+        twin, window = self.snapshot(), self.config.residual_length
         twin.length, twin.window = 0, window
         if window != twin.exact.ring:
             twin.exact.ring = window
