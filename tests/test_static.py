@@ -578,6 +578,7 @@ def test_layers_come_from_the_config():
     cache = TurboQuantCache(Gemma3TextConfig(**SHAPE, **SLIDING), max_cache_len=300, skip_layers=(1,))
     kinds = [type(layer).__name__ for layer in cache.layers]
     assert kinds == ["StaticSlidingLayer", "StaticLayer", "StaticSlidingLayer", "TurboQuantLayer"]
+    assert cache.layers[3].fixed
     assert isinstance(cache.layers[0], StaticSlidingWindowLayer) and cache.get_max_length() == 300
     assert "room for 300 tokens" in repr(cache)
     assert not TurboQuantCache(LlamaConfig(**SHAPE)).is_compileable
@@ -604,7 +605,7 @@ def test_what_no_graph_can_take_runs_uncompiled_or_says_so():
 def test_a_hybrid_layer_has_both_parts():
     model = FalconH1ForCausalLM(FalconH1Config(**SHAPE, **MAMBA2)).eval()
     cache = TurboQuantCache(model.config, max_cache_len=300)
-    assert {type(layer) for layer in cache.layers} == {TurboQuantHybridLayer}
+    assert {(type(layer), layer.fixed) for layer in cache.layers} == {(TurboQuantHybridLayer, True)}
     assert cache.is_compileable and cache.get_max_length() == 300
     expected = generate(model, cache)
     recurrent = cache.layers[0].conv_states[0].data_ptr()

@@ -86,11 +86,10 @@ def fail(*args):
 
 JITFunction.warmup, launch.launch, order = warmup, fail, []
 attend.supports = encode.supports = statistics.supports = lambda *args: None
-kind, capacity = (TurboQuantLayer, 4096) if sys.argv[1] == "static" else (TurboQuantLayer, None)
-config = TurboQuantConfig(backend="triton", max_cache_len=capacity)
+config = TurboQuantConfig(backend="triton", max_cache_len=4096 if sys.argv[1] == "static" else None)
 half = (torch.float16,) * 3
 for _ in range(2):
-    ahead._start(config, None, kind, (2, 64, 64), half, 4, True, False, torch.device("cpu"))
+    ahead._start(config, None, TurboQuantLayer, (2, 64, 64), half, 4, True, False, torch.device("cpu"))
     [future.result() for future in launch._in_background]
     launch.wait_for_background()
     assert not launch.is_only_compiling()
@@ -100,7 +99,7 @@ for _ in range(2):
 assert {*order} > {*launch.SLOW} and order == sorted(order, key=lambda name: name not in launch.SLOW)
 order.clear()
 attend.attention = fail
-ahead._start(config, None, kind, (4, 64, 64), half, 4, True, False, torch.device("cpu"))
+ahead._start(config, None, TurboQuantLayer, (4, 64, 64), half, 4, True, False, torch.device("cpu"))
 try:
     launch._in_background[0].result()
 except AssertionError:
@@ -162,18 +161,18 @@ gpu = {"regs_per_multiprocessor": 2**16, "warp_size": 32, "shared_memory_per_mul
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(**gpu, multi_processor_count=132)
 attend.supports = encode.supports = statistics.supports = lambda *args: None
 static, masked = sys.argv[1] == "static", sys.argv[2] == "masked"
-kind, room = (TurboQuantLayer, {"max_cache_len": 8192}) if static else (TurboQuantLayer, {})
+room = {"max_cache_len": 8192} if static else {}
 config, dtypes = TurboQuantConfig(backend="triton", nbits=3, **room), (torch.bfloat16,) * 3
 frequencies = tuple(10_000 ** (-i / 32) for i in range(32))
 new = lambda heads, tokens: torch.zeros(1, tokens, heads, 64, dtype=torch.bfloat16).transpose(1, 2)
 ones = lambda tokens: torch.ones(1, 1, 1, tokens, dtype=torch.bool)
-ahead._start(config, frequencies, kind, (2, 64, 64), dtypes, 4, False, masked, torch.device("cpu"))
+ahead._start(config, frequencies, TurboQuantLayer, (2, 64, 64), dtypes, 4, False, masked, torch.device("cpu"))
 [future.result() for future in launch._in_background]
 launch.wait_for_background()
 known, count = set(seen), len(seen)
 for tokens in (3000, 12_000):
     # of a length that needs as many splits as there can be, too
-    layer = kind(dataclasses.replace(config, max_cache_len=tokens + 100) if static else config, 3)
+    layer = TurboQuantLayer(dataclasses.replace(config, max_cache_len=tokens + 100) if static else config, 3)
     layer.frequencies = list(frequencies)
     layer.update(new(2, tokens), new(2, tokens))
     layer.settle(new(8, tokens), ones(tokens) if masked else None)
