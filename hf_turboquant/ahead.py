@@ -9,38 +9,28 @@ from . import ops
 from .conditioning import HORIZON
 
 
-def note_launches(layer, key_states: torch.Tensor, value_states: torch.Tensor, query: torch.Tensor, masked: bool):
+def compile_ahead(layer, states: dict[str, torch.Tensor], query_heads: int, query_dtype: torch.dtype, masked: bool):
     """
-    Notes what the prompt and decode steps of `layer` will launch on a GPU, for [`compile_noted`]: if the prompt is
-    quantized later, compiling it at once would delay the first token, because Triton's front end is Python.
+    Starts to compile, in other threads, what the first prompt and decode steps of `layer` launch on a GPU. The first of
+    the launches waits for that. Triton keeps the kernels on disk for later processes.
 
     Args:
         layer (`TurboQuantLayer`): before its first token is quantized.
-        key_states, value_states, query (`torch.Tensor`): of the prompt.
+        states (`dict[str, torch.Tensor]`): keys and values of the prompt, by role.
+        query_heads (`int`), query_dtype (`torch.dtype`): of its query.
         masked (`bool`): whether the prompt has a mask.
     """
-    if key_states.device.type == "cuda" and layer.config.backend != "torch" and not ops.is_only_compiling():
-        shapes = key_states.shape[1:2] + key_states.shape[3:] + value_states.shape[3:]
-        dtypes = key_states.dtype, value_states.dtype, query.dtype
-        groups = query.shape[1] // key_states.shape[1]
-        short = key_states.shape[2] < HORIZON
-        kind = type(layer), shapes, dtypes, groups, short, masked, key_states.device
-        # Most layers of a model are alike, and finding that out below takes longer.
-        if layer.verdict.get("compiled") != kind:
-            layer.verdict["compiled"] = kind
-            # Kernels are the same for every capacity, and requests have many.
-            config = replace(layer.config, max_cache_len=1) if layer.config.max_cache_len else layer.config
-            frequencies = None if layer.frequencies is None else tuple(layer.frequencies)
-            layer.verdict.setdefault("to_compile", []).append((config, frequencies, *kind))
-
-
-def compile_noted(layer) -> None:
-    """
-    Starts to compile, in other threads, what was noted for the layers of a cache. The first of the launches waits for
-    that. Triton keeps the kernels on disk for later processes.
-    """
-    for noted in layer.verdict.pop("to_compile", ()):
-        _start(*noted)
+    keys, values = states["keys"], states["values"]
+    if keys.device.type != "cuda" or layer.config.backend == "torch" or ops.is_only_compiling():
+        return
+    shapes, dtypes = keys.shape[1:2] + keys.shape[3:] + values.shape[3:], (keys.dtype, values.dtype, query_dtype)
+    kind = type(layer), shapes, dtypes, query_heads // keys.shape[1], keys.shape[2] < HORIZON, masked, keys.device
+    # Most layers of a model are alike, and finding that out below takes longer.
+    if layer.verdict.get("compiled") != kind:
+        layer.verdict["compiled"] = kind
+        # Kernels are the same for every capacity, and requests have many.
+        config = replace(layer.config, max_cache_len=1) if layer.config.max_cache_len else layer.config
+        _start(config, None if layer.frequencies is None else tuple(layer.frequencies), *kind)
 
 
 @lru_cache(maxsize=64)

@@ -44,7 +44,7 @@ class QuantizedStates(torch.Tensor):
         cls, states: LayerStates | ExactStates, role: str, repeats: int = 1, shape: tuple[int, ...] | None = None
     ):
         exact = states.exact[role]
-        shape = torch.Size(shape or states.shape(role))
+        shape = states.shape(role) if shape is None else torch.Size(shape)
         handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=exact.dtype, device=exact.device)
         handle.states, handle.role, handle.repeats, handle._shape = states, role, repeats, shape
         return handle
@@ -91,8 +91,8 @@ class QuantizedStates(torch.Tensor):
                 return ops.attention(**call)
             if call is not None:
                 # Attention writes to nothing and returns memory of its own, so it needs nothing of `_call_plain`.
-                plain_args = [x.dequantize() if isinstance(x, cls) else x for x in args]
-                out = func(*plain_args, **{k: x.dequantize() if isinstance(x, cls) else x for k, x in kwargs.items()})
+                args = [x.dequantize() if isinstance(x, cls) else x for x in args]
+                out = func(*args, **{name: x.dequantize() if isinstance(x, cls) else x for name, x in kwargs.items()})
                 # Only a query and a mask that attention has accepted.
                 call["states"].observe(call["query"], call["attention_mask"])
                 return out

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from typing import NamedTuple
 
 import torch
 
 from . import ops
-from .ahead import compile_noted, note_launches
+from .ahead import compile_ahead
 from .batch import BatchOperations
 from .conditioning import NOT_CONDITIONED, Conditioning, valid_tokens
 from .config import TurboQuantConfig
@@ -25,6 +26,22 @@ MAX_DEFERRED_TOKENS = 2_048
 MAX_QUERY_BYTES = 2**22
 # Most tokens of a step over a fixed capacity: one token of a compiled model, or those that a draft proposes.
 STEP_TOKENS = 16
+
+
+class Observed(NamedTuple):
+    """
+    What a layer has seen of the query that attends to tokens that wait.
+
+    Args:
+        valid (`torch.Tensor`, *optional*): which of all tokens are no padding, if the mask told.
+        query (`torch.Tensor`, *optional*): the query, if it is not counted yet.
+        heads (`int`, *optional*), dtype (`torch.dtype`, *optional*): of the query.
+    """
+
+    valid: torch.Tensor | None
+    query: torch.Tensor | None
+    heads: int | None = None
+    dtype: torch.dtype | None = None
 
 
 class TurboQuantLayer(BatchOperations, Lengths):
@@ -89,10 +106,9 @@ class TurboQuantLayer(BatchOperations, Lengths):
         self.tokens = self.tokens.forgotten()
         # What keys are conditioned by.
         self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
-        # The tokens of the last update, while they wait to be stored; and once their query was seen, which tokens are
-        # no padding, if the mask told, and the query, if it is not counted yet.
+        # The tokens of the last update, while they wait to be stored, and what was seen of their query.
         self.pending: dict[str, torch.Tensor] | None = None
-        self.observed: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
+        self.observed: Observed | None = None
         # Whether tokens are kept on the CPU between updates.
         self.is_offloaded = False
         # Whether a gradient could have flowed to a token that is held now.
@@ -116,9 +132,17 @@ class TurboQuantLayer(BatchOperations, Lengths):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Draws the rotations and makes memory that fits the states, of shape `[batch, heads, T, head_dim]`."""
+        self.tokens.open({"keys": key_states, "values": value_states}, self.conditioning.waits)
+        self._initialize(key_states)
+
+    def make_memory(self) -> None:
+        """Does what [`lazy_initialization`] left, for tokens that wait."""
+        if self.tokens.exact is None:
+            self.tokens.open(self.pending, self.conditioning.waits)
+
+    def _initialize(self, key_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
-        self.tokens.open({"keys": key_states, "values": value_states}, self.conditioning.waits)
         self.is_initialized = True
 
     def update(
@@ -163,9 +187,9 @@ class TurboQuantLayer(BatchOperations, Lengths):
 
     def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         states = {"keys": key_states, "values": value_states}
-        as_held = self.tokens.check(states, self.device)
         if self.pending is not None:
             self.settle()
+        as_held = self.tokens.check(states, self.device)
         if self.lent:
             # Others read and write there.
             self._replace(self.tokens.mapped(torch.clone))
@@ -174,8 +198,11 @@ class TurboQuantLayer(BatchOperations, Lengths):
             self.prefetch()
         is_step = self._prepare_step(key_states.shape[2])
         fresh = not self.is_initialized
-        if fresh:
+        if fresh and (self.fixed or not self.conditioning.waits):
             self.lazy_initialization(key_states, value_states)
+        elif fresh:
+            # The first token need not wait for memory.
+            self._initialize(key_states)
         if not as_held:
             self.measure()
             tokens, states = self.tokens.in_one_dtype(states)
@@ -225,12 +252,14 @@ class TurboQuantLayer(BatchOperations, Lengths):
         """
         if query is not None and self.pending is not None and not self.is_offloaded and self._defers():
             if self.observed is None:
-                valid = self._look_at(query, attention_mask)
+                # Copies, because query and mask belong to the caller.
+                valid, kept = valid_tokens(attention_mask, self.get_seq_length()), None
+                valid = None if valid is None else valid.clone()
                 if query.nbytes > MAX_QUERY_BYTES:
                     self._count(query, valid)
-                    query = None
-                # Copies, because query and mask belong to the caller.
-                self.observed = tuple(None if x is None else x.detach().clone() for x in (valid, query))
+                else:
+                    kept = query.detach().clone()
+                self.observed = Observed(valid, kept, query.shape[1], query.dtype)
         elif self.observed is None:
             self.settle(query, attention_mask)
 
@@ -241,25 +270,20 @@ class TurboQuantLayer(BatchOperations, Lengths):
         """
         if self.pending is None:
             return
+        self.make_memory()
         with self._all_or_nothing():
-            if self.observed is not None:
-                valid, query = self.observed
-            else:
-                valid = self._look_at(query, attention_mask)
-            compile_noted(self)
-            if query is not None:
-                self._count(query, valid)
-            self._store(self.pending, valid)
+            seen = self.observed
+            if seen is None:
+                valid = valid_tokens(attention_mask, self.get_seq_length())
+                seen = Observed(valid, query, *(() if query is None else (query.shape[1], query.dtype)))
+            if seen.dtype is not None:
+                compile_ahead(self, self.pending, seen.heads, seen.dtype, seen.valid is not None)
+            if seen.query is not None:
+                self._count(seen.query, seen.valid)
+            self._store(self.pending, seen.valid)
         self.pending = self.observed = None
         if self.is_offloaded:
             self.offload()
-
-    def _look_at(self, query: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Which of all tokens are no padding, as far as the mask tells; notes what to compile for such queries."""
-        valid = valid_tokens(attention_mask, self.get_seq_length())
-        if query is not None:
-            note_launches(self, self.pending["keys"], self.pending["values"], query, valid is not None)
-        return valid
 
     def _count(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Tells conditioning of the query of the tokens that wait."""

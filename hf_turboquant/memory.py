@@ -74,6 +74,7 @@ def layer_memory(layer) -> MemoryReport:
     held = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
     if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:
         return MemoryReport(other_bytes=held, full_bytes=held)
+    layer.make_memory()
     layer.measure()
     tokens, per_token = layer.tokens, _token_bytes(layer.tokens)
     codes, scales = (int(per_token[kind] * tokens.quantized) for kind in ("codes", "scales"))

@@ -70,13 +70,21 @@ def can_pack(head_dim: int) -> bool:
     return head_dim >= 16 and head_dim % 4 == 0
 
 
-@lru_cache(maxsize=1024)
-def plane_shapes(nbits: int, layout: str, head_dim: int) -> dict[str, tuple[int, int]]:
-    """Name and shape of every plane of one block; `layout` is `"keys"` or `"values"`, names are `"plane2"` etc."""
+def check_head_dim(head_dim: int) -> None:
+    """
+    Raises:
+        `ValueError`: vectors of this width have no codes.
+    """
     if not can_pack(head_dim):
         raise ValueError(
             f"`head_dim` must be a multiple of 4, 16 at least, to be packed, got {head_dim}. Use `skip_layers`."
         )
+
+
+@lru_cache(maxsize=1024)
+def plane_shapes(nbits: int, layout: str, head_dim: int) -> dict[str, tuple[int, int]]:
+    """Name and shape of every plane of one block; `layout` is `"keys"` or `"values"`, names are `"plane2"` etc."""
+    check_head_dim(head_dim)
     shapes = {}
     for name, width, _, split, order in _fields(nbits, layout, head_dim):
         rows = split[order[1]]

@@ -87,9 +87,9 @@ class LayerStates:
             position += run.stop - run.start
         return runs
 
-    def shape(self, role: str) -> tuple[int, int, int, int]:
+    def shape(self, role: str) -> torch.Size:
         batch, heads, _, head_dim = self.exact[role].shape
-        return batch, heads, self.kv_len, head_dim
+        return torch.Size((batch, heads, self.kv_len, head_dim))
 
     def same_tokens(self, other: "LayerStates") -> bool:
         """Whether both read the same tensors: cross-attention asks a layer for keys and values separately."""
@@ -100,7 +100,7 @@ class LayerStates:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ExactStates:
     """
     All tokens of a layer while none is quantized and the layer waits for the query that attends to them.
@@ -115,8 +115,8 @@ class ExactStates:
     observe: Callable[[torch.Tensor | None, torch.Tensor | None], None]
     writable: bool = False
 
-    def shape(self, role: str) -> tuple[int, int, int, int]:
-        return tuple(self.exact[role].shape)
+    def shape(self, role: str) -> torch.Size:
+        return self.exact[role].shape
 
 
 class AttentionOptions(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from . import ops
 from .config import TurboQuantConfig
 from .handle import QuantizedStates, plain
-from .packing import BLOCK
+from .packing import BLOCK, check_head_dim
 from .plans import Plans
 from .quantizer import ROLES, Quantizer
 from .states import LayerStates
@@ -60,7 +60,7 @@ class Tokens:
     @property
     def quantized(self) -> int:
         """Number of tokens in codes."""
-        return self.codes["keys"].length
+        return self.codes["keys"].length if self.codes else 0
 
     @quantized.setter
     def quantized(self, length: int) -> None:
@@ -94,13 +94,11 @@ class Tokens:
             if given == self.checked:
                 return True
         for role, new in states.items():
-            # As `update` calls them.
-            name = f"{role[:-1]}_states"
             if not isinstance(new, torch.Tensor) or new.dim() != 4 or not new.is_floating_point():
                 got = f"{new.dtype} of shape {list(new.shape)}" if isinstance(new, torch.Tensor) else new
                 raise ValueError(
-                    f"`{name}` must be a floating-point tensor of shape [batch, num_key_value_heads, tokens, "
-                    f"head_dim], got {got} at layer {layer_idx}."
+                    f"`{role[:-1]}_states` must be a floating-point tensor of shape [batch, num_key_value_heads, "
+                    f"tokens, head_dim], got {got} at layer {layer_idx}."
                 )
         if keys.shape[:3] != values.shape[:3] or keys.device != values.device:
             raise ValueError(
@@ -108,6 +106,8 @@ class Tokens:
                 f"{list(keys.shape)} {keys.device} and {list(values.shape)} {values.device} at layer {layer_idx}."
             )
         if self.exact is None:
+            for new in states.values():
+                check_head_dim(new.shape[3])
             return True
         for role, new in states.items():
             held = self.exact[role]
@@ -245,7 +245,7 @@ class Tokens:
         twin = object.__new__(type(self))
         vars(twin).update(vars(self))
         twin.codes = {role: buffer.snapshot() for role, buffer in self.codes.items()}
-        twin.exact = self.exact.snapshot()
+        twin.exact = None if self.exact is None else self.exact.snapshot()
         return twin
 
     def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Tokens":

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -508,10 +509,9 @@ def test_a_deferred_prompt_is_stored_before_anybody_looks(deferring):
 def test_kernels_are_compiled_when_the_prompt_is_stored(deferring, monkeypatch):
     """By then the first token is out, which Triton's front end, in Python, would have delayed."""
     started = []
-    monkeypatch.setattr(ahead, "_start", lambda *noted: started.append((noted, layer.tokens.length)))
     monkeypatch.setattr(
-        "hf_turboquant.layer.note_launches",
-        lambda layer, *states: layer.verdict.setdefault("to_compile", []).append((layer.layer_idx,)),
+        "hf_turboquant.layer.compile_ahead",
+        lambda layer, states, *query: started.append((states["keys"].shape[2], *query, layer.tokens.length)),
     )
     layer = new_layer()
     queries, keys, values = skewed_states(200)
@@ -519,7 +519,23 @@ def test_kernels_are_compiled_when_the_prompt_is_stored(deferring, monkeypatch):
     assert layer.observed is not None and not started
     layer.update(keys[:, :, 199:], values[:, :, 199:])
     # before the first launch
-    assert started == [((layer.layer_idx,), 0)] and layer.tokens.length == 200
+    assert started == [(199, queries.shape[1], queries.dtype, False, 0)] and layer.tokens.length == 200
+
+
+@pytest.mark.parametrize("capacity", [None, 300])
+def test_layers_that_are_alike_compile_once(capacity, monkeypatch):
+    started, gpu, dtype = [], torch.device("cuda", 0), torch.bfloat16
+    monkeypatch.setattr(ahead, "_start", lambda *kind: started.append(kind))
+    cache = TurboQuantCache(LlamaConfig(hidden_size=64, num_hidden_layers=3, head_dim=64), max_cache_len=capacity)
+    sizes = {"keys": (1, 2, 40, 64), "values": (1, 2, 40, 32)}
+    states = {role: SimpleNamespace(device=gpu, shape=torch.Size(size), dtype=dtype) for role, size in sizes.items()}
+    for layer, masked in zip(cache.layers, (False, False, True), strict=True):
+        ahead.compile_ahead(layer, states, 8, torch.float16, masked)
+    frequencies = tuple(cache.layers[0].frequencies)
+    # kernels are the same for every capacity
+    config = TurboQuantConfig(max_cache_len=capacity and 1)
+    kind = config, frequencies, TurboQuantLayer, (2, 64, 32), (dtype, dtype, torch.float16), 4, True
+    assert started == [(*kind, False, gpu), (*kind, True, gpu)]
 
 
 # A small query is kept, a larger one is counted at once.

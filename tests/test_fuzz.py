@@ -427,8 +427,10 @@ def test_any_sequence_of_operations(options):
 
 def fingerprint(layer):
     """All that a layer is, with the values of its tensors up to their lengths; never settles what waits for a query."""
-    tensors = {}
-    for role in ROLES if layer.is_initialized else ():
+    # empty memory, made when the first tokens are stored, is no change
+    roles = ROLES if layer.tokens.length else ()
+    tensors = {f"{role} pending": states for role, states in (layer.pending or {}).items()}
+    for role in roles:
         if layer.tokens.codes[role].length:
             codes, scales = reference.codes_of(
                 layer.tokens.codes[role], layer.tokens.quantizers[role], 0, layer.tokens.codes[role].length
@@ -438,12 +440,10 @@ def fingerprint(layer):
         pieces = [*layer.tokens.exact.pieces(role, start, layer.tokens.length)]
         pieces += [layer.tokens.exact[role][:, :, : min(layer.tokens.length, layer.config.sink_length)]]
         tensors[f"{role} exact"] = torch.cat(pieces, dim=2)
-        if layer.pending is not None:
-            tensors[f"{role} pending"] = layer.pending[role]
     if layer.conditioning.query_energy is not None:
         tensors["energy"] = layer.conditioning.query_energy
     scalars = (layer.is_initialized, layer.tokens.length, layer.condition, layer.get_seq_length())
-    quantizers = [id(layer.tokens.quantizers.get(role)) for role in ROLES]
+    quantizers = [id(layer.tokens.quantizers[role]) for role in roles]
     return scalars, quantizers, {name: tensor.clone() for name, tensor in tensors.items()}
 
 

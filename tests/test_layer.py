@@ -328,10 +328,12 @@ def test_autocast_does_not_round_codes():
     assert all(map(torch.equal, *held))
 
 
-def test_too_small_head_dim_is_refused_before_anything_is_made():
-    layer = TurboQuantLayer(options(), 0)
-    with pytest.raises(ValueError, match="`head_dim` must be at least 16"):
-        layer.update(*states(5, head_dim=8))
+@pytest.mark.parametrize("sizes", [(8, 8), (32, 8), (18, 32)])
+@pytest.mark.parametrize("condition", ["attention", "none"])
+def test_head_dims_without_codes_are_refused_before_anything_is_made(sizes, condition):
+    layer = TurboQuantLayer(TurboQuantConfig(condition=condition), 0)
+    with pytest.raises(ValueError, match="`head_dim` must be a multiple of 4, 16 at least"):
+        layer.update(*(states(5, head_dim=size)[0] for size in sizes))
     assert not layer.is_initialized and layer.keys is None
 
 

@@ -277,6 +277,7 @@ def test_a_loaded_cache_leaves_later_ones_as_they_were(tmp_path):
     loaded = TurboQuantCache.from_pretrained(tmp_path / "saved")
     assert all(layer.tokens.quantizers["keys"].mean is not None for layer in loaded.layers)
     for layer in filled(20).layers:
+        layer.settle()
         assert layer.conditioning.waits and layer.tokens.quantizers["keys"].mean is None
 
 

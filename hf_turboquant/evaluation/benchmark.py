@@ -55,10 +55,13 @@ def median_ms(function: Callable[[], object], seconds: float = 0.3) -> float:
 
 
 def call_ms(function: Callable[[], object]) -> tuple[float, float]:
-    """Times of one call on an idle device: until a GPU has finished, and until the host has launched everything."""
+    """
+    Times of one call on an idle device: until a GPU has finished, and until the host has launched everything. What it
+    returns is freed later.
+    """
     _wait()
     start = time.perf_counter()
-    function()
+    _ = function()
     launched = time.perf_counter()
     _wait()
     return (time.perf_counter() - start) * 1e3, (launched - start) * 1e3
