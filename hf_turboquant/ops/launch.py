@@ -5,7 +5,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import lru_cache, partial
-from threading import Lock
+from threading import Lock, Thread
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -31,8 +32,18 @@ class _Source(ASTSource):
     """
 
     def make_ir(self, *args, **kwargs):
+        Thread(target=self.make_launcher, daemon=True).start()
         with _front_end:
             return super().make_ir(*args, **kwargs)
+
+    def make_launcher(self) -> None:
+        """
+        Has a C compiler make what launches the kernel, which Triton would do once the kernel is compiled, and finds on
+        disk by then.
+        """
+        # It needs nothing of the compiled kernel, which what Triton does after it reads.
+        with suppress(Exception):
+            triton.runtime.driver.active.launcher_cls(self, SimpleNamespace())
 
 
 @lru_cache(maxsize=1)
