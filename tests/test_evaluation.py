@@ -135,20 +135,19 @@ def test_caches_that_differ_in_bits_share_a_line():
     ],
 )
 def test_plots_of_few_and_many_caches(tiny, tmp_path, specs, lines):
-    found, units = named(*specs), {}
+    found, qualities, units = named(*specs), {}, {}
     for index, options in enumerate(found):
         name, error = caches.label(options), 0.01 * (index + 1)
-        quality_ = vars(quality.Quality(tokens=1, kls=[error], total_bits=3 + index % 3))
-        units[f"quality: window 0, {name}"] = quality_
-        units[f"fidelity: {name}, 200 tokens"] = {"layer": [0, 1], "output_error": [error, 2 * error]}
-    parts = ("quality", "fidelity")
-    settings = load.Settings("model", "text", found, parts, fidelity_lengths=(200,))
+        qualities[name] = quality.Quality(tokens=1, kls=[error], total_bits=3 + index % 3)
+        units[name] = {"layer": [0, 1], "output_error": [error, 2 * error]}
+    figure = plots.overview_figure(qualities, found, tiny.config)
+    by_layer = plots.fidelity_figure(units, "Error by layer")
     with warnings.catch_warnings():
         # matplotlib only warns when a legend leaves no room for the axes
         warnings.simplefilter("error")
-        assert len(plots.draw(units, settings, tmp_path, tiny.config)) == 2
-    figure = plots.overview_figure(quality.total(units), found, tiny.config)
-    figure.draw_without_rendering()
+        figure.savefig(tmp_path / "overview.png", dpi=120)
+        by_layer.savefig(tmp_path / "fidelity.png", dpi=120)
+    assert len(by_layer.axes[0].get_lines()) == len(found)
     drawn = figure.axes[0].get_lines()
     assert len(drawn) == lines
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in drawn}
@@ -252,8 +251,7 @@ def test_quality_adds_up(tiny):
     assert torch.tensor(coded.kls[: kl.numel()]) == pytest.approx(kl.flatten(), abs=1e-5)
     halves = [quality.measure(tiny, half, configurations, **options)[0] for half in windows.split(1)]
     assert (halves[0] + halves[1]).perplexity == pytest.approx(full.perplexity, rel=1e-5)
-    units = {f"quality: window {i}, full cache": vars(half) for i, half in enumerate(halves)}
-    assert quality.total(units)["full cache"].nll_sum == pytest.approx(full.nll_sum, rel=1e-5)
+    assert sum(halves, quality.Quality()).nll_sum == pytest.approx(full.nll_sum, rel=1e-5)
 
 
 def test_needles_lie_where_they_should(smollm2):
@@ -341,6 +339,7 @@ def arguments(smollm2, tmp_path):
 def test_the_command_and_an_interrupted_run(arguments, tmp_path, capsys, monkeypatch):
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
+    assert all(f"plot: {tmp_path / 'out' / name}.png\n" in text for name in ("overview", "fidelity"))
     for title in ("Quality", "Needle", "Attention", "Distortion", "Inner products"):
         assert title in text
     # what others published stands beside it
@@ -421,7 +420,8 @@ def test_windows_that_share_a_cache(tiny, tmp_path):
         console = Console(file=io.StringIO())
         units = run.evaluate(tiny, letters, TEXT, settings, tmp_path / str(batch), console).units
         assert len(units) == 2 * 2 // batch
-        found[batch] = quality.total(units)["turboquant 2 bits rescaled"]
+        ours = [quality.Quality(**unit) for name, unit in units.items() if name.endswith("2 bits rescaled")]
+        found[batch] = sum(ours, quality.Quality())
     windows = quality.split_windows(letters, TEXT, 320, 2)
     expected = quality.measure(tiny, windows, settings.caches, batch=2, block=64, prefill=160, score_from=160)[1]
     assert found[2].kl == pytest.approx(expected.kl, rel=1e-3) and found[1].tokens == found[2].tokens == 2 * 159

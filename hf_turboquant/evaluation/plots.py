@@ -1,6 +1,5 @@
-"""The plots of an evaluation, as PNG files."""
+"""The plots of an evaluation."""
 
-from pathlib import Path
 from textwrap import fill
 
 import matplotlib
@@ -10,31 +9,12 @@ from matplotlib.ticker import LogLocator
 
 from ..estimate import Estimate
 from .caches import label, lines
-from .quality import total
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; markers differ as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKS = "osD^vPX"
 # Of 28 distinct lines, the first seven by colour alone; called, it starts anew.
 STYLES = cycler(linestyle=("-", "--", ":", "-.")) * (cycler(color=COLOURS) + cycler(marker=list(MARKS)))
-
-
-def draw(units: dict[str, dict], settings, out: Path, config) -> list[Path]:
-    """
-    Writes the plots for which there are results to `out`: `overview.png` (quality and memory side by side) and
-    `fidelity.png`.
-
-    Returns:
-        The files.
-    """
-    figures = {}
-    if "quality" in settings.parts:
-        figures["overview"] = overview_figure(total(units), settings.caches, config)
-    if "fidelity" in settings.parts:
-        figures["fidelity"] = fidelity_figure(units, settings)
-    for name, figure in figures.items():
-        figure.savefig(out / f"{name}.png", dpi=120)
-    return [out / f"{name}.png" for name in figures]
 
 
 def figure_and_axes(columns: int = 1, width: float = 6.4, height: float = 4.2, **options):
@@ -55,20 +35,14 @@ def overview_figure(qualities: dict, caches: list[dict], config) -> Figure:
         left.plot(*zip(*points, strict=True), label=name, **style)
     left.set(xlabel="bits per coordinate, scales included", ylabel="KL to the full cache (nats)", yscale="log")
     left.set_title("Quality against size", loc="left")
-    _draw_memory(right, config)
+    draw_memory(right, config)
     _number(left)
     _legend(figure, left)
     return figure
 
 
-def memory_figure(config) -> Figure:
+def draw_memory(axis, config, contexts=(2048, 8192, 32768, 131072), widths=(4, 3, 2)) -> None:
     """Bytes of one sequence's cache against its length, from the config."""
-    figure, axis = figure_and_axes()
-    _draw_memory(axis, config)
-    return figure
-
-
-def _draw_memory(axis, config, contexts=(2048, 8192, 32768, 131072), widths=(4, 3, 2)) -> None:
     estimate = Estimate.from_config(config)
     for style, nbits in zip(STYLES(), widths, strict=False):
         held = [estimate.memory(n, nbits=nbits).total_bytes / 1e9 for n in contexts]
@@ -84,15 +58,13 @@ def _draw_memory(axis, config, contexts=(2048, 8192, 32768, 131072), widths=(4, 
     _number(axis)
 
 
-def fidelity_figure(units: dict, settings) -> Figure:
-    """Error of the attention's output, layer by layer, at the longest context."""
-    length = max(settings.fidelity_lengths)
-    figure, axis = figure_and_axes(width=7, height=4 + 0.25 * len(settings.caches))
-    for style, options in zip(STYLES(), settings.caches, strict=False):
-        unit = units[f"fidelity: {label(options)}, {length} tokens"]
-        axis.plot(unit["layer"], unit["output_error"], label=label(options), markersize=4, **style)
+def fidelity_figure(units: dict[str, dict], title: str) -> Figure:
+    """Error of the attention's output by layer, a line for each cache; `units` are results of that part by name."""
+    figure, axis = figure_and_axes(width=7, height=4 + 0.25 * len(units))
+    for style, (name, unit) in zip(STYLES(), units.items(), strict=False):
+        axis.plot(unit["layer"], unit["output_error"], label=name, markersize=4, **style)
     axis.set(xlabel="layer", ylabel="relative error of attention's output", yscale="log")
-    axis.set_title(f"Error by layer, {length:,} tokens", loc="left")
+    axis.set_title(title, loc="left")
     _number(axis)
     _legend(figure, axis)
     return figure

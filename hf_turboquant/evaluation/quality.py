@@ -133,13 +133,3 @@ def measure(model, windows: torch.Tensor, configurations: list[dict | Callable],
         found = [full.quality, *(compare(model, ids, cache, full, **blocks) for cache in caches)]
         total = [sum_ + new for sum_, new in zip(total, found, strict=True)] if total else found
     return total
-
-
-def total(units: dict[str, dict]) -> dict[str, Quality]:
-    """The [`Quality`] of every cache by name, summed over the saved windows of a run."""
-    sums: dict[str, Quality] = {}
-    for unit, found in units.items():
-        window, _, name = unit.partition(", ")
-        if window.startswith("quality: ") and name:
-            sums[name] = sums.get(name, Quality()) + Quality(**found)
-    return sums

@@ -21,6 +21,7 @@ from .load import Settings, machine
 # For the claims: bits, dimensions of the distortion, and estimators of keys with their sketch.
 WIDTHS = (4, 3, 2)
 DIMENSIONS = (64, 128, 256)
+PLOTS = {"quality": "overview.png", "fidelity": "fidelity.png"}
 ESTIMATORS = (("mse", "orthogonal"), ("rescaled", "orthogonal"), ("qjl", "gaussian"), ("qjl", "orthogonal"))
 
 
@@ -93,17 +94,20 @@ def evaluate(model, tokenizer, text: str, settings: Settings, out: Path, console
     results.save()
     with Progress(console=console, transient=True) as progress:
         for part in settings.parts:
-            tables = _PARTS[part](model, tokenizer, text, settings, results, partial(progress.track, description=part))
-            console.print(*tables)
-    for path in plots.draw(results.units, settings, Path(out), model.config):
-        console.print(f"plot: {path}", soft_wrap=True, highlight=False)
+            track = partial(progress.track, description=part)
+            *found, figure = _PARTS[part](model, tokenizer, text, settings, results, track)
+            console.print(*found)
+            if figure:
+                path = Path(out) / PLOTS[part]
+                figure.savefig(path, dpi=120)
+                console.print(f"plot: {path}", soft_wrap=True, highlight=False)
     return results
 
 
-# Each part measures what `results` lacks, while `track` shows how far it is, and returns its tables.
+# Each part measures what `results` lacks, while `track` shows how far it is, and returns its tables and its plot.
 
 
-def _quality(model, tokenizer, text, settings, results, track) -> Iterable:
+def _quality(model, tokenizer, text, settings, results, track) -> tuple:
     blocks = {name: getattr(settings, name) for name in ("block", "prefill", "score_from")}
     windows = quality.split_windows(tokenizer, text, settings.window, settings.windows)
     batches = windows.to(model.device).split(settings.batch)
@@ -120,19 +124,20 @@ def _quality(model, tokenizer, text, settings, results, track) -> Iterable:
         return {**asdict(found), "kls": _rounded(found.kls)}
 
     names = {"full cache": None, **{label(options): options for options in settings.caches}}
+    found = {name: quality.Quality() for name in names}
     for index, name in track(list(product(range(len(batches)), names))):
-        results.get(f"quality: window {index * settings.batch}, {name}", measure, index, names[name])
+        unit = results.get(f"quality: window {index * settings.batch}, {name}", measure, index, names[name])
+        found[name] += quality.Quality(**unit)
     title = f"Quality: {settings.windows} × {settings.window:,} tokens, scored from {settings.score_from:,}"
     columns = "cache", "bits", "all bits", "perplexity", "KL", "KL p99", "top-1", "smaller"
-    table, found = _table(title, *columns), quality.total(results.units)
-    for name in names:
-        q = found[name]
+    table = _table(title, *columns)
+    for name, q in found.items():
         cells = f"{q.total_bits:.2f}", f"{q.bits:.2f}", f"{q.perplexity:.2f}", f"{q.kl:.4f}", f"{q.kl_p99:.3f}"
         table.add_row(name, *cells, f"{q.agreement:.3f}", f"{q.compression_ratio:.2f}")
-    return [table]
+    return table, plots.overview_figure(found, settings.caches, model.config)
 
 
-def _needle(model, tokenizer, text, settings, results, track) -> Iterable:
+def _needle(model, tokenizer, text, settings, results, track) -> tuple:
     title = f"Needle: exact answers at depths {', '.join(f'{depth:.0%}' for depth in settings.needle_depths)}"
     table = _table(title, "cache", *(f"{length:,} tokens" for length in settings.needle_lengths))
     for options in track([FULL, *settings.caches]):
@@ -142,10 +147,10 @@ def _needle(model, tokenizer, text, settings, results, track) -> Iterable:
             exact = [results.get(f"{name} {depth}", find, length, depth)["exact"] for depth in settings.needle_depths]
             cells.append(f"{''.join('✗✓'[found] for found in exact)} {sum(exact)}/{len(exact)}")
         table.add_row(label(options), *cells)
-    return [table]
+    return table, None
 
 
-def _fidelity(model, tokenizer, text, settings, results, track) -> Iterable:
+def _fidelity(model, tokenizer, text, settings, results, track) -> tuple:
     @lru_cache
     def captured() -> list[fidelity.LayerInputs]:
         return fidelity.capture(model, quality.split_windows(tokenizer, text, max(settings.fidelity_lengths), 1))
@@ -158,19 +163,22 @@ def _fidelity(model, tokenizer, text, settings, results, track) -> Iterable:
     names = "codes:\ncosine", "top-1", "all:\ncosine", "top-1", "output\nerror"
     used = _table("Attention, means over layers: scores of tokens in codes and of all", "cache", "tokens", *names)
     asked = _table("Scores where a key asks", "cache", "tokens", "cosine", "top-1")
-    for options, length in track(list(product(settings.caches, settings.fidelity_lengths))):
-        unit = results.get(f"fidelity: {label(options)}, {length} tokens", compare, options, length)
-        means = {name: f"{sum(layers) / len(layers):.4f}" for name, layers in unit.items()}
+    longest = {}
+    for options, length in track(list(product(settings.caches, sorted(settings.fidelity_lengths)))):
+        name = label(options)
+        unit = longest[name] = results.get(f"fidelity: {name}, {length} tokens", compare, options, length)
+        means = {key: f"{sum(layers) / len(layers):.4f}" for key, layers in unit.items()}
         keys = "cosine", "top1", "all_cosine", "all_top1", "output_error"
-        used.add_row(label(options), f"{length:,}", *(means[key] for key in keys))
-        asked.add_row(label(options), f"{length:,}", means["key_cosine"], means["key_top1"])
+        used.add_row(name, f"{length:,}", *(means[key] for key in keys))
+        asked.add_row(name, f"{length:,}", means["key_cosine"], means["key_top1"])
     asked.add_section()
     for nbits, published in fidelity.BENCHMARK.items():
         asked.add_row(f"published, {nbits} bits", "8,192", *published)
-    return [used, asked, f"{fidelity.DIFFERENCES} Here {settings.model} reads {settings.text}."]
+    about = f"{fidelity.DIFFERENCES} Here {settings.model} reads {settings.text}."
+    return used, asked, about, plots.fidelity_figure(longest, f"Error by layer, {length:,} tokens")
 
 
-def _claims(model, tokenizer, text, settings, results, track) -> Iterable:
+def _claims(model, tokenizer, text, settings, results, track) -> tuple:
     names = "d", "measured", "codebook", "paper", "upper bound", "measured / d", "benchmark"
     table = _table("Distortion of random unit vectors of dimension d (Algorithm 1)", "bits", *names)
     names = "bits", "slope", "d × variance", "paper"
@@ -187,7 +195,7 @@ def _claims(model, tokenizer, text, settings, results, track) -> Iterable:
             name = f"{estimator}, {sketch} sketch" if estimator == "qjl" else estimator
             published = claims.PAPER_VARIANCE.get((nbits, estimator, sketch), "")
             products.add_row(name, str(nbits), f"{unit['slope']:.3f}", f"{unit['variance']:.4f}", published)
-    return [table, products]
+    return table, products, None
 
 
 def _rounded(numbers: Iterable[float]) -> list[float]:
