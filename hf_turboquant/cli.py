@@ -105,7 +105,8 @@ def _estimate(args) -> None:
     logging.set_verbosity_error()
     caches, estimate = _caches(args), Estimate.from_config(load.load_config(args.model))
     states = args.batch * estimate.state_bytes
-    print(f"{args.model}: {len(estimate.layers)} layers")
+    growing = sum(bool(cost.token_bytes) and cost.window is None for cost in estimate.layers)
+    print(f"{args.model}: {growing} of {len(estimate.layers)} layers hold a KV cache that grows with the context")
     for kind, count in Counter(f"{cost}{': compressed' * cost.compressed}" for cost in estimate.layers).items():
         print(f"  {count:3} × {kind}")
     about = f"every byte counted ({args.key_estimator} keys); ×: how many times smaller than bf16"

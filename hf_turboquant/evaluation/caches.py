@@ -95,8 +95,7 @@ def new_cache(config, options: dict):
     """
     An empty cache for a model's config. `options` are `"cache"` (one of `KINDS`, `"turboquant"` if it is missing) and
     the arguments of that cache. Integer caches by default take groups of `head_dim` along a vector: a scale and a zero
-    point for every vector, which gives as many bits as keys of Algorithm 2 with their two norms. HQQ cannot do that
-    with 3 bits: the groups run across tokens, as with `axis_key` and `axis_value` 0.
+    point for every vector, which gives as many bits as keys of Algorithm 2 with their two norms.
 
     Raises:
         `ValueError`: the options don't fit, the cache cannot hold this model, or a package is missing. Its `update`
@@ -111,12 +110,10 @@ def new_cache(config, options: dict):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`q_group_size` must be a positive integer, got {size!r}.")
     if kind == "hqq":
-        # Axis 0 groups values of different tokens and heads. HQQ packs 3-bit values in tens with padding, which
-        # transformers removes correctly along that axis only.
-        usual = int(options.get("nbits") != 3)
-        axes = {name: options.setdefault(name, usual) for name in ("axis_key", "axis_value")}
-        if not usual and any(axes.values()):
-            raise ValueError(f"HQQ's 3 bits must have `axis_key` and `axis_value` 0, got {axes}. Take 4 or 2 bits.")
+        # Axis 0 groups values of different tokens and heads.
+        options = {"axis_key": 1, "axis_value": 1, **options}
+        if options.get("nbits") == 3:
+            raise ValueError("HQQ's `nbits` must not be 3, whose padding transformers does not remove. Take 4 or 2.")
     try:
         theirs = {"dynamic": DynamicCache, "static": StaticCache}.get(kind, partial(IntegerCache, kind))
         cache = theirs(config=config, **options)

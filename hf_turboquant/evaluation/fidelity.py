@@ -7,7 +7,6 @@ import torch
 from .._supported import cache_name
 from ..cache import TurboQuantCache
 from ..config import TurboQuantConfig
-from ..handle import QuantizedStates
 from ..layer import TurboQuantLayer
 from .caches import new_cache
 
@@ -89,8 +88,8 @@ def compare(config, inputs: LayerInputs, options: dict, length: int) -> dict[str
     if isinstance(cache.layers[index], TurboQuantLayer):
         cache.layers[index].settle(query[:, :, :read])
     held = cache.update(keys[:, :, read:], values[:, :, read:], index)
-    held = [states.dequantize() if isinstance(states, QuantizedStates) else states for states in held]
     query, asking = query[:, :, read:].float(), keys[:, :, last - 1 : last].float()
+    # Handles dequantize here.
     keys, values, held_keys, held_values = (states.float() for states in (keys, values, *held))
     exact, exact_output = _attend(query, keys, values)
     logits, output = _attend(query, held_keys, held_values)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
 
 import torch
 
@@ -62,12 +62,28 @@ class Quality:
         return Quality(**sums, compression_ratio=other.compression_ratio, total_bits=other.total_bits)
 
 
-class Full(NamedTuple):
-    """What the full cache predicts: its [`Quality`], log-probabilities by scored block, on the CPU, and its bytes."""
+class Full:
+    """
+    What the full cache predicts of windows, ids of shape `[batch, length]`: its [`Quality`], log-probabilities by
+    scored block, on the CPU, and its bytes. For `blocks` see [`measure`].
+    """
 
-    quality: Quality
-    log_probs: list[torch.Tensor]
-    nbytes: int
+    def __init__(self, model, ids: torch.Tensor, **blocks):
+        self.predict = partial(_predict, model, ids, **blocks)
+        cache, self.quality, self.log_probs = new_cache(model.config, FULL), Quality(), []
+        for log_probs, targets in self.predict(cache):
+            self.quality.add(log_probs, log_probs, targets, bits=16.0)
+            self.log_probs.append(log_probs.cpu())
+        self.nbytes = held_bytes(cache)
+
+    def compare(self, cache) -> Quality:
+        """Reads the same windows through another cache, an empty one."""
+        quality = Quality()
+        for expected, (log_probs, targets) in zip(self.log_probs, self.predict(cache), strict=True):
+            bits = bits_per_coordinate(cache, with_exact=True)
+            quality.add(expected.to(log_probs.device), log_probs, targets, bits)
+        quality.compression_ratio, quality.total_bits = self.nbytes / held_bytes(cache), bits_per_coordinate(cache)
+        return quality
 
 
 def split_windows(tokenizer, text: str, length: int, count: int) -> torch.Tensor:
@@ -82,7 +98,7 @@ def split_windows(tokenizer, text: str, length: int, count: int) -> torch.Tensor
 
 
 @torch.inference_mode()
-def _predict(model, cache, ids, block=32, prefill=None, score_from=0) -> Iterator[tuple]:
+def _predict(model, ids, cache, block=32, prefill=None, score_from=0) -> Iterator[tuple]:
     """Reads `ids` block by block; yields log-probabilities and next tokens of every scored block."""
     starts = [0, *range(block if prefill is None else prefill, ids.shape[1], block)]
     for start, stop in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
@@ -91,25 +107,6 @@ def _predict(model, cache, ids, block=32, prefill=None, score_from=0) -> Iterato
         logits = model(ids[:, start:stop], **{cache_name(model): cache}).logits[:, : targets.shape[1]]
         if start >= score_from:
             yield logits.float().log_softmax(-1), targets
-
-
-def read_full(model, ids: torch.Tensor, **blocks) -> Full:
-    """Reads windows, ids of shape `[batch, length]`, through the full cache; for `blocks` see [`measure`]."""
-    cache, quality, kept = new_cache(model.config, FULL), Quality(), []
-    for log_probs, targets in _predict(model, cache, ids, **blocks):
-        quality.add(log_probs, log_probs, targets, bits=16.0)
-        kept.append(log_probs.cpu())
-    return Full(quality, kept, held_bytes(cache))
-
-
-def compare(model, ids: torch.Tensor, cache, full: Full, **blocks) -> Quality:
-    """Reads the windows that `full` is of through another cache, an empty one; for `blocks` see [`measure`]."""
-    quality, predicted = Quality(), _predict(model, cache, ids, **blocks)
-    for expected, (log_probs, targets) in zip(full.log_probs, predicted, strict=True):
-        bits = bits_per_coordinate(cache, with_exact=True)
-        quality.add(expected.to(log_probs.device), log_probs, targets, bits)
-    quality.compression_ratio, quality.total_bits = full.nbytes / held_bytes(cache), bits_per_coordinate(cache)
-    return quality
 
 
 def measure(model, windows: torch.Tensor, configurations: list[dict | Callable], batch: int = 4, **blocks):
@@ -128,8 +125,8 @@ def measure(model, windows: torch.Tensor, configurations: list[dict | Callable],
     """
     total = None
     for ids in windows.to(model.device).split(batch):
-        full = read_full(model, ids, **blocks)
+        full = Full(model, ids, **blocks)
         caches = (options() if callable(options) else new_cache(model.config, options) for options in configurations)
-        found = [full.quality, *(compare(model, ids, cache, full, **blocks) for cache in caches)]
+        found = [full.quality, *map(full.compare, caches)]
         total = [sum_ + new for sum_, new in zip(total, found, strict=True)] if total else found
     return total

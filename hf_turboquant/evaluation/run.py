@@ -115,12 +115,12 @@ def _quality(model, tokenizer, text, settings, results, track) -> tuple:
     # Of one batch at a time; a run that goes on needs that of the batch where the last one stopped.
     @lru_cache(maxsize=1)
     def full(index: int) -> quality.Full:
-        return quality.read_full(model, batches[index], **blocks)
+        return quality.Full(model, batches[index], **blocks)
 
     def measure(index: int, options: dict | None) -> dict:
         found = full(index).quality
         if options is not None:
-            found = quality.compare(model, batches[index], new_cache(model.config, options), full(index), **blocks)
+            found = full(index).compare(new_cache(model.config, options))
         return {**asdict(found), "kls": _rounded(found.kls)}
 
     names = {"full cache": None, **{label(options): options for options in settings.caches}}
