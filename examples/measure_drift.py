@@ -21,7 +21,7 @@ from hf_turboquant._supported import cache_name
 from hf_turboquant.cli import run
 from hf_turboquant.evaluation.caches import label, new_cache, parse
 from hf_turboquant.evaluation.load import read_text
-from hf_turboquant.evaluation.quality import measure, split_windows
+from hf_turboquant.evaluation.quality import Full, split_windows
 
 
 def informed(model, ids: torch.Tensor, options: dict) -> TurboQuantCache:
@@ -43,16 +43,15 @@ def drift(model, sequences: torch.Tensor, caches: list[dict], prompt: int, stret
     """
     sums = {}
     for ids in sequences.to(model.device).split(1):
-        makers = {}
+        full = Full(model, ids, block=block, prefill=prompt, score_from=prompt)
         for options in caches:
-            makers[label(options), "prompt"] = options
-            makers[label(options), "whole"] = partial(informed, model, ids, options)
-            makers[label(options), "none"] = {**options, "condition": "none"}
-        _, *qualities = measure(model, ids, list(makers.values()), 1, block=block, prefill=prompt, score_from=prompt)
-        for key, quality in zip(makers, qualities, strict=True):
-            # The last stretch is one token shorter, because the last token has no next one.
-            means = torch.stack([part.mean() for part in torch.tensor(quality.kls).split(stretch)])
-            sums[key] = sums.get(key, 0) + means / len(sequences)
+            held = {"prompt": new_cache(model.config, options), "whole": informed(model, ids, options)}
+            held["none"] = new_cache(model.config, {**options, "condition": "none"})
+            for name, cache in held.items():
+                # The last stretch is one token shorter, because the last token has no next one.
+                means = torch.stack([part.mean() for part in torch.tensor(full.compare(cache).kls).split(stretch)])
+                key = label(options), name
+                sums[key] = sums.get(key, 0) + means / len(sequences)
     return sums
 
 

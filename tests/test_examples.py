@@ -21,6 +21,7 @@ from hf_turboquant import TurboQuantCache, cli
 from hf_turboquant._supported import cache_name
 from hf_turboquant.evaluation import benchmark
 from hf_turboquant.evaluation.caches import FULL, bits_per_coordinate, new_cache
+from hf_turboquant.evaluation.quality import measure
 
 TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -462,7 +463,7 @@ def test_drift_is_read_by_stretches(tiny):
     assert list(found) == [(name, statistics) for statistics in ("prompt", "whole", "none")]
     # one that is not conditioned needs no statistics: the mean over all is that of the quality that is measured
     plain = {**coarse, "condition": "none"}
-    quality = measure_drift.measure(tiny, ids, [plain], 1, block=50, prefill=200, score_from=200)[1]
+    quality = measure(tiny, ids, [plain], 1, block=50, prefill=200, score_from=200)[1]
     weights = torch.tensor([100, 100, 99]) / 299
     assert (found[name, "none"] * weights).sum() == pytest.approx(quality.kl, rel=1e-4)
     assert found[name, "prompt"].ne(found[name, "whole"]).all()

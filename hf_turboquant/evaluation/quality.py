@@ -1,7 +1,7 @@
 """Compares predictions through a compressed cache with those through a full one."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -109,7 +109,7 @@ def _predict(model, ids, cache, block=32, prefill=None, score_from=0) -> Iterato
             yield logits.float().log_softmax(-1), targets
 
 
-def measure(model, windows: torch.Tensor, configurations: list[dict | Callable], batch: int = 4, **blocks):
+def measure(model, windows: torch.Tensor, configurations: list[dict], batch: int = 4, **blocks):
     """
     Compares compressed caches with the full one on the same text: a [`Quality`] of the full one, then one for each.
 
@@ -118,7 +118,7 @@ def measure(model, windows: torch.Tensor, configurations: list[dict | Callable],
 
     Args:
         windows (`torch.Tensor`): token ids of shape `[windows, length]`.
-        configurations (`list[dict | Callable]`): options of the caches, see [`caches.new_cache`], or what makes one.
+        configurations (`list[dict]`): options of the caches, see [`caches.new_cache`].
         batch (`int`): windows fed at a time; they share a cache, its conditioning and its constants.
         blocks: `block` (`int`, 32), tokens fed at a time; `prefill` (`int`, `block`), tokens of the first block;
             `score_from` (`int`, 0), position of the first block whose predictions count.
@@ -126,7 +126,6 @@ def measure(model, windows: torch.Tensor, configurations: list[dict | Callable],
     total = None
     for ids in windows.to(model.device).split(batch):
         full = Full(model, ids, **blocks)
-        caches = (options() if callable(options) else new_cache(model.config, options) for options in configurations)
-        found = [full.quality, *map(full.compare, caches)]
+        found = [full.quality, *(full.compare(new_cache(model.config, options)) for options in configurations)]
         total = [sum_ + new for sum_, new in zip(total, found, strict=True)] if total else found
     return total
