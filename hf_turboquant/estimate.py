@@ -216,14 +216,14 @@ def _filled(cost: LayerCost, context: int, batch: int, dtype: torch.dtype, optio
     layer = TurboQuantLayer(TurboQuantConfig(**options), 0)
     states = [torch.empty(batch, heads, 0, dim, dtype=dtype, device="meta") for heads, dim in cost.shapes]
     layer.lazy_initialization(*states)
-    config, tokens, learned = layer.config, layer.tokens, 0
+    config, tokens, (heads, dim), constants = layer.config, layer.tokens, cost.shapes[0], 0
     if context > config.sink_length + config.held_length:
         tokens = layer.tokens = tokens.emptied()
-        learned = {"attention": 2, "center": 1, "none": 0}[config.condition]
+        # Conditioning adds the mean and scale of every channel, in fp32; a fixed capacity has room for them anyway.
+        learned = 0 if layer.fixed else {"attention": 2, "center": 1, "none": 0}[config.condition]
+        constants = learned * heads * dim * 4
     tokens.length, tokens.quantized = context, max(context - tokens.sinks - tokens.window, 0)
     tokens.exact.reserve(min(context, tokens.sinks + tokens.window), limit=tokens.sinks + tokens.exact.ring)
     for buffer in tokens.codes.values():
         buffer.reserve(buffer.length)
-    (heads, dim), _ = cost.shapes
-    # Conditioning adds the mean and scale of every channel, in fp32.
-    return layer_memory(layer) + MemoryReport(constants_bytes=learned * heads * dim * 4)
+    return layer_memory(layer) + MemoryReport(constants_bytes=constants)

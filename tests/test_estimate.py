@@ -106,7 +106,8 @@ def test_bytes_of_the_default_cache_and_of_skipped_layers():
     row = DECODERS[0]
     model = row.model()
     tokens = torch.randint(3, 90, (1, 700), generator=torch.Generator().manual_seed(0))
-    for options in ({}, {"nbits": 2, "skip_layers": (0, -1), "key_estimator": "rescaled"}):
+    skipped = {"nbits": 2, "skip_layers": (0, -1), "key_estimator": "rescaled"}
+    for options in ({}, skipped, {"max_cache_len": 800}):
         cache = TurboQuantCache(model.config, **options)
         with torch.no_grad():
             model(tokens, **{cache_name(model): cache})
