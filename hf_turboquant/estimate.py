@@ -145,6 +145,9 @@ class Estimate:
         Args:
             context (`int`), batch (`int`): tokens of each sequence, and number of sequences.
             **options: see [`TurboQuantConfig`].
+
+        Raises:
+            `ValueError`: an option is out of range, or `max_cache_len` is less than `context`.
         """
         compressed, total = self.compressed(**options), MemoryReport()
         # Layers that differ only in their index hold the same.
@@ -158,8 +161,8 @@ class Estimate:
 
     def longest_context(self, budget_bytes: int, batch: int = 1, **options) -> int:
         """
-        Tokens that fit the budget, spare capacity included; without options, in a `DynamicCache`. `MAX_CONTEXT` if the
-        cache does not grow.
+        Tokens that fit the budget, spare capacity included; without options, in a `DynamicCache`. `max_cache_len` or
+        `MAX_CONTEXT` if the cache does not grow.
         """
 
         def fits(context: int) -> bool:
@@ -167,8 +170,9 @@ class Estimate:
                 return self.memory(context, batch, **options).total_bytes <= budget_bytes
             return self.full_bytes(context, batch) + batch * self.state_bytes <= budget_bytes
 
+        most = TurboQuantConfig(**options).max_cache_len or MAX_CONTEXT
         # The number of contexts that fit is the longest of them.
-        return bisect(range(1, MAX_CONTEXT + 1), False, key=lambda context: not fits(context))
+        return bisect(range(1, most + 1), False, key=lambda context: not fits(context))
 
 
 def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuantCache:
@@ -216,6 +220,7 @@ def _filled(cost: LayerCost, context: int, batch: int, dtype: torch.dtype, optio
     layer = TurboQuantLayer(TurboQuantConfig(**options), 0)
     states = [torch.empty(batch, heads, 0, dim, dtype=dtype, device="meta") for heads, dim in cost.shapes]
     layer.lazy_initialization(*states)
+    layer.make_room(context)
     config, tokens, (heads, dim), constants = layer.config, layer.tokens, cost.shapes[0], 0
     if context > config.sink_length + config.held_length:
         tokens = layer.tokens = tokens.emptied()

@@ -135,6 +135,10 @@ def test_the_longest_context_is_the_longest():
     assert found.memory(longest + 1, 2, nbits=4).total_bytes > budget
     full = found.longest_context(budget)
     assert full == budget // (36 * 8 * 256 * 2)
+    capacity = {"nbits": 4, "max_cache_len": 1000}
+    assert [found.longest_context(bytes_, **capacity) for bytes_ in (10**6, 10**9)] == [0, 1000]
+    with pytest.raises(ValueError, match="max_cache_len=1000"):
+        found.memory(1001, **capacity)
     # fits a little more than the steady ratio says less the spare capacity
     assert 3.5 < found.longest_context(budget, nbits=4) / full < 4
 
