@@ -67,6 +67,10 @@ class LayerCost:
         """Bytes of keys and values in the model's dtype, for one sequence."""
         return self.token_bytes * (context if self.window is None else min(context, self.window - 1))
 
+    def fixed_bytes(self, max_cache_len: int) -> int:
+        """The same for so many tokens that are allocated at once."""
+        return self.token_bytes * min(max_cache_len, self.window or max_cache_len)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -150,10 +154,12 @@ class Estimate:
             `ValueError`: an option is out of range, or `max_cache_len` is less than `context`.
         """
         compressed, total = self.compressed(**options), MemoryReport()
+        capacity = TurboQuantConfig(**options).max_cache_len
         # Layers that differ only in their index hold the same.
         filled = functools.cache(lambda cost: _filled(cost, context, batch, self.dtype, options))
         for index, cost in enumerate(self.layers):
-            held = batch * (cost.state_bytes + (0 if index in compressed else cost.full_bytes(context)))
+            kept = cost.full_bytes(context) if capacity is None else cost.fixed_bytes(capacity)
+            held = batch * (cost.state_bytes + (0 if index in compressed else kept))
             total += MemoryReport(other_bytes=held, full_bytes=held)
             if index in compressed:
                 total += filled(cost)

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from test_models import ROWS, EncoderDecoderRow
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_turboquant import TurboQuantCache, cli
@@ -114,6 +114,25 @@ def test_bytes_of_the_default_cache_and_of_skipped_layers():
         assert cache.layers[1].condition == "attention"
         found = Estimate.from_config(model.config, torch.float32)
         assert found.memory(700, 1, **options) == cache.memory()
+
+
+@pytest.mark.parametrize("capacity", [20, 250])
+def test_a_fixed_capacity_is_allocated_in_other_layers_too(capacity):
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "head_dim"), 64)
+    config = Gemma3TextConfig(
+        **sizes, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, sliding_window=32,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    )  # fmt: skip
+    options = {"max_cache_len": capacity, "skip_layers": (1,)}
+    cache = TurboQuantCache(config, **options)
+    with torch.no_grad():
+        model = Gemma3ForCausalLM(config)
+        model(torch.randint(3, 60, (2, 15)), **{cache_name(model): cache})
+    expected, held = Estimate.from_config(config, torch.float32).memory(15, 2, **options), cache.memory()
+    # 1,024 bytes a token, of two sequences; transformers' layers count their tokens in a few bytes more
+    allocated = pytest.approx(2 * 1024 * (capacity + min(32, capacity)), abs=64)
+    assert held.other_bytes == allocated and expected.other_bytes == allocated
+    assert expected.exact_bytes == held.exact_bytes and expected.slack_bytes == held.slack_bytes
 
 
 def test_bytes_of_half_bits():
