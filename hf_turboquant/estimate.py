@@ -17,7 +17,6 @@ from .quantizer import ROLES
 
 # The search for the longest context stops here.
 MAX_CONTEXT = 2**40
-COUNT = "Count from `cache.memory()` of a real run"
 KINDS = {
     "DynamicLayer": "full attention",
     "TurboQuantLayer": "full attention",
@@ -68,6 +67,10 @@ class LayerCost:
         """Bytes of keys and values in the model's dtype, for one sequence."""
         return self.token_bytes * (context if self.window is None else min(context, self.window - 1))
 
+    def fixed_bytes(self, max_cache_len: int) -> int:
+        """The same for so many tokens that are allocated at once."""
+        return self.token_bytes * min(max_cache_len, self.window or max_cache_len)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -98,10 +101,10 @@ class Estimate:
             one, two = (_run(config, tokens, dtype) for tokens in (1, 2))
         except Exception as error:
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            advice = "" if isinstance(error, _NoDecoder) else f" {COUNT}, or update transformers."
             raise ValueError(
                 "`config` must be of a decoder-only model that transformers can make, got "
-                f"{config.model_type!r}: {reason}.{advice}"
+                f"{config.model_type!r}: {reason}. If it generates text, count from `cache.memory()` of a real run, or "
+                "update transformers."
             ) from None
         layers = []
         for first, second in zip(one.layers, two.layers, strict=True):
@@ -146,12 +149,17 @@ class Estimate:
         Args:
             context (`int`), batch (`int`): tokens of each sequence, and number of sequences.
             **options: see [`TurboQuantConfig`].
+
+        Raises:
+            `ValueError`: an option is out of range, or `max_cache_len` is less than `context`.
         """
         compressed, total = self.compressed(**options), MemoryReport()
+        capacity = TurboQuantConfig(**options).max_cache_len
         # Layers that differ only in their index hold the same.
         filled = functools.cache(lambda cost: _filled(cost, context, batch, self.dtype, options))
         for index, cost in enumerate(self.layers):
-            held = batch * (cost.state_bytes + (0 if index in compressed else cost.full_bytes(context)))
+            kept = cost.full_bytes(context) if capacity is None else cost.fixed_bytes(capacity)
+            held = batch * (cost.state_bytes + (0 if index in compressed else kept))
             total += MemoryReport(other_bytes=held, full_bytes=held)
             if index in compressed:
                 total += filled(cost)
@@ -159,8 +167,8 @@ class Estimate:
 
     def longest_context(self, budget_bytes: int, batch: int = 1, **options) -> int:
         """
-        Tokens that fit the budget, spare capacity included; without options, in a `DynamicCache`. `MAX_CONTEXT` if the
-        cache does not grow.
+        Tokens that fit the budget, spare capacity included; without options, in a `DynamicCache`. `max_cache_len` or
+        `MAX_CONTEXT` if the cache does not grow.
         """
 
         def fits(context: int) -> bool:
@@ -168,24 +176,24 @@ class Estimate:
                 return self.memory(context, batch, **options).total_bytes <= budget_bytes
             return self.full_bytes(context, batch) + batch * self.state_bytes <= budget_bytes
 
+        most = TurboQuantConfig(**options).max_cache_len or MAX_CONTEXT
         # The number of contexts that fit is the longest of them.
-        return bisect(range(1, MAX_CONTEXT + 1), False, key=lambda context: not fits(context))
-
-
-class _NoDecoder(ValueError):
-    """The config is of a model that has no growing cache of its own tokens alone."""
+        return bisect(range(1, most + 1), False, key=lambda context: not fits(context))
 
 
 def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuantCache:
-    """The cache after `tokens` tokens of one sequence, all of them exact, on the `meta` device."""
+    """
+    The cache after `tokens` tokens of one sequence, all of them exact, on the `meta` device; raises a `ValueError` if
+    the model has no growing cache of its own tokens alone.
+    """
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
-        raise _NoDecoder(f"its decoder caches the states of an encoder too. {COUNT}")
+        raise ValueError("its decoder caches the states of an encoder too")
     # Some parts have a class only within the whole.
     source = text if type(text) in MODEL_MAPPING else config
     if type(source) not in MODEL_MAPPING:
-        raise _NoDecoder(f"transformers has no model of its own for {type(source).__name__}")
+        raise ValueError(f"transformers has no model of its own for {type(source).__name__}")
     # Some models look for padding in the tokens, which have no values here. Some configs refuse to have no such token.
     vars(text)["pad_token_id"] = None
     # Gemma 3n computes a threshold from values too.
@@ -194,25 +202,22 @@ def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuan
     with torch.device("meta"):
         # The default for mixtures of experts checks for a dtype that suits a GPU.
         model = AutoModel.from_config(source, dtype=dtype, experts_implementation="batched_mm").eval()
-    try:
-        name = cache_name(model)
-    except ValueError as error:
-        raise _NoDecoder(str(error).rstrip(".")) from None
+    name = cache_name(model)
     # Models that read images may see all of a prompt at once.
     seen = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
     if seen == {False} and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise _NoDecoder("its attention sees later tokens, as that of an encoder does")
+        raise ValueError("its attention sees later tokens, as that of an encoder does")
     cache = TurboQuantCache(config, condition="none")
     # So that it takes any head_dim: what cannot be packed is told by the layers.
     cache.model_fields = None
     with torch.no_grad():
         model(torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True, **{name: cache})
     if not any(layer_memory(layer).full_bytes for layer in cache.layers):
-        raise _NoDecoder("it leaves its cache empty")
+        raise ValueError("it leaves its cache empty")
     # What two tokens show of these says too little about many.
     own = sorted({type(layer).__name__ for layer in cache.layers} - KINDS.keys())
     if own:
-        raise _NoDecoder(f"its cache has layers of its own kind, {own[0]}. {COUNT}")
+        raise ValueError(f"its cache has layers of its own kind, {own[0]}")
     return cache
 
 
@@ -221,14 +226,15 @@ def _filled(cost: LayerCost, context: int, batch: int, dtype: torch.dtype, optio
     layer = TurboQuantLayer(TurboQuantConfig(**options), 0)
     states = [torch.empty(batch, heads, 0, dim, dtype=dtype, device="meta") for heads, dim in cost.shapes]
     layer.lazy_initialization(*states)
-    waits = context <= layer.config.sink_length + layer.config.held_length
-    exact = context if waits else layer.config.sink_length + layer.config.residual_length
-    tokens, quantized = layer.tokens, max(context - exact, 0)
+    layer.make_room(context)
+    config, tokens, (heads, dim), constants = layer.config, layer.tokens, cost.shapes[0], 0
+    if context > config.sink_length + config.held_length:
+        tokens = layer.tokens = tokens.emptied()
+        # Conditioning adds the mean and scale of every channel, in fp32; a fixed capacity has room for them anyway.
+        learned = 0 if layer.fixed else {"attention": 2, "center": 1, "none": 0}[config.condition]
+        constants = learned * heads * dim * 4
+    tokens.length, tokens.quantized = context, max(context - tokens.sinks - tokens.window, 0)
+    tokens.exact.reserve(min(context, tokens.sinks + tokens.window), limit=tokens.sinks + tokens.exact.ring)
     for buffer in tokens.codes.values():
-        buffer.reserve(quantized)
-    tokens.exact.reserve(min(context, exact), limit=tokens.sinks + tokens.exact.ring if waits else exact)
-    tokens.length, tokens.quantized = context, quantized
-    learned = 0 if waits else {"attention": 2, "center": 1, "none": 0}[layer.config.condition]
-    (heads, dim), _ = cost.shapes
-    # Conditioning adds the mean and scale of every channel, in fp32.
-    return layer_memory(layer) + MemoryReport(constants_bytes=learned * heads * dim * 4)
+        buffer.reserve(buffer.length)
+    return layer_memory(layer) + MemoryReport(constants_bytes=constants)

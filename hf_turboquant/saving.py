@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import keystr, tree_leaves_with_path, tree_map_only, tree_map_with_path
 from transformers import PreTrainedConfig, cache_utils
 
+from . import __version__
 from .conditioning import Learned, learned
 from .config import TurboQuantConfig
 from .hybrid import TurboQuantHybridLayer
@@ -21,9 +22,7 @@ from .layer import TurboQuantLayer
 from .quantizer import ROLES
 from .sliding import StaticSlidingLayer
 
-FORMAT, FORMAT_VERSION = "hf_turboquant cache", 5
-# Up to format 4 the description was a file of its own.
-FILE, OLD_HEADER = "cache.safetensors", "cache.json"
+FORMAT, FORMAT_VERSION, FILE = "hf_turboquant cache", 5, "cache.safetensors"
 # What a saved cache records of its model, to recognise it.
 MODEL_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
 MODEL_FIELDS += ("head_dim", "vocab_size", "layer_types")
@@ -43,9 +42,10 @@ def save_cache(cache, folder: str | Path) -> None:
     """[`TurboQuantCache.save_pretrained`]: writes the file beside `folder`, then renames it into it."""
     folder = Path(folder).resolve()
     with _refusing(folder, "new, empty or a saved cache", "Name another."):
-        if folder.exists() and (names := {path.name for path in folder.iterdir()}):
-            if not names <= {FILE, OLD_HEADER}:
-                raise ValueError("it holds something else")
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        if names not in ([], [FILE]):
+            raise ValueError("it holds something else")
+        if names:
             _read_header(folder)
     tensors: dict[str, torch.Tensor] = {}
 
@@ -61,9 +61,6 @@ def save_cache(cache, folder: str | Path) -> None:
             return value
         raise ValueError(f"`{name}` must be a tensor or a plain value to be saved, got {type(value).__name__}.")
 
-    # The package imports this file before it defines its version.
-    from . import __version__
-
     # Negative indices could not be resolved without a model.
     options = {**asdict(cache.options), "skip_layers": sorted(cache.skipped)}
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "hf_turboquant": __version__}
@@ -78,7 +75,6 @@ def save_cache(cache, folder: str | Path) -> None:
         # safetensors makes files that only their owner can read.
         new.chmod(folder.stat().st_mode & 0o666)
         new.replace(folder / FILE)
-    (folder / OLD_HEADER).unlink(missing_ok=True)
 
 
 @torch.inference_mode(False)
@@ -257,13 +253,13 @@ def _refusing(folder: Path, what: str, advice: str) -> Iterator[None]:
 
 
 def _read_header(folder: Path) -> dict:
-    """What is saved beside tensors; raises an error if `folder` does not hold a cache of any format."""
+    """What is saved beside tensors; raises an error if `folder` does not hold a cache of any format version."""
     with safe_open(folder / FILE, framework="pt") as file:
-        text = (file.metadata() or {}).get("cache") or (folder / OLD_HEADER).read_text(encoding="utf-8")
+        text = (file.metadata() or {}).get("cache", "{}")
     # Recurrent states have integer keys, which json turns into strings.
     header = json.loads(text, object_hook=lambda x: {int(k) if k.isdigit() else k: v for k, v in x.items()})
-    if header["format"] != FORMAT:
-        raise ValueError(f"`format` must be {FORMAT!r}, got {header['format']!r}")
+    if (found := header.get("format")) != FORMAT:
+        raise ValueError(f"its metadata must say {FORMAT!r}, as from format {FORMAT_VERSION} on, got {found!r}")
     return header
 
 

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from test_models import ROWS, EncoderDecoderRow
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_turboquant import TurboQuantCache, cli
@@ -106,13 +106,33 @@ def test_bytes_of_the_default_cache_and_of_skipped_layers():
     row = DECODERS[0]
     model = row.model()
     tokens = torch.randint(3, 90, (1, 700), generator=torch.Generator().manual_seed(0))
-    for options in ({}, {"nbits": 2, "skip_layers": (0, -1), "key_estimator": "rescaled"}):
+    skipped = {"nbits": 2, "skip_layers": (0, -1), "key_estimator": "rescaled"}
+    for options in ({}, skipped, {"max_cache_len": 800}):
         cache = TurboQuantCache(model.config, **options)
         with torch.no_grad():
             model(tokens, **{cache_name(model): cache})
         assert cache.layers[1].condition == "attention"
         found = Estimate.from_config(model.config, torch.float32)
         assert found.memory(700, 1, **options) == cache.memory()
+
+
+@pytest.mark.parametrize("capacity", [20, 250])
+def test_a_fixed_capacity_is_allocated_in_other_layers_too(capacity):
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "head_dim"), 64)
+    config = Gemma3TextConfig(
+        **sizes, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, sliding_window=32,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    )  # fmt: skip
+    options = {"max_cache_len": capacity, "skip_layers": (1,)}
+    cache = TurboQuantCache(config, **options)
+    with torch.no_grad():
+        model = Gemma3ForCausalLM(config)
+        model(torch.randint(3, 60, (2, 15)), **{cache_name(model): cache})
+    expected, held = Estimate.from_config(config, torch.float32).memory(15, 2, **options), cache.memory()
+    # 1,024 bytes a token, of two sequences; transformers' layers count their tokens in a few bytes more
+    allocated = pytest.approx(2 * 1024 * (capacity + min(32, capacity)), abs=64)
+    assert held.other_bytes == allocated and expected.other_bytes == allocated
+    assert expected.exact_bytes == held.exact_bytes and expected.slack_bytes == held.slack_bytes
 
 
 def test_bytes_of_half_bits():
@@ -134,16 +154,20 @@ def test_the_longest_context_is_the_longest():
     assert found.memory(longest + 1, 2, nbits=4).total_bytes > budget
     full = found.longest_context(budget)
     assert full == budget // (36 * 8 * 256 * 2)
+    capacity = {"nbits": 4, "max_cache_len": 1000}
+    assert [found.longest_context(bytes_, **capacity) for bytes_ in (10**6, 10**9)] == [0, 1000]
+    with pytest.raises(ValueError, match="max_cache_len=1000"):
+        found.memory(1001, **capacity)
     # fits a little more than the steady ratio says less the spare capacity
     assert 3.5 < found.longest_context(budget, nbits=4) / full < 4
 
 
 # `python tests/test_estimate.py` does this for all types that transformers has
 KINDS_OF_MODELS = {
-    "bert": "its attention sees later tokens, as that of an encoder does\\.$",
+    "bert": "its attention sees later tokens, as that of an encoder does\\. If it generates text, count from",
     "roberta": "its attention sees later tokens",
     "electra": "its attention sees later tokens",
-    "albert": "`model` must take a cache, got AlbertModel, which does not. Take a decoder\\.$",
+    "albert": "`model` must take a cache, got AlbertModel, which does not. Take a decoder\\. If",
     "distilbert": "must take a cache",
     "modernbert": "must take a cache",
     "clip": "must take a cache, got CLIPTextModel",
@@ -209,7 +233,7 @@ def test_kinds_of_models(name):
 def test_the_whole_reason(monkeypatch):
     error = RuntimeError("first line,\n\n second line.")
     monkeypatch.setattr("hf_turboquant.estimate._run", Mock(side_effect=error))
-    with pytest.raises(ValueError, match="'llama': first line, second line\\. Count from"):
+    with pytest.raises(ValueError, match="'llama': first line, second line\\. If it generates text, count from"):
         Estimate.from_config(AutoConfig.for_model("llama"))
 
 
