@@ -36,6 +36,10 @@ def run(command: Callable[[], object], program: str | None = None, stopped: str 
     try:
         command()
         return 0
+    except BrokenPipeError:
+        # The reader of our output has closed the pipe; without this, Python complains again while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         message, code = f"stopped. {stopped or 'Nothing was kept.'}", 130
     except ModuleNotFoundError as error:
@@ -117,7 +121,7 @@ def _estimate(args) -> None:
         ours = [estimate.memory(context, args.batch, **options).total_bytes - states for options in caches.values()]
         cells = (f"{readable(count):>11}{full / count if count else 1:6.1f}×" for count in (fp8, *ours))
         print(f"{context:11,}{readable(full):>11}{''.join(cells)}")
-    if states:
+    if any("linear" in cost.kind or "recurrent" in cost.kind for cost in estimate.layers):
         print(f"Beside them, whatever the context: {readable(states)} of states that are not compressed")
     if args.budget:
         counts = {n: estimate.longest_context(args.budget, args.batch, **o) for n, o in {"bf16": {}, **caches}.items()}

@@ -279,6 +279,10 @@ def test_the_command(config_file, capsys):
     assert cli.main(["estimate", config_file("Qwen3-8B"), "--contexts", "128K", "1M", "100"]) == 0
     text = capsys.readouterr().out
     assert contexts(text) == ["100", "131,072", "1,048,576"] and "can't help" not in text
+    # sliding windows count their tokens in a few bytes, which are no states
+    assert cli.main(["estimate", config_file("gemma-3-27b"), "--nbits", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "10 of 62 layers hold a KV cache" in text and "Beside them" not in text
     assert cli.main(["estimate", config_file("Mamba2-2.7B"), "--budget", "1G"]) == 0
     assert "4 bits any" in capsys.readouterr().out
 

@@ -454,6 +454,8 @@ def one_line(capsys) -> str:
         (["--parts", "speed"], "--parts must be of"),
         (["--needle-depths", "2"], "--needle-depths must be from 0"),
         (["--caches", "turboquant:nbits=9"], "`nbits` must be"),
+        (["--caches", "turboquant:nbits=4/2/4"], "--caches must differ from each other"),
+        (["--caches", "hqq:nbits=3"], "must not be 3"),
         (["--caches", "hqq:nbits=7"], "transformers' hqq cache must fit this model"),
         (["--caches", "turboquant:nbit=4"], "Did you mean `nbits`?"),
         (["--dtype", "float33"], "--dtype must be"),

@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .. import __version__
-from .caches import new_cache, parse
+from .caches import label, new_cache, parse
 
 PARTS = ("quality", "needle", "fidelity", "claims")
 
@@ -88,6 +88,9 @@ class Settings:
             raise ValueError(f"--parts must be of {', '.join(PARTS)}, got {part!r}.")
         if any(not 0 <= depth <= 1 for depth in self.needle_depths):
             raise ValueError(f"--needle-depths must be from 0 (first) to 1 (last), got {self.needle_depths}.")
+        names = [label(options) for options in self.caches]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--caches must differ from each other, got {', '.join(names)}.")
         if "quality" in self.parts and not max(self.prefill, self.score_from) < self.window - 1:
             raise ValueError(
                 f"--prefill and --score-from must leave tokens of the window to score, got {self.prefill} and "
