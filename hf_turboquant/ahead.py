@@ -12,7 +12,8 @@ from .conditioning import HORIZON
 def compile_ahead(layer, states: dict[str, torch.Tensor], query_heads: int, query_dtype: torch.dtype, masked: bool):
     """
     Starts to compile, in other threads, what the first prompt and decode steps of `layer` launch on a GPU. The first of
-    the launches waits for that. Triton keeps the kernels on disk for later processes.
+    the launches waits for that. Triton keeps the kernels on disk for later processes. Layers of another kind compile
+    theirs when their own prompt is stored.
 
     Args:
         layer (`TurboQuantLayer`): before its first token is quantized.

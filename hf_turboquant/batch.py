@@ -96,7 +96,7 @@ class BatchOperations:
 
     def prefetch(self) -> None:
         """Moves codes and exact tokens back to the layer's device on the current stream."""
-        if self.is_offloaded and self.tokens.exact and self.tokens.exact["keys"].device != self.device:
+        if self.is_offloaded and self.tokens.exact is not None and self.tokens.exact["keys"].device != self.device:
             self._replace(self.tokens.mapped(lambda tensor: tensor.to(self.device, non_blocking=True)))
 
     @property

@@ -100,8 +100,9 @@ class FixedTokens(Tokens):
     @property
     def nbytes(self) -> int:
         """Bytes allocated, without the mean and scale, which count as constants."""
-        keys = self.quantizers["keys"]
-        return self.arena.nbytes - sum(t.nbytes for t in (keys.mean, keys.scale) if t is not None)
+        keys = self.quantizers.get("keys")
+        constants = () if keys is None else (keys.mean, keys.scale)
+        return 0 if self.arena is None else self.arena.nbytes - sum(t.nbytes for t in constants if t is not None)
 
     def step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> LayerStates:
         """Appends a few tokens, for which there must be room; returns what attention reads."""

@@ -39,7 +39,7 @@ class Observed(NamedTuple):
     """
 
     valid: torch.Tensor | None
-    query: torch.Tensor | None
+    query: torch.Tensor | None = None
     heads: int | None = None
     dtype: torch.dtype | None = None
 
@@ -50,7 +50,8 @@ class TurboQuantLayer(BatchOperations, Lengths):
 
     The first `sink_length` tokens and the last `residual_length` tokens stay exact. A token is quantized once, when it
     leaves the recent window. All of them stay exact until there are `LEARNED_TOKENS` to condition keys by, and longer,
-    up to `MAX_WAITING_TOKENS`, while most of them are alike.
+    up to `MAX_WAITING_TOKENS`, while most of them are alike. A first prompt waits for the query that attends to it;
+    until it is stored, a layer that grows has no other memory.
 
     With `config.max_cache_len`, the capacity is fixed: see [`FixedTokens`]. Steps then wait for nothing, and everything
     else fetches the lengths first ([`measure`]). Before a step whose tokens no longer fit in the exact slots, keys that
@@ -132,15 +133,18 @@ class TurboQuantLayer(BatchOperations, Lengths):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Draws the rotations and makes memory that fits the states, of shape `[batch, heads, T, head_dim]`."""
-        self.tokens.open({"keys": key_states, "values": value_states}, self.conditioning.waits)
+        # Of the new sequence, of which conditioning knows nothing yet.
+        waits = self.config.condition != "none"
+        self.tokens.open({"keys": key_states, "values": value_states}, waits)
         self._initialize(key_states)
 
     def make_memory(self) -> None:
-        """Does what [`lazy_initialization`] left, for tokens that wait."""
+        """Makes memory for tokens that wait, if their update left that for later."""
         if self.tokens.exact is None:
             self.tokens.open(self.pending, self.conditioning.waits)
 
     def _initialize(self, key_states: torch.Tensor) -> None:
+        """Begins a sequence of states like these."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
         self.is_initialized = True
@@ -188,8 +192,10 @@ class TurboQuantLayer(BatchOperations, Lengths):
     def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         states = {"keys": key_states, "values": value_states}
         if self.pending is not None:
-            self.settle()
+            self.make_memory()
         as_held = self.tokens.check(states, self.device)
+        if self.pending is not None:
+            self.settle()
         if self.lent:
             # Others read and write there.
             self._replace(self.tokens.mapped(torch.clone))
@@ -198,11 +204,11 @@ class TurboQuantLayer(BatchOperations, Lengths):
             self.prefetch()
         is_step = self._prepare_step(key_states.shape[2])
         fresh = not self.is_initialized
-        if fresh and (self.fixed or not self.conditioning.waits):
-            self.lazy_initialization(key_states, value_states)
-        elif fresh:
-            # The first token need not wait for memory.
+        if fresh and not self.fixed and self.conditioning.waits:
+            # The first token need not wait for memory, which `settle` makes.
             self._initialize(key_states)
+        elif fresh:
+            self.lazy_initialization(key_states, value_states)
         if not as_held:
             self.measure()
             tokens, states = self.tokens.in_one_dtype(states)
@@ -252,13 +258,12 @@ class TurboQuantLayer(BatchOperations, Lengths):
         """
         if query is not None and self.pending is not None and not self.is_offloaded and self._defers():
             if self.observed is None:
+                valid = valid_tokens(attention_mask, self.get_seq_length())
                 # Copies, because query and mask belong to the caller.
-                valid, kept = valid_tokens(attention_mask, self.get_seq_length()), None
                 valid = None if valid is None else valid.clone()
-                if query.nbytes > MAX_QUERY_BYTES:
+                kept = query.detach().clone() if query.nbytes <= MAX_QUERY_BYTES else None
+                if kept is None:
                     self._count(query, valid)
-                else:
-                    kept = query.detach().clone()
                 self.observed = Observed(valid, kept, query.shape[1], query.dtype)
         elif self.observed is None:
             self.settle(query, attention_mask)
@@ -275,7 +280,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
             seen = self.observed
             if seen is None:
                 valid = valid_tokens(attention_mask, self.get_seq_length())
-                seen = Observed(valid, query, *(() if query is None else (query.shape[1], query.dtype)))
+                seen = Observed(valid) if query is None else Observed(valid, query, query.shape[1], query.dtype)
             if seen.dtype is not None:
                 compile_ahead(self, self.pending, seen.heads, seen.dtype, seen.valid is not None)
             if seen.query is not None:

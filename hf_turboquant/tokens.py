@@ -75,7 +75,7 @@ class Tokens:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(buffer.nbytes for buffer in (*self.codes.values(), self.exact))
+        return sum(buffer.nbytes for buffer in (*self.codes.values(), self.exact) if buffer is not None)
 
     def check(self, states: dict, device: torch.device | None) -> bool:
         """

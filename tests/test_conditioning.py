@@ -483,6 +483,45 @@ def test_frequencies_come_from_the_config():
     assert cache.layers[3].frequencies == rotary_frequencies(llama, 3)
 
 
+def test_refused_states_do_not_store_what_waits():
+    """The prompt still gets the scale that the query which attends to it gives."""
+    query, keys, values = skewed_states(300)
+    layer = new_layer()
+    held = layer.update(keys, values)
+    for refused in (keys.repeat(2, 1, 1, 1), keys[..., :32], keys[0], keys.long(), keys[:, :, :0, :60]):
+        with pytest.raises(ValueError, match="states"):
+            layer.update(refused, refused)
+    assert layer.get_seq_length() == 300 and layer.condition is None
+    sdpa(query, *held, enable_gqa=True)
+    assert layer.condition == "attention"
+
+
+@pytest.mark.parametrize("capacity", [None, 300])
+def test_a_layer_tells_its_bytes_at_any_time(capacity):
+    query, keys, values = skewed_states(200)
+    layer = new_layer(capacity)
+    assert layer.nbytes == 0
+    held = layer.update(keys, values)
+    # what waits is counted apart; a fixed capacity is allocated at once
+    assert (layer.nbytes > 0) == (capacity is not None) and layer_memory(layer).other_bytes == 2 * keys.nbytes
+    sdpa(query, *held, enable_gqa=True)
+    stored = layer.nbytes
+    assert stored > 0
+    layer.reset()
+    assert layer.nbytes == pytest.approx(stored if capacity else 0, abs=2048)
+
+
+def test_memory_made_by_hand_holds_what_the_next_sequence_needs():
+    query, keys, values = skewed_states(300)
+    layer, fresh = new_layer(residual_length=16), new_layer(residual_length=16)
+    list(feed(layer, [300], query, keys, values))
+    for each in (layer, fresh):
+        each.lazy_initialization(keys[:, :, :0], values[:, :, :0])
+        assert each.condition is None and each.tokens.window == max(MAX_WAITING_TOKENS, LEARNED_TOKENS)
+        list(feed(each, [60, 100, *[1] * 5], query, keys, values))
+    assert torch.equal(layer.keys.dequantize(), fresh.keys.dequantize())
+
+
 @pytest.fixture
 def deferring(monkeypatch):
     """Prompts are quantized at the next update, as on a GPU."""

@@ -57,7 +57,7 @@ def median_ms(function: Callable[[], object], seconds: float = 0.3) -> float:
 def call_ms(function: Callable[[], object]) -> tuple[float, float]:
     """
     Times of one call on an idle device: until a GPU has finished, and until the host has launched everything. What it
-    returns is freed later.
+    returns is freed later, which is not timed.
     """
     _wait()
     start = time.perf_counter()

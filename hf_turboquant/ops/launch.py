@@ -32,16 +32,17 @@ class _Source(ASTSource):
     """
 
     def make_ir(self, *args, **kwargs):
-        Thread(target=self.make_launcher, daemon=True).start()
+        with suppress(RuntimeError):
+            Thread(target=self.make_c_launcher, daemon=True).start()
         with _front_end:
             return super().make_ir(*args, **kwargs)
 
-    def make_launcher(self) -> None:
+    def make_c_launcher(self) -> None:
         """
-        Has a C compiler make what launches the kernel, which Triton would do once the kernel is compiled, and finds on
-        disk by then.
+        Has a C compiler make what launches the kernel. Triton does so once the kernel is compiled; then it finds the
+        result on disk.
         """
-        # It needs nothing of the compiled kernel, which what Triton does after it reads.
+        # This needs nothing of the compiled kernel; what Triton does next does, and fails here.
         with suppress(Exception):
             triton.runtime.driver.active.launcher_cls(self, SimpleNamespace())
 
