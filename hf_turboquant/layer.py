@@ -49,9 +49,9 @@ class TurboQuantLayer(BatchOperations, Lengths):
     The keys and values of one full-attention layer.
 
     The first `sink_length` tokens and the last `residual_length` tokens stay exact. A token is quantized once, when it
-    leaves the recent window. All tokens stay exact until there are `LEARNED_TOKENS` to condition keys by, and longer, up
-    to `MAX_WAITING_TOKENS`, while too few of them differ. The tokens of a first prompt wait for the query that attends
-    to them; until they are stored, a layer that grows allocates nothing else.
+    leaves the recent window. All tokens stay exact until there are `LEARNED_TOKENS` to condition keys by, and longer,
+    up to `MAX_WAITING_TOKENS`, while too few of them differ. The tokens of a first prompt wait for the query that
+    attends to them; until they are stored, a layer that grows allocates nothing else.
 
     With `config.max_cache_len`, the capacity is fixed: see [`FixedTokens`]. Steps then never wait for the device, and
     everything else fetches the lengths from it first ([`measure`]). If keys are not conditioned yet, they are before a

@@ -6,7 +6,7 @@ from transformers.cache_utils import DynamicLayer
 from .traced import seq_length
 
 NOT_COMPILED = (
-    "Over a cache with `max_cache_len`, only steps of a few tokens without gradients are compiled, and only after an "
+    "Only steps of a few tokens without gradients are compiled over a cache with `max_cache_len`, and only after an "
     "uncompiled prefill, attention included, as in `generate`. Leave `fullgraph=True` out for anything else."
 )
 
