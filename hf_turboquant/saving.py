@@ -28,7 +28,7 @@ MODEL_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention
 MODEL_FIELDS += ("head_dim", "vocab_size", "layer_types")
 # Arguments that make a layer and distinguish it from others of its kind.
 ARGUMENTS = ("sliding_window", "number_of_states", "max_cache_len")
-# How the names of fields end that a layer has from its first tokens on.
+# Endings of the names of fields that a layer only gets with its first tokens.
 FIRST_TOKENS = ("dtype", "device", "batch_size", "num_heads", "head_dim")
 # Only our layers and those of transformers can be saved; layers that models define may keep anything.
 _THEIRS = *cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values(), *cache_utils.STATIC_LAYER_TYPE_MAPPING.values()
@@ -39,7 +39,7 @@ SAVED_LAYERS |= {"TurboQuantStaticLayer": TurboQuantLayer, "TurboQuantStaticHybr
 
 
 def save_cache(cache, folder: str | Path) -> None:
-    """[`TurboQuantCache.save_pretrained`]: writes the file beside `folder`, then renames it into it."""
+    """[`TurboQuantCache.save_pretrained`]: writes the file beside `folder`, then moves it into `folder`."""
     folder = Path(folder).resolve()
     with _refusing(folder, "new, empty or a saved cache", "Name another."):
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
@@ -84,7 +84,7 @@ def load_cache(cls, folder: str | Path, config: PreTrainedConfig | None, device:
     with _refusing(folder, "a saved cache", "Name another, or prefill the text again and save that."):
         header = _read_header(folder)
         if (found := header["format_version"]) != FORMAT_VERSION:
-            wrote = f"as hf_turboquant {header.get('hf_turboquant')} wrote and can read it"
+            wrote = f"as hf_turboquant {header.get('hf_turboquant')} wrote it and can read it"
             raise ValueError(f"its format must be {FORMAT_VERSION}, got {found}, {wrote}")
         tensors = load_file(folder / FILE)
         if header.pop("sha256") != _sha256(header, tensors):
@@ -139,7 +139,7 @@ def _recognised(cache) -> dict:
 
 
 def _state(layer, index: int) -> dict:
-    """Kind, fields and tokens of a layer, after all of them have been stored where the layer keeps them."""
+    """Kind, fields and tokens of a layer; stores waiting tokens first."""
     if SAVED_LAYERS.get(type(layer).__name__) is not type(layer):
         raise ValueError(
             f"Every layer must be one of {sorted(SAVED_LAYERS)} to be saved, got {type(layer).__name__} at "
@@ -196,7 +196,7 @@ def _new_layer(cache, index: int, kind: str, fields: dict, tokens: dict | None):
 
 
 def _restore(layer: TurboQuantLayer, saved: dict) -> None:
-    """Gives an empty layer room for tokens as in `saved`, compares what it would save with that, and copies it."""
+    """Makes room in an empty layer, checks that what it would save now has the form of `saved`, and copies `saved`."""
     like, known = [saved["stored"][role]["exact"][0] for role in ROLES], Learned(*saved["learned"])
     layer.lazy_initialization(*like)
     conditioning, length, quantized = layer.conditioning, saved["length"], saved["quantized"]

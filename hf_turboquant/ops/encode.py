@@ -132,7 +132,7 @@ def _launch(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer]) -> None:
     grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(parts))
     args = (*sides, length, tokens, first.capacity // BLOCK, heads, *specs, tile)
     run(quantize_kernel, (quantize_kernel, *key), grid, device, args, options)
-    # Their lengths change last.
+    # Lengths change last, once everything is launched.
     for _, _, buffer in parts:
         buffer.length += tokens
 
@@ -158,7 +158,7 @@ def _prepare(quantizer: Quantizer, dtype: torch.dtype, tile: int):
             by_head += (None, 0) if x is None else (x.contiguous(), x[0].numel() if len(x) > 1 else 0)
         sketch = quantizer.sketch
         if quantizer.annealing is not None:
-            # Quantizers that conditioning makes from one share it, so that a captured graph finds it again.
+            # Quantizers that conditioning makes from one share this operator, so that a captured graph finds it again.
             sketch = constants_of(quantizer).search_operator(quantizer)
         constants = (*by_head, sketch, quantizer.boundaries, quantizer.centroids)
         prepared[dtype, tile] = planes, constants, *_specify(quantizer, dtype, tile)
@@ -176,8 +176,8 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
         # Three products in tf32 are as precise as fp32.
         precision = "tf32x3"
         if quantizer.scale is None or dtype != torch.float16:
-            # States are exact in their own dtype, and the matrix is nearly exact as a sum of two. A scale may take it
-            # out of fp16's range.
+            # States are exact in their own dtype, and the matrix is nearly exact as a sum of two. A scale may take the
+            # matrix out of fp16's range.
             operand = DTYPES[dtype]
     if tile == 1:
         chunk = min(padded, 128)
