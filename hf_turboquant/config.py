@@ -89,7 +89,7 @@ class TurboQuantConfig:
             `"none"` nothing. Unless it is `"none"`, all tokens stay exact until there are 128 beside the sinks. See
             `conditioning`.
         residual_length (`int`, defaults to 128):
-            Length of the recent window: the number of latest tokens that stay in the model's dtype.
+            The number of recent tokens, which stay in the model's dtype.
         sink_length (`int`, defaults to 4):
             The number of first tokens that stay in the model's dtype.
         skip_layers (`tuple[int, ...]`, defaults to `()`):

@@ -90,7 +90,7 @@ class FixedTokens(Tokens):
         self.quantizers, self.codes, self.exact, self.plans = {}, {}, None, Plans()
         if self.arena is not None:
             with torch.inference_mode(False):
-                # What is copied in inference mode cannot be written to outside.
+                # What is copied in inference mode cannot be written to outside of it.
                 self.arena = self.arena.clone() if self.arena.is_inference() else self.arena
             torch._dynamo.mark_static_address(self.arena)
         if lengths is not None:

@@ -1,4 +1,4 @@
-"""TurboQuantLayer: exact sinks and an exact recent window, with codes for all tokens between them."""
+"""TurboQuantLayer: exact sinks and exact recent tokens, with codes for all tokens between them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -49,7 +49,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
     The keys and values of one full-attention layer.
 
     The first `sink_length` tokens and the last `residual_length` tokens stay exact. A token is quantized once, when it
-    leaves the recent window. All tokens stay exact until there are `LEARNED_TOKENS` to condition keys by, and longer,
+    leaves the recent tokens. All tokens stay exact until there are `LEARNED_TOKENS` to condition keys by, and longer,
     up to `MAX_WAITING_TOKENS`, while too few of them differ. The tokens of a first prompt wait for the query that
     attends to them; until they are stored, a layer that grows allocates nothing else.
 
@@ -78,7 +78,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         self.fixed = config.max_cache_len is not None
         if self.fixed:
             self.max_cache_len = config.max_cache_len
-        # Of a longer chunk, some tokens would have left the window before attention reads them.
+        # Of a longer chunk, some tokens would already be codes when attention reads them.
         self.step_tokens = max(1, min(STEP_TOKENS, config.residual_length))
         # The torch reference fetches lengths from the device, which a CUDA graph cannot do.
         self.is_compileable = self.fixed and config.backend != "torch"
@@ -121,7 +121,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
     @property
     def condition(self) -> str | None:
         """What keys are conditioned by: see [`conditioning.Learned.condition`]; `None` until they are."""
-        # A step may have quantized the first token.
+        # A step over a fixed capacity may have quantized a token, which conditions keys.
         self.measure()
         self._store_deferred()
         return self.conditioning.condition
@@ -162,7 +162,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         Returns:
             Keys and values of all tokens, as [`QuantizedStates`] or, if all of them are exact, as plain tensors. They
             are valid until the next update. The states given belong to the caller again once this returns.
-            Attention reads the first prefill, and any chunk longer than the recent window, exactly. Gradients flow,
+            Attention reads the first prefill, and any chunk longer than `residual_length`, exactly. Gradients flow,
             through plain tensors, to new states that require them, and never to tokens of earlier calls. A step over a
             fixed capacity returns handles of `max_cache_len` tokens, of which attention ignores those to come.
 

@@ -20,7 +20,7 @@ class MemoryReport:
     Args:
         codes_bytes (`int`): packed codes and sketch signs of the tokens held.
         scales_bytes (`int`): scales and residual norms of the tokens held.
-        exact_bytes (`int`): sinks and recent window.
+        exact_bytes (`int`): sinks, recent tokens, and all others until keys are conditioned.
         slack_bytes (`int`): allocated for later tokens.
         constants_bytes (`int`): rotations, sketches, codebooks, mean and scale; independent of the sequence length.
         other_bytes (`int`): layers that are not compressed.

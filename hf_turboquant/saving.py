@@ -158,9 +158,9 @@ def _state(layer, index: int) -> dict:
 def _tokens(layer: TurboQuantLayer) -> dict:
     """The tokens of a layer and what is known of them; tensors share its memory."""
     held, conditioning, keys = layer.tokens, layer.conditioning, layer.tokens.quantizers["keys"]
-    # Steps over a fixed capacity don't lengthen what is known of padding.
+    # Steps over a fixed capacity don't extend the mask of padding.
     conditioning.add_mask(None, held.exact["keys"].shape[0], held.length)
-    # A layer of fixed capacity knows before the first code how it would be conditioned.
+    # A layer of fixed capacity knows before the first code how its keys would be conditioned.
     known = learned(conditioning.provisional if conditioning.waits else conditioning.found)
     return {
         "length": held.length,
@@ -184,7 +184,7 @@ def _new_layer(cache, index: int, kind: str, fields: dict, tokens: dict | None):
         layer = kind(cache.options, index, **given)
         layer.verdict = cache.verdict
     else:
-        # The window of a layer of fixed capacity is that capacity.
+        # A sliding layer of fixed capacity keeps only the smaller of capacity and window, which then serves as both.
         layer = kind(**{"sliding_window": given.get("max_cache_len"), **given})
     for name, value in fields.items():
         if name not in vars(layer) and not name.endswith(FIRST_TOKENS):

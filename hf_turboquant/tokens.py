@@ -183,7 +183,7 @@ class Tokens:
         self.length = after
 
     def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
-        """The tokens at positions `start` to `stop`, taken from the recent window and then from `states`."""
+        """The tokens at positions `start` to `stop`, taken from the recent tokens and then from `states`."""
         pieces = self.exact.pieces(role, start, min(self.length, stop))
         if stop > self.length:
             pieces.append(states[:, :, max(start - self.length, 0) : stop - self.length])
@@ -202,7 +202,7 @@ class Tokens:
         )  # fmt: skip
 
     def step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> LayerStates:
-        """Appends one token, which pushes at most one out of the recent window; returns what attention reads."""
+        """Appends one token, which pushes at most one out of the recent tokens; returns what attention reads."""
         quantized, exact = self.quantized, self.sinks + self.window
         leaving = self.length + 1 - exact > quantized
         if not leaving:

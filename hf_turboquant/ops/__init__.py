@@ -59,7 +59,7 @@ def quantize(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer], backend: str =
 
 def append(states: LayerStates, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     """
-    Runs one step in place: quantizes the token that leaves the recent window, if one does, and writes the new token to
+    Runs one step in place: quantizes the token that leaves the recent tokens, if one does, and writes the new token to
     its exact slot. The kernels need one launch, and the host waits for nothing. The buffers must have the capacity, and
     the caller must update the lengths.
 

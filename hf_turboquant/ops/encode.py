@@ -141,7 +141,7 @@ def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int)
     """For keys or values: buffers and constants for the kernels, specification, options, and a part of the key."""
     planes, constants, spec, options = _prepare(quantizer, x.dtype, tile)
     buffers = tuple(buffer[name] for name in planes), buffer["scales"], buffer.tensors.get("residual_norms")
-    # Triton specialises on these properties of an integer. The strides themselves hold the length of the prompt.
+    # Triton specialises on these properties of an integer. The strides themselves differ for every length of a prompt.
     strides = tuple((n == 1, n % 16 == 0, n >= 2**31) for n in x.stride())
     key = (spec, x.dtype, quantizer.mean is None, quantizer.scale is None, strides)
     return buffers, constants, spec, options, key

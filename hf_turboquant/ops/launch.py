@@ -82,7 +82,7 @@ def compile_in_background(work: Callable[[], None], device: torch.device) -> Non
 
 
 def wait_for_background() -> None:
-    """Waits for [`compile_in_background`]. What failed there fails again, and loudly, at its launch."""
+    """Waits for [`compile_in_background`]. What failed there is compiled at its launch, and raises there."""
     for future in list(_in_background):
         wait([future])
         # Another thread may have waited too.
