@@ -163,7 +163,7 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
 
     def _fit(self, layer_idx: int, head_dims: list[int]) -> None:
         """Keeps a layer in full precision if one of its `head_dims` cannot be packed."""
-        # As the base class adds layers if it has no config.
+        # The base class adds layers in the same way if it has no config.
         while self.layer_class_to_replicate is not None and len(self.layers) <= layer_idx:
             self.layers.append(self.layer_class_to_replicate())
         layer, odd = self.layers[layer_idx], [dim for dim in head_dims if not can_pack(dim)]
@@ -194,7 +194,7 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
         self.prefetch_stream.wait_stream(current)
         super().prefetch(layer_idx, only_non_sliding)
         if any(value is not before.get(name) for name, value in vars(updated).items()):
-            # The next layer of a model with only one is that layer, which is read at once.
+            # In a model with one layer, that layer is also the next one, and is read at once.
             current.wait_stream(self.prefetch_stream)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ _steps: WeakKeyDictionary = WeakKeyDictionary()
 def run(
     model, input_ids, name, returned, streamer, logits_processor, stopping_criteria, generation_config, model_kwargs
 ):
-    """One request over the cache in `model_kwargs[name]`; `returned` tells whether the caller sees that afterwards."""
+    """One request over the cache `model_kwargs[name]`, which the caller goes on to use if `returned`."""
     cache = model_kwargs[name]
     before = int(cache.get_seq_length())
     # Otherwise chunks of a prefill would be compiled.

@@ -203,7 +203,7 @@ def _log_dequantize() -> None:
 
 
 def plain(handle: QuantizedStates) -> torch.Tensor:
-    """The tensor that `handle` stands for, for an operation other than attention: waiting tokens get no query."""
+    """The tensor that `handle` stands for, for an operation other than attention; stores waiting tokens."""
     if isinstance(handle.states, ExactStates):
         handle.states.observe(None, None)
     else:

@@ -121,7 +121,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
     @property
     def condition(self) -> str | None:
         """What keys are conditioned by: see [`conditioning.Learned.condition`]; `None` until they are."""
-        # A step over a fixed capacity may have quantized a token, which conditions keys.
+        # A step over a fixed capacity may have quantized a token: then keys are conditioned.
         self.measure()
         self._store_deferred()
         return self.conditioning.condition

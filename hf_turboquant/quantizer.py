@@ -134,6 +134,7 @@ class Quantizer:
 def _create(role, nbits, estimator, sketch, rotation, seed, layer_idx, head_dim, device) -> Quantizer:
     sketched, code_bits = estimator == "qjl", nbits - (estimator == "qjl")
     codebook = INT8 if estimator == "int8" else lloyd_max(code_bits, head_dim)
+    # Raises the error for a head_dim that cannot be packed.
     plane_shapes(nbits, role, head_dim)
     # numpy draws the same stream on every machine; torch's generators differ between devices.
     generator = np.random.default_rng((seed, layer_idx, ROLES.index(role), head_dim))

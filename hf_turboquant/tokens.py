@@ -226,7 +226,7 @@ class Tokens:
         """Writes the lengths to the device, if steps read them there."""
 
     def keep_condition(self, keys: Quantizer | None) -> None:
-        """Copies the mean and scale of `keys`, or none of `None`, to where steps read them, if that is elsewhere."""
+        """Copies the mean and scale of `keys`, which `None` lacks, to where steps read them, if that is elsewhere."""
 
     def count(self, tokens: int) -> None:
         """Counts the tokens of a step that was launched without [`step`]."""
