@@ -17,7 +17,7 @@ CHOICES = {
     "condition": ("attention", "center", "none"),
     "backend": ("auto", "triton", "torch"),
 }
-# Keys are conditioned by at least so many tokens.
+# Keys are conditioned by at least this many tokens, besides the sinks.
 LEARNED_TOKENS = 128
 
 PRESETS = {
@@ -86,7 +86,7 @@ class TurboQuantConfig:
         condition (`str`, defaults to `"attention"`):
             What the quantizer of keys learns from the first tokens, frozen when the first token is quantized:
             `"attention"` takes a mean and a scale per channel from keys and queries, `"center"` the mean only,
-            `"none"` nothing. Unless it is `"none"`, all tokens stay exact until there are 128 beside the sinks. See
+            `"none"` nothing. Unless it is `"none"`, all tokens stay exact until there are 128 besides the sinks. See
             `conditioning`.
         residual_length (`int`, defaults to 128):
             The number of recent tokens, which stay in the model's dtype.

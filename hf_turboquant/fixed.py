@@ -25,7 +25,7 @@ class FixedTokens(Tokens):
     `torch.compile` and CUDA graphs can hold them, and eager steps need not wait for the device. `length` and
     `quantized` are as of the last [`measure`]; `most_tokens` bounds the length at any time.
 
-    Until keys are conditioned, all tokens are in the exact slots, `config.held_length` beside the sinks.
+    Until keys are conditioned, all tokens are in the exact slots, `config.held_length` besides the sinks.
 
     Args:
         config (`TurboQuantConfig`): must have a `max_cache_len`.

@@ -158,7 +158,7 @@ def _hand_back(model, mode, reason, input_ids, lost, prepared, model_kwargs):
     method = GENERATION_MODES_MAPPING[mode]
     if "/" in method:
         raise ValueError(
-            f"`custom_generate=hf_turboquant.generate` must be greedy search, sampling, beam search or a draft, got "
+            f"What `hf_turboquant.generate` runs must be greedy search, sampling, beam search or a draft, got "
             f"{reason}. Pass `custom_generate='{method}'` and a `TurboQuantCache` as the cache."
         )
     logger.warning_once(f"`hf_turboquant.generate` leaves {reason} to the loop of transformers, over the same cache.")

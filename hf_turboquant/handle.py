@@ -77,7 +77,7 @@ class QuantizedStates(torch.Tensor):
     @classmethod
     @torch.compiler.disable
     def _untraced_function(cls, func, args, kwargs):
-        # A graph goes on with plain tensors.
+        # Unprotected: what is traced after this gets plain tensors.
         return cls._function(func, args, kwargs, protect=False)
 
     @classmethod

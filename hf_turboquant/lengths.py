@@ -60,12 +60,12 @@ class Lengths(DynamicLayer):
         return self.max_cache_len if is_step else self.tokens.length + waiting + query_length, 0
 
     def _is_step(self, tokens: int) -> bool:
-        """Whether so many tokens are a step over a fixed capacity."""
+        """Whether this many tokens are a step over a fixed capacity."""
         return self.fixed and tokens <= self.step_tokens and self.tokens.has_tokens and self.pending is None
 
     def _prepare_step(self, tokens: int) -> bool:
         """
-        Whether so many tokens are a step, which one launch appends. With a fixed capacity, makes sure that there is
+        Whether this many tokens are a step, which one launch appends. With a fixed capacity, makes sure that there is
         room, or raises a `ValueError`.
         """
         held = self.tokens
@@ -105,8 +105,8 @@ class Lengths(DynamicLayer):
 
     def make_room(self, tokens: int) -> None:
         """
-        Fetches the exact length; raises a `ValueError` if so many tokens more do not fit. Conditions keys that wait for
-        it, if the exact slots cannot take the tokens.
+        Fetches the exact length; raises a `ValueError` if this many more tokens do not fit. Conditions keys that wait
+        for it, if the exact slots cannot take the tokens.
         """
         if not self.fixed:
             return

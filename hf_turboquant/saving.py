@@ -253,7 +253,7 @@ def _refusing(folder: Path, what: str, advice: str) -> Iterator[None]:
 
 
 def _read_header(folder: Path) -> dict:
-    """What is saved beside tensors; raises an error if `folder` does not hold a cache of any format version."""
+    """What is saved besides tensors; raises an error if `folder` does not hold a cache of any format version."""
     with safe_open(folder / FILE, framework="pt") as file:
         text = (file.metadata() or {}).get("cache", "{}")
     # Recurrent states have integer keys, which json turns into strings.

@@ -14,7 +14,7 @@ from .quantizer import ROLES, Quantizer
 from .states import LayerStates
 from .storage import SlotBuffer, TokenBuffer, reserve_all
 
-# In a layer that grows, keys wait for enough different tokens until there are more than this many beside the sinks.
+# In a layer that grows, keys wait for enough different tokens until there are more than this many besides sinks.
 MAX_WAITING_TOKENS = 512
 
 
@@ -130,7 +130,7 @@ class Tokens:
             vars(self).update(vars(self.mapped(torch.clone)))
 
     def are_coded_after(self, tokens: int) -> bool:
-        """Whether there are codes once so many tokens more have come."""
+        """Whether there are codes once this many more tokens have come."""
         return self.quantized > 0 or self.length + tokens > self.sinks + self.window
 
     def whole(self, role: str) -> torch.Tensor:
@@ -153,7 +153,7 @@ class Tokens:
         }
 
     def resize(self, length: int, quantized: int) -> None:
-        """Makes room for so many tokens, whose contents are undefined until [`parts`] are written."""
+        """Makes room for `length` tokens, `quantized` of them codes; undefined until all [`parts`] are written."""
         slots = min(length, self.sinks + self.exact.ring)
         self.exact.reserve(slots, limit=slots)
         for buffer in self.codes.values():
@@ -226,13 +226,13 @@ class Tokens:
         """Writes the lengths to the device, if steps read them there."""
 
     def keep_condition(self, keys: Quantizer | None) -> None:
-        """Copies the mean and scale of `keys`, which `None` lacks, to where steps read them, if that is elsewhere."""
+        """Copies the mean and scale of `keys`, if any, to where steps read them, if that is not there."""
 
     def count(self, tokens: int) -> None:
         """Counts the tokens of a step that was launched without [`step`]."""
 
     def may_lack_room(self, tokens: int) -> bool:
-        """Whether there may be no room for so many tokens more."""
+        """Whether there may be no room for this many more tokens."""
         return False
 
     def crop(self, length: int) -> None:
