@@ -47,7 +47,7 @@ def turboquant_attention_forward(
             [`QuantizedStates`].
         attention_mask (`torch.Tensor`, *optional*): boolean or additive, as `sdpa` gets it.
         scaling (`float`, *optional*): factor of the logits, 1/√head_dim by default.
-        dropout (`float`), is_causal (`bool`, *optional*): as `sdpa` gets them; codes are read without dropout.
+        dropout (`float`), is_causal (`bool`, *optional*): as `sdpa` gets them; dropout is applied only where that runs.
         softcap (`float`, *optional*), s_aux (`torch.Tensor`, *optional*): `softcap`, `sinks` of [`AttentionOptions`].
         position_bias (`torch.Tensor`, *optional*): added to the logits (T5).
         output_attentions (`bool`): also return the probabilities.
