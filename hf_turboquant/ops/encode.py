@@ -127,7 +127,6 @@ def _launch(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer]) -> None:
     for i, (x, quantizer, buffer) in enumerate(parts):
         outputs, constants, specs[i], options, more = _side(x, quantizer, buffer, tile)
         sides[i] = x, (x.stride(), outputs, constants)
-        # A compiled kernel may rely on aligned addresses.
         key += *more, x.data_ptr() % 16
     grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(parts))
     args = (*sides, length, tokens, first.capacity // BLOCK, heads, *specs, tile)
