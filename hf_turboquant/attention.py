@@ -47,7 +47,7 @@ def turboquant_attention_forward(
             [`QuantizedStates`].
         attention_mask (`torch.Tensor`, *optional*): boolean or additive, as `sdpa` gets it.
         scaling (`float`, *optional*): factor of the logits, 1/√head_dim by default.
-        dropout (`float`), is_causal (`bool`, *optional*): as `sdpa` gets them; dropout is applied only where that runs.
+        dropout (`float`), is_causal (`bool`, *optional*): as `sdpa` gets them.
         softcap (`float`, *optional*), s_aux (`torch.Tensor`, *optional*): `softcap`, `sinks` of [`AttentionOptions`].
         position_bias (`torch.Tensor`, *optional*): added to the logits (T5).
         output_attentions (`bool`): also return the probabilities.
@@ -72,7 +72,7 @@ def turboquant_attention_forward(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # As with sdpa: a missing mask means plain causal attention, and a single query sees everything.
     is_causal = bool(is_causal) and attention_mask is None and query_length > 1
-    key, value, attention_mask = _plain_where_needed(query, key, value, attention_mask)
+    key, value, attention_mask = _plain_where_needed(query, key, value, attention_mask, dropout)
     if position_bias is not None:
         attention_mask = create_position_bias_mask(position_bias, attention_mask, is_causal, query, key)
         is_causal = False
@@ -80,7 +80,8 @@ def turboquant_attention_forward(
     if isinstance(key, TracedStates):
         if output_attentions:
             raise ValueError("A compiled step must not be asked for `output_attentions`. Pass `disable_compile=True`.")
-        return key.attend(query, scaling, attention_mask, softcap, s_aux).transpose(1, 2).contiguous(), None
+        out = key.attend(query, scaling, attention_mask, softcap, s_aux, dropout, is_causal)
+        return out.transpose(1, 2).contiguous(), None
     if are_pair(key, value):
         out = ops.attention(query, key.states, sinks=s_aux, **options)
         weights = _probabilities(ops.scores(query, key.states, **options), s_aux) if output_attentions else None
@@ -89,7 +90,8 @@ def turboquant_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal
         )
     else:
-        out, weights = _exact_attention(query, key, value, AttentionOptions(**options, sinks=s_aux), output_attentions)
+        options = AttentionOptions(**options, sinks=s_aux)
+        out, weights = _exact_attention(query, key, value, options, dropout, output_attentions)
     weights = None if weights is None else weights.to(query.dtype)
     return out.transpose(1, 2).contiguous(), weights
 
@@ -103,9 +105,9 @@ def _refuse_selections(module: torch.nn.Module, kwargs: dict) -> None:
             )
 
 
-def _plain_where_needed(query, key, value, attention_mask):
-    """Keys, values and mask, plain where gradients flow: codes have none."""
-    if are_pair(key, value) and (key.states.training is not None or ops.trains(query)):
+def _plain_where_needed(query, key, value, attention_mask, dropout: float):
+    """Keys, values and mask, plain where gradients flow or probabilities are dropped: codes have neither."""
+    if are_pair(key, value) and (dropout or key.states.training is not None or ops.trains(query)):
         states = key.states.measured()
         key, value = (ops.dequantize_all(states, role) for role in ROLES)
         attention_mask = None if attention_mask is None else attention_mask[..., : states.kv_len]
@@ -132,7 +134,7 @@ def _hiding_handles(forward):
     return registered
 
 
-def _exact_attention(query, key, value, options: AttentionOptions, output_attentions: bool):
+def _exact_attention(query, key, value, options: AttentionOptions, dropout: float, output_attentions: bool):
     """Attention with softcap, attention sinks or probabilities on plain tensors, some query rows at a time."""
     groups, length, kv_len = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -143,7 +145,7 @@ def _exact_attention(query, key, value, options: AttentionOptions, output_attent
         mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
         products = (query[:, :, rows] @ key.mT).float()
         logits = options._replace(attention_mask=mask).finish(products, kv_len - length + start)
-        probabilities = _probabilities(logits, options.sinks).to(query.dtype)
+        probabilities = torch.nn.functional.dropout(_probabilities(logits, options.sinks).to(query.dtype), dropout)
         outputs.append(probabilities @ value)
         if output_attentions:
             weights.append(probabilities)

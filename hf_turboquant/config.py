@@ -152,8 +152,9 @@ class TurboQuantConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        for name in ("residual_length", "sink_length", "seed"):
+        for name in ("residual_length", "sink_length"):
             _check_integer(name, getattr(self, name), 0, 2**31 - 1, "Use 0 for none.")
+        _check_integer("seed", self.seed, 0, 2**31 - 1, "Leave it out for the usual rotations.")
         if self.max_cache_len is not None:
             _check_integer("max_cache_len", self.max_cache_len, 1, 2**30 - 1, "Leave it out to let the cache grow.")
         try:

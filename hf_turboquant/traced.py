@@ -93,8 +93,15 @@ class TracedStates:
         """As `torch.Tensor.size`."""
         return self.shape if dim is None else self.shape[dim]
 
-    def attend(self, query, scaling, attention_mask=None, softcap=None, sinks=None) -> torch.Tensor:
-        """[`ops.attention`]."""
+    def attend(
+        self, query, scaling, attention_mask=None, softcap=None, sinks=None, dropout=0.0, is_causal=False
+    ) -> torch.Tensor:
+        """[`ops.attention`]; raises a `ValueError` for what it does not know, `dropout` and `is_causal`."""
+        if dropout or is_causal:
+            raise ValueError(
+                f"A compiled step must attend without dropout and `is_causal`, got {dropout} and {is_causal}. Call "
+                "`model.eval()`, and compile steps of one token."
+            )
         return attend(self.arena, self.description, query, scaling, attention_mask, softcap, sinks)
 
     @classmethod
@@ -117,9 +124,5 @@ def handles_of(arena, description, kv_len: int, *states: torch.Tensor) -> tuple[
 
 
 def _sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if dropout_p or is_causal:
-        raise ValueError(
-            f"A compiled step must attend without dropout and `is_causal`, got {dropout_p} and {is_causal}. Call "
-            "`model.eval()`, and compile steps of one token."
-        )
-    return key.attend(query, query.shape[-1] ** -0.5 if scale is None else scale, attn_mask)
+    scaling = query.shape[-1] ** -0.5 if scale is None else scale
+    return key.attend(query, scaling, attn_mask, dropout=dropout_p, is_causal=is_causal)

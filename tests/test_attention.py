@@ -13,8 +13,11 @@ from transformers.integrations import flash_attention
 from transformers.integrations.flex_attention import WrappedFlexAttention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_turboquant import QuantizedStates, TurboQuantCache, handle, ops
+from hf_turboquant import QuantizedStates, TurboQuantCache, TurboQuantConfig, handle, ops
 from hf_turboquant._supported import cache_name
+from hf_turboquant.attention import turboquant_attention_forward
+from hf_turboquant.layer import TurboQuantLayer
+from hf_turboquant.traced import handles_of
 
 pytestmark = pytest.mark.usefixtures("early_learning")
 
@@ -234,6 +237,29 @@ def test_softcap(with_cache, paths):
                 outputs[implementation] = model(piece, **{cache_name(model): cache}).logits
     assert (outputs["turboquant"] - outputs["eager"]).norm() < 1e-5 * outputs["eager"].norm()
     assert ("codes" in paths) == with_cache
+
+
+@pytest.mark.parametrize("tokens", (6, 200), ids=("exact", "codes"))
+@pytest.mark.parametrize("options", ({}, {"softcap": 0.5}, {"output_attentions": True}), ids=str)
+def test_dropout_is_applied_on_every_path(options, tokens, paths):
+    """All probabilities are dropped, also where no gradient flows."""
+    layer, module = TurboQuantLayer(TurboQuantConfig(condition="none", residual_length=8), 0), torch.nn.Module()
+    module.num_key_value_groups = 2
+    layer.update(*torch.randn(2, 1, 2, tokens, 32))
+    query, held = torch.randn(1, 4, 1, 32), layer.update(*torch.randn(2, 1, 2, 1, 32))
+    with torch.no_grad():
+        kept, dropped = (
+            turboquant_attention_forward(module, query, *held, None, dropout=p, **options)[0] for p in (0.0, 1.0)
+        )
+    assert kept.abs().min() > 0 and dropped.abs().max() == 0
+    assert ("dequantized" in paths) == (tokens == 200)
+
+
+@pytest.mark.parametrize("options", ({"dropout": 0.1}, {"is_causal": True}), ids=str)
+def test_a_compiled_step_refuses_what_it_does_not_know(options):
+    keys, values = handles_of(torch.empty(0), "an arena", 300, *torch.randn(2, 1, 2, 4, 32))
+    with pytest.raises(ValueError, match="must attend without dropout and `is_causal`"):
+        turboquant_attention_forward(torch.nn.Module(), torch.randn(1, 4, 4, 32), keys, values, None, **options)
 
 
 def test_full_precision_cache_under_our_attention(paths):
