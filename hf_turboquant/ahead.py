@@ -1,4 +1,4 @@
-"""Compiles all kernels of a layer beside its first prompt, in place of one by one as they are needed."""
+"""Compiles all kernels of a layer while its first prompt runs, instead of one by one when they are needed."""
 
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -11,14 +11,14 @@ from .conditioning import HORIZON
 
 def compile_ahead(layer, states: dict[str, torch.Tensor], query_heads: int, query_dtype: torch.dtype, masked: bool):
     """
-    Starts to compile, in other threads, what the first prompt and decode steps of `layer` launch on a GPU. The first of
-    the launches waits for that. Triton keeps the kernels on disk for later processes. Layers of another kind compile
+    Starts to compile, in other threads, what the first prompt and decode steps of `layer` launch on a GPU; the first
+    launch waits for all of it. Triton keeps the kernels on disk for later processes. Layers of another kind compile
     theirs when their own prompt is stored.
 
     Args:
         layer (`TurboQuantLayer`): before its first token is quantized.
         states (`dict[str, torch.Tensor]`): keys and values of the prompt, by role.
-        query_heads (`int`), query_dtype (`torch.dtype`): of its query.
+        query_heads (`int`), query_dtype (`torch.dtype`): of the prompt's query.
         masked (`bool`): whether the prompt has a mask.
     """
     keys, values = states["keys"], states["values"]
@@ -26,7 +26,7 @@ def compile_ahead(layer, states: dict[str, torch.Tensor], query_heads: int, quer
         return
     shapes, dtypes = keys.shape[1:2] + keys.shape[3:] + values.shape[3:], (keys.dtype, values.dtype, query_dtype)
     kind = type(layer), shapes, dtypes, query_heads // keys.shape[1], keys.shape[2] < HORIZON, masked, keys.device
-    # Most layers of a model are alike, and finding that out below takes longer.
+    # Most layers of a model are alike. `_start` would find that out too, but takes longer.
     if layer.verdict.get("compiled") != kind:
         layer.verdict["compiled"] = kind
         # Kernels are the same for every capacity, and requests have many.
@@ -43,7 +43,7 @@ def _start(*args) -> None:
 def _launch(config, frequencies, kind, shapes, dtypes, groups, short, masked, device) -> None:
     """Launches everything once, where launches only compile."""
     heads, key_dim, value_dim = shapes
-    # So many that nothing waits for more different tokens, which would look at what was not computed.
+    # More than can wait for different tokens: telling these apart would read statistics that were not computed.
     tokens = HORIZON // 2 if short else HORIZON + 256
     static = config.max_cache_len is not None
     layer = kind(

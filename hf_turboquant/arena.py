@@ -20,7 +20,7 @@ ALIGNMENT_BYTES = 256
 
 def describe(config: TurboQuantConfig, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor) -> str:
     """
-    Describes everything but the tokens that an arena depends on: equal descriptions have equal layouts.
+    Describes everything but the tokens that an arena depends on: equal descriptions mean equal layouts.
 
     It is a string because `torch.compile` then guards on it before it reuses code compiled for another arena.
     """
@@ -101,5 +101,5 @@ class _Layout:
         self.nbytes = -(-stop // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-# Every length of a request has another description.
+# Many, because requests of every length have descriptions of their own.
 _layout = lru_cache(maxsize=1024)(_Layout)

@@ -47,20 +47,24 @@ def turboquant_attention_forward(
             [`QuantizedStates`].
         attention_mask (`torch.Tensor`, *optional*): boolean or additive, as `sdpa` gets it.
         scaling (`float`, *optional*): factor of the logits, 1/√head_dim by default.
-        softcap (`float`, *optional*), s_aux (`torch.Tensor`, *optional*): capped logits (Gemma 2) and attention sinks
-            (gpt-oss).
+        dropout (`float`), is_causal (`bool`, *optional*): as `sdpa` gets them; dropout is applied only where that runs.
+        softcap (`float`, *optional*), s_aux (`torch.Tensor`, *optional*): `softcap`, `sinks` of [`AttentionOptions`].
         position_bias (`torch.Tensor`, *optional*): added to the logits (T5).
         output_attentions (`bool`): also return the probabilities.
 
     Returns:
-        The output, of shape `[batch, query_length, num_attention_heads, head_dim]`, and the probabilities or `None`.
+        The output, of shape `[batch, query_length, num_attention_heads, value_head_dim]`, and `None` or the
+        probabilities, of shape `[batch, num_attention_heads, query_length, kv_len]`, both in the query's dtype.
+
+    Raises:
+        `ValueError`: the model selects tokens in a way that is not known here, or a compiled step wants probabilities.
     """
     _refuse_selections(module, kwargs)
     if are_pair(key, value) and isinstance(key.states, ExactStates):
         options = {"position_bias": position_bias, "output_attentions": output_attentions, **kwargs}
         how = attention_mask, scaling, dropout, softcap, s_aux, is_causal
         out = turboquant_attention_forward(module, query, key.dequantize(), value.dequantize(), *how, **options)
-        # Only a query and a mask that attention has accepted.
+        # Last, so that only a query and a mask that attention has accepted are counted.
         key.states.observe(query, attention_mask)
         return out
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -166,8 +170,8 @@ def turboquant_mask(*args, config=None, **kwargs) -> torch.Tensor | None:
 
 def register() -> None:
     """
-    Registers `attn_implementation="turboquant"` with transformers, and its mask, which transformers would else drop.
-    Other implementations stay what they are, but `"flex_attention"` gets plain tensors in place of handles.
+    Registers `attn_implementation="turboquant"` with transformers, and its mask, without which transformers would make
+    none. Other implementations stay what they are, but `"flex_attention"` gets plain tensors in place of handles.
     """
     ALL_ATTENTION_FUNCTIONS.register(NAME, _hiding_handles(turboquant_attention_forward))
     ALL_ATTENTION_FUNCTIONS.register("flex_attention", _hiding_handles(flex_attention_forward))

@@ -41,8 +41,8 @@ class BatchOperations:
 
     def crop(self, tokens_to_remove: int) -> None:
         """
-        Removes the last `-tokens_to_remove` tokens from the codes and the exact slots. The remaining tokens are
-        unchanged: exact tokens stay exact, quantized ones stay quantized.
+        Removes tokens from the end; `tokens_to_remove` means what it does in `DynamicLayer.crop`. The remaining tokens
+        are unchanged: exact tokens stay exact, quantized ones stay quantized.
         """
         if not self.is_initialized:
             return
@@ -64,7 +64,7 @@ class BatchOperations:
                 self.conditioning.valid = self.conditioning.valid[:, :length]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorders the batch for beam search."""
+        """Reorders the batch for beam search: row `beam_idx[i]` becomes row i."""
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -87,7 +87,7 @@ class BatchOperations:
             )
         self.is_offloaded = self.is_initialized
         if self.observed is not None:
-            # This comes back here.
+            # `settle` calls `offload` once the tokens are stored.
             self.settle()
         elif self.is_offloaded and self.pending is None:
             self.settle()
@@ -128,7 +128,7 @@ class BatchOperations:
             raise ValueError("A TurboQuantLayer holds codes: its keys and values cannot be assigned. Use `update`.")
 
     def _held(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Handles of all tokens held, which the next update leaves what they are."""
+        """Handles of all tokens held, which later updates do not change."""
         if self.fixed:
             return handles(self.tokens.frozen())
         self.lent = True

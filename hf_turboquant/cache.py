@@ -29,7 +29,7 @@ from .sliding import StaticSlidingLayer
 
 logger = logging.getLogger(__name__)
 
-# What we compress. Other subclasses of these layers have windows or states of their own.
+# What replaces the layers that are compressed, by their exact class: subclasses have windows or states of their own.
 _OURS = {
     DynamicLayer: TurboQuantLayer,
     StaticLayer: TurboQuantLayer,
@@ -40,7 +40,7 @@ _OURS = {
 
 class _CacheClass(type):
     def __setattr__(cls, name, value):
-        # `generate` marks the cache that it is given.
+        # `generate` sets this on the cache that it is given, here the class itself.
         if name == "_is_user_defined":
             raise ValueError(f"The cache must be an object, got the class. Pass `{cls.__name__}(model.config)`.")
         super().__setattr__(name, value)
@@ -98,7 +98,7 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
         self.unpacked: dict[int, int] = {}
         if config is None:
             self.layer_class_to_replicate = self._next_layer
-        # By kind of layer: reading a config takes long.
+        # By kind of layer: reading the config for each layer would take long.
         known = {}
         for index, kind in enumerate(() if config is None else layer_kinds(config, len(self.layers))):
             self.layers[index] = ours = self._compressed(self.layers[index], index)
@@ -140,8 +140,8 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
         As in the base class; see [`TurboQuantLayer.update`].
 
         Raises:
-            `ValueError`: the states don't fit what the layer holds, or no layer of the model has a head_dim that can be
-                packed.
+            `ValueError`: the states don't fit what the layer holds or its capacity, or no layer of the model has a
+                head_dim that can be packed.
         """
         if layer_idx >= len(self.layers) or not self.layers[layer_idx].is_initialized:
             self._fit(layer_idx, [dim for x in (key_states, value_states) for dim in getattr(x, "shape", ())[3:]])
@@ -155,15 +155,15 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def early_initialization(self, batch_size: int, num_heads, head_dim, *args, **kwargs) -> None:
-        """As in the base class."""
+        """As in the base class; `head_dim` is one number for all layers, or a list with one for each."""
         dims = [head_dim] * len(self.layers) if isinstance(head_dim, int) else head_dim
         for layer_idx, dim in enumerate(dims[: len(self.layers)]):
             self._fit(layer_idx, [dim])
         super().early_initialization(batch_size, num_heads, head_dim, *args, **kwargs)
 
     def _fit(self, layer_idx: int, head_dims: list[int]) -> None:
-        """Keeps a layer in full precision if one of these cannot be packed."""
-        # As the base class does without a config.
+        """Keeps a layer in full precision if one of its `head_dims` cannot be packed."""
+        # The base class adds layers in the same way if it has no config.
         while self.layer_class_to_replicate is not None and len(self.layers) <= layer_idx:
             self.layers.append(self.layer_class_to_replicate())
         layer, odd = self.layers[layer_idx], [dim for dim in head_dims if not can_pack(dim)]
@@ -189,21 +189,24 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
         """Fetches the next offloaded layer on a separate stream: the first from `layer_idx` on, wrapping around."""
         current, updated = torch.cuda.current_stream(), self.layers[layer_idx - 1]
         before = dict(vars(updated))
-        # Before transformers 5.20 nothing waits here, neither for copies to the CPU still in progress nor for readers
-        # of the memory that the new copies reuse.
+        # Before transformers 5.20 the stream waits neither for copies to the CPU still in progress nor for readers of
+        # the memory that the new copies reuse.
         self.prefetch_stream.wait_stream(current)
         super().prefetch(layer_idx, only_non_sliding)
         if any(value is not before.get(name) for name, value in vars(updated).items()):
-            # A model's only layer fetches itself and reads at once.
+            # In a model with one layer, that layer is also the next one, and is read at once.
             current.wait_stream(self.prefetch_stream)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Columns of the next mask, and the position of the first one."""
+        """
+        Columns of the next mask, and the position of the first one. Raises a `ValueError` if the cache holds tokens and
+        none are to come, or if the capacity is too small.
+        """
         held = int(self.get_seq_length(layer_idx)) if query_length == 0 else 0
         if held:
             raise ValueError(
-                f"The prompt must go on from the {held:,} tokens that the cache holds, got one that is no longer. Give "
-                "the whole text so far, or `reset()` the cache for another."
+                f"The prompt must go on from the {held:,} tokens that the cache holds, got no further token. Give the "
+                "whole text so far and more, or `reset()` the cache for another."
             )
         if self.options.max_cache_len is None or torch.compiler.is_compiling():
             return super().get_mask_sizes(query_length, layer_idx)
@@ -213,7 +216,7 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
             first.get_mask_sizes(query_length)
         sizes = super().get_mask_sizes(query_length, layer_idx)
         if waits and not first.conditioning.waits:
-            # `generate` asks about one layer before a compiled step, whose layers cannot ask by themselves.
+            # Before a compiled step, `generate` asks about one layer only, and compiled layers cannot ask themselves.
             for layer in self.layers:
                 if isinstance(layer, TurboQuantLayer) and layer is not first:
                     layer.make_room(query_length)
@@ -222,8 +225,8 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
     @property
     def is_compileable(self) -> bool:
         """
-        Whether `generate` may compile decode steps: with fixed capacity alone. The layers of a purely recurrent model
-        would allow it always, but `generate` compiles by itself for every cache of a class that it does not know.
+        Whether `generate` may compile decode steps: only with a fixed capacity. Recurrent layers alone would always
+        allow it, but `generate` would then compile unasked, as it does for every class of caches that it does not know.
         """
         return self.options.max_cache_len is not None and super().is_compileable
 
@@ -233,7 +236,7 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
             torch.cuda.synchronize()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorders the batch for beam search."""
+        """Reorders the batch for beam search: row `beam_idx[i]` becomes row i."""
         self._await_copies()
         super().reorder_cache(beam_idx)
 
@@ -243,7 +246,7 @@ class TurboQuantCache(DynamicCache, metaclass=_CacheClass):
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows `indices` of the batch."""
+        """Keeps the rows `indices` of the batch (indices or a boolean mask)."""
         self._await_copies()
         super().batch_select_indices(indices)
 
@@ -319,8 +322,8 @@ def _flatten(cache: TurboQuantCache) -> tuple[list, TurboQuantCache]:
 
 
 def _register(cls: type) -> None:
-    # A whole without leaves: `tree_map` gives back the cache itself, where a copy would write to the same buffers.
-    # transformers' exporters leave alone what is registered already.
+    # Without leaves, so that `tree_map` returns the cache itself: a copy would write to the same buffers. transformers'
+    # exporters leave registered classes alone.
     torch.utils._pytree.register_pytree_node(cls, _flatten, lambda _, cache: cache, flatten_with_keys_fn=_flatten)
 
 
@@ -342,10 +345,7 @@ TurboQuantCache.__signature__ = inspect.Signature(
 
 
 def check_config(config) -> None:
-    """
-    Raises:
-        `ValueError`: `config` is neither a config nor `None`.
-    """
+    """Raises a `ValueError` if `config` is neither a model's config nor `None`."""
     if config is not None and not isinstance(config, PreTrainedConfig):
         preset = isinstance(config, str) and config in PRESETS
         advice = f"`TurboQuantCache.from_preset(model.config, {config!r})`" if preset else "`model.config`"
@@ -359,7 +359,7 @@ def _log_unpackable(dim: int) -> None:
 
 
 def _in_full_precision(layer: TurboQuantLayer) -> DynamicLayer | StaticLayer:
-    """The layer of transformers for what `layer` would have held, with its recurrent states if it has any."""
+    """The layer of transformers that takes the place of an empty `layer`, with its recurrent states if it has any."""
     grows, stays = (theirs for theirs, ours in _OURS.items() if ours is type(layer))
     kind = stays if layer.fixed else grows
     held = vars(layer)

@@ -16,7 +16,7 @@ from .sliding import StaticSlidingLayer
 
 logger = logging.getLogger(__name__)
 
-# Of fixed capacity, the first kind counts tokens in device memory; the memory of the second at least keeps its address.
+# Layers of fixed capacity: the first kind counts tokens in device memory, the second at least keeps its addresses.
 COUNTED_ON_DEVICE = TurboQuantLayer, StaticLayer
 STATIC = *COUNTED_ON_DEVICE, StaticSlidingLayer, LinearAttentionLayer, TurboQuantHybridLayer
 
@@ -39,8 +39,8 @@ def _tensors(layer) -> list[torch.Tensor]:
 
 class Graph:
     """
-    A CUDA graph of `run`, which returns a tensor, always the same one. `run` appends to `cache`: its token counts on
-    the host are restored after the capture, and every replay updates them.
+    A CUDA graph of `run`, whose result is always in the same tensor. `run` appends to `cache`, whose token counts on
+    the host are restored after the capture and updated by every replay.
     """
 
     def __init__(self, run: Callable[[], torch.Tensor], cache: Cache):
@@ -112,10 +112,10 @@ class Steps:
 
     def __init__(self, fingerprint: tuple):
         self.fingerprint = fingerprint
-        # What a graph reads, and its shapes.
+        # What a graph reads, in memory that stays, and its shapes.
         self.static: dict | None = None
         self.shapes: tuple | None = None
-        # By the state of sliding layers on the host; `None` before the second step of a kind.
+        # By which sliding windows are full; `None` before the second step of a kind.
         self.graphs: dict[tuple, Graph | None] = {}
         self.failed = False
         self.finish()
@@ -197,7 +197,7 @@ class Steps:
 
     def _captured(self) -> torch.Tensor:
         sliding = (layer for layer in self.cache.layers if isinstance(layer, StaticSlidingLayer))
-        # A full window rolls.
+        # A full window rolls, which takes another graph.
         kind = tuple(layer.cumulative_length_int >= layer.max_cache_len for layer in sliding)
         if kind not in self.graphs:
             self.graphs[kind] = None

@@ -15,7 +15,7 @@ from .ops.reference_statistics import energy, fill
 from .quantizer import Quantizer
 from .tokens import ROLES, Tokens
 
-# The scale that fewer different tokens give predicts too little about later tokens.
+# A scale from fewer different tokens predicts too little about later tokens.
 MIN_TOKENS = 64
 # A sample of this many evenly spaced tokens is as good as all of them and takes little memory.
 MAX_TOKENS = 4_096
@@ -33,7 +33,7 @@ class Learned(NamedTuple):
         centred, scaled (`bool`): whether keys have a mean and a scale. Without a query, or where statistics are
             degenerate, there is no scale; there is no mean of keys that are not finite.
         enough (`bool`): whether there were enough different tokens for a scale.
-        tokens (`int`): number of tokens that statistics are from, in all sequences.
+        tokens (`int`): number of tokens in the statistics, all sequences together.
     """
 
     centred: bool
@@ -52,7 +52,7 @@ class Learned(NamedTuple):
         return f"{'conditioned' if self.scaled else 'centred'} by {self.tokens:,} tokens"
 
 
-# For layers that do not look.
+# Of layers that do not condition keys, or have not yet.
 NOT_CONDITIONED = Learned(False, False, True, 0)
 
 
@@ -73,18 +73,18 @@ class Conditioning:
         self.found: Learned | torch.Tensor | None = NOT_CONDITIONED if config.condition == "none" else None
         # With a fixed capacity, what would be found if the next token were quantized.
         self.provisional: Learned | torch.Tensor = NOT_CONDITIONED
-        # What it will need: queries so far, and which of the tokens so far are no padding.
+        # What that takes: squares of the queries so far, and which of the tokens so far are no padding.
         self.query_energy: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
 
     @property
     def waits(self) -> bool:
-        """Whether there is too little to learn from yet."""
+        """Whether keys still wait to be conditioned."""
         return self.found is None
 
     @property
     def condition(self) -> str | None:
-        """What was found: see [`Learned.condition`]. `None` as long as keys wait for it."""
+        """What was found: see [`Learned.condition`]; `None` while keys wait."""
         if self.waits:
             return None
         self.found = learned(self.found)
@@ -93,19 +93,19 @@ class Conditioning:
     def add_query(self, query: torch.Tensor, valid: torch.Tensor | None, heads: int, kv_len: int) -> None:
         """Counts the query of the last of `kv_len` tokens; arguments as for [`energy_of_queries`]."""
         if self.config.condition == "attention":
-            # In the first prefill queries are padded like keys; later queries are all tokens.
+            # In the first prefill queries are padded like keys; of later queries, all count.
             energy = energy_of_queries(query, valid if query.shape[2] == kv_len else None, heads)
             self.query_energy = energy if self.query_energy is None else energy + self.query_energy
 
     def add_mask(self, valid: torch.Tensor | None, batch: int, tokens: int) -> None:
-        """Notes which of all tokens are no padding, boolean `[batch, tokens]`; without a mask, those after the last."""
+        """Notes which tokens are no padding, boolean `[batch, tokens]`; without a mask, all that were not noted yet."""
         if valid is not None:
             self.valid = valid.expand(batch, -1).clone()
         elif self.valid is not None:
             self.valid = torch.nn.functional.pad(self.valid, (0, tokens - self.valid.shape[1]), value=True)
 
     def apply(self, quantizer: Quantizer, states: dict[str, torch.Tensor]) -> tuple[Quantizer, torch.Tensor]:
-        """The quantizer of keys, conditioned by `states`, all tokens so far, except the sinks; and what was found."""
+        """The quantizer of keys, conditioned by `states` (all tokens so far) without sinks, and what was found."""
         sinks, valid = self.config.sink_length, None
         if self.valid is not None:
             valid = self.valid[:, sinks : states["keys"].shape[2]]
@@ -117,8 +117,8 @@ class Conditioning:
 
     def differ(self, found: torch.Tensor, length: int) -> bool:
         """
-        Whether enough of the first `length` tokens differ. The host has to wait for the device to know: it does so in
-        the first layer of a model, and the others follow.
+        Whether enough of the first `length` tokens differ. To know, the host must wait for the device: it does so in
+        the first layer of a model only, and the others follow its verdict.
         """
         if self.layer_idx <= self.verdict.get("layer_idx", self.layer_idx) or self.verdict["length"] != length:
             self.verdict.update(layer_idx=self.layer_idx, length=length, enough=learned(found).enough)
@@ -127,7 +127,7 @@ class Conditioning:
     def learn(self, tokens: Tokens, states: dict[str, torch.Tensor], coming: int = 0) -> Tokens | None:
         """
         What `tokens` become when keys are conditioned by `states`, all tokens so far, of which none is quantized yet.
-        `None` as long as there are too few or, while there is room for them and `coming` ones, too few different ones.
+        `None` if they are too few or, as long as the exact slots have room for `coming` more, too few of them differ.
         """
         length = states["keys"].shape[2]
         beside = length + coming - tokens.sinks
@@ -143,7 +143,7 @@ class Conditioning:
         return conditioned
 
     def finish(self, found: Learned | torch.Tensor) -> None:
-        """Keeps what was found, and nothing of what it took."""
+        """Keeps what was found, and drops what it was found from."""
         self.found, self.query_energy, self.valid = found, None, None
 
 

@@ -17,7 +17,7 @@ CHOICES = {
     "condition": ("attention", "center", "none"),
     "backend": ("auto", "triton", "torch"),
 }
-# Keys are conditioned by at least so many tokens.
+# Keys are conditioned by at least this many tokens, besides the sinks.
 LEARNED_TOKENS = 128
 
 PRESETS = {
@@ -39,10 +39,7 @@ PRESETS = {
 
 
 def check_names(given: Iterable[str], known: Collection[str]) -> None:
-    """
-    Raises:
-        `ValueError`: an option is not among those `known`. The message names the nearest one.
-    """
+    """Raises a `ValueError` that names the nearest option if one of those `given` is not `known`."""
     for name in given:
         if name not in known:
             nearest = get_close_matches(name, known, 1)
@@ -71,8 +68,8 @@ class TurboQuantConfig:
     Args:
         nbits (`int` or `float`, defaults to 4):
             Bits per coordinate of keys and values, including the sketch but not the one or two two-byte scales per
-            vector. 2, 3, 4 or 8; 2.5 gives the keys 3 bits and the values 2, 3.5 gives them 4 and 3. 8 bits are whole
-            multiples of the vector's scale, and estimators and sketches do not apply to them.
+            vector. 2, 3, 4 or 8; 2.5 gives the keys 3 bits and the values 2, 3.5 gives them 4 and 3. At 8 bits
+            coordinates become whole multiples of the vector's scale; estimators and sketches do not apply.
         key_bits, value_bits (`int`, *optional*):
             Bits of the keys or the values alone: 2, 3, 4 or 8. They override `nbits`.
         key_estimator (`str`, defaults to `"qjl"`):
@@ -89,10 +86,10 @@ class TurboQuantConfig:
         condition (`str`, defaults to `"attention"`):
             What the quantizer of keys learns from the first tokens, frozen when the first token is quantized:
             `"attention"` takes a mean and a scale per channel from keys and queries, `"center"` the mean only,
-            `"none"` nothing. Unless it is `"none"`, all tokens stay exact until there are 128 beside the sinks. See
+            `"none"` nothing. Unless it is `"none"`, all tokens stay exact until there are 128 besides the sinks. See
             `conditioning`.
         residual_length (`int`, defaults to 128):
-            Length of the recent window: the number of latest tokens that stay in the model's dtype.
+            The number of recent tokens, which stay in the model's dtype.
         sink_length (`int`, defaults to 4):
             The number of first tokens that stay in the model's dtype.
         skip_layers (`tuple[int, ...]`, defaults to `()`):
@@ -132,8 +129,8 @@ class TurboQuantConfig:
 
         Args:
             preset (`str`): `"quality"`, `"balanced"` or `"small"`, with 4, 3 and 2 bits; `"cautious"`, with 8 bits for
-                keys and 4 for values; `"paper"` for the literal settings of the TurboQuant paper (no conditioning, no
-                exact tokens), which are worse; it uses the `nbits` given in `options`, and leaves 8 bits as they are.
+                keys and 4 for values; `"paper"`, with the settings of the TurboQuant paper (no conditioning, no exact
+                tokens), which are worse, and with the `nbits` in `options`; estimators do not apply at 8 bits.
 
         Raises:
             `ValueError`: there is no such preset, or an option is out of range.
@@ -190,7 +187,7 @@ def _refuse(self, name: str, value) -> None:
 # transformers' exporters begin by assigning to everything that a cache holds, its options first.
 TurboQuantConfig.__setattr__ = _refuse
 
-# For the signatures of what takes options.
+# The options as parameters, for the signatures of functions that take them.
 KEYWORDS = tuple(option.replace(kind=option.KEYWORD_ONLY) for option in signature(TurboQuantConfig).parameters.values())
 
 

@@ -17,7 +17,7 @@ _steps: WeakKeyDictionary = WeakKeyDictionary()
 def run(
     model, input_ids, name, returned, streamer, logits_processor, stopping_criteria, generation_config, model_kwargs
 ):
-    """One request over the cache in `model_kwargs[name]`; `returned` tells whether the caller sees it afterwards."""
+    """One request over the cache `model_kwargs[name]`, which the caller goes on to use if `returned`."""
     cache = model_kwargs[name]
     before = int(cache.get_seq_length())
     # Otherwise chunks of a prefill would be compiled.
@@ -62,7 +62,7 @@ def run(
 
 
 def _begin(model, name: str, model_kwargs: dict, ids: torch.Tensor) -> Steps:
-    """The steps of a request, those captured for an earlier one if nothing has changed that they rely on."""
+    """The steps of a request: those captured for an earlier one, if nothing that they rely on has changed."""
     cache = model_kwargs[name]
     steps, mark = _steps.pop(cache, None), fingerprint(model, cache)
     if steps is None or steps.fingerprint != mark:
@@ -73,8 +73,8 @@ def _begin(model, name: str, model_kwargs: dict, ids: torch.Tensor) -> Steps:
 
 def _decode(step, logits, ids, logits_processor, stopping_criteria, config, streamer, ahead):
     """
-    Chooses tokens until all sequences have ended. With `ahead`, the next step is launched before the host looks at the
-    token that it reads, so that the GPU never waits for the host.
+    Chooses tokens until all sequences have ended. With `ahead`, a step is launched before the host looks at the token
+    that the step reads, so that the GPU never waits for the host.
 
     Args:
         step (`Callable`): gives the logits after ids `[batch, tokens]`, of which only the last is new.
@@ -106,8 +106,8 @@ def _decode(step, logits, ids, logits_processor, stopping_criteria, config, stre
             tokens = tokens * unfinished + pad * (1 - unfinished)
         ids = torch.cat([ids, tokens[:, None]], dim=-1)
         host.mark()
-        # The first token comes before all that the first step has to prepare. A step whose token would exceed the limit
-        # is not even launched.
+        # The first token comes out before the first step, which has much to prepare. A step whose token would exceed
+        # the limit is not even launched.
         begun = ahead and not first and (max_length is None or ids.shape[1] < max_length)
         first = False
         if begun:

@@ -37,7 +37,7 @@ class LayerCost:
 
     Args:
         kind (`str`): in words, see `KINDS`.
-        token_bytes (`int`): bytes of every token, in the model's dtype.
+        token_bytes (`int`): bytes of one token, in the model's dtype.
         state_bytes (`int`): bytes that do not depend on the context: the state of linear attention.
         window (`int`, *optional*): tokens of a sliding window, as model cards give it: the current token is one of
             them, and is not kept. Without a window, all tokens are kept.
@@ -68,14 +68,14 @@ class LayerCost:
         return self.token_bytes * (context if self.window is None else min(context, self.window - 1))
 
     def fixed_bytes(self, max_cache_len: int) -> int:
-        """The same for so many tokens that are allocated at once."""
+        """Bytes allocated for a fixed capacity of `max_cache_len` tokens, for one sequence."""
         return self.token_bytes * min(max_cache_len, self.window or max_cache_len)
 
 
 @dataclass(frozen=True)
 class Estimate:
     """
-    The caches of a model.
+    What the cache of a model takes, compressed or not.
 
     Args:
         config (`PreTrainedConfig`): the model's.
@@ -94,7 +94,7 @@ class Estimate:
         with two. The caches show what each token adds and what is constant.
 
         Raises:
-            `ValueError`: it is no config or no decoder-only model, or transformers cannot make or run it from that.
+            `ValueError`: `config` is no config or not of a decoder-only model, or transformers cannot run that model.
         """
         check_config(config)
         try:
@@ -167,8 +167,8 @@ class Estimate:
 
     def longest_context(self, budget_bytes: int, batch: int = 1, **options) -> int:
         """
-        Tokens that fit the budget, spare capacity included; without options, in a `DynamicCache`. `max_cache_len` or
-        `MAX_CONTEXT` if the cache does not grow.
+        Tokens of each sequence that fit the budget, spare capacity included; without options, in a `DynamicCache`. At
+        most `max_cache_len` or, without that, `MAX_CONTEXT`: a cache may not grow at all.
         """
 
         def fits(context: int) -> bool:
@@ -190,11 +190,11 @@ def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuan
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         raise ValueError("its decoder caches the states of an encoder too")
-    # Some parts have a class only within the whole.
+    # Some text models have a class only as part of the whole model.
     source = text if type(text) in MODEL_MAPPING else config
     if type(source) not in MODEL_MAPPING:
         raise ValueError(f"transformers has no model of its own for {type(source).__name__}")
-    # Some models look for padding in the tokens, which have no values here. Some configs refuse to have no such token.
+    # Some models look for padding in the tokens, which have no values here. Some configs refuse to have none.
     vars(text)["pad_token_id"] = None
     # Gemma 3n computes a threshold from values too.
     if getattr(text, "activation_sparsity_pattern", None):
@@ -208,13 +208,13 @@ def _run(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> TurboQuan
     if seen == {False} and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError("its attention sees later tokens, as that of an encoder does")
     cache = TurboQuantCache(config, condition="none")
-    # So that it takes any head_dim: what cannot be packed is told by the layers.
+    # Without these the cache takes any head_dim; its layers tell what cannot be packed.
     cache.model_fields = None
     with torch.no_grad():
         model(torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=True, **{name: cache})
     if not any(layer_memory(layer).full_bytes for layer in cache.layers):
         raise ValueError("it leaves its cache empty")
-    # What two tokens show of these says too little about many.
+    # Two tokens say too little about how layers of other kinds grow.
     own = sorted({type(layer).__name__ for layer in cache.layers} - KINDS.keys())
     if own:
         raise ValueError(f"its cache has layers of its own kind, {own[0]}")

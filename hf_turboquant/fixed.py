@@ -23,9 +23,9 @@ class FixedTokens(Tokens):
 
     Steps of one or a few tokens do the same work at every length and read both lengths from device memory, so that
     `torch.compile` and CUDA graphs can hold them, and eager steps need not wait for the device. `length` and
-    `quantized` are those of the last [`measure`]; `most_tokens` is an upper bound since then.
+    `quantized` are as of the last [`measure`]; `most_tokens` bounds the length at any time.
 
-    Tokens that keys wait for are in the exact slots, of which there are `config.held_length` beside the sinks.
+    Until keys are conditioned, all tokens are in the exact slots, `config.held_length` besides the sinks.
 
     Args:
         config (`TurboQuantConfig`): must have a `max_cache_len`.
@@ -38,11 +38,11 @@ class FixedTokens(Tokens):
     states: LayerStates | None = None
     # Whether tokens were stored. Early initialisation makes the memory before there are any.
     has_tokens: bool = False
-    # Whether the exact slots hold tokens that keys wait for.
+    # Whether keys are not conditioned yet, and all tokens are exact.
     waits: bool = False
-    # Most tokens that steps may fill without asking: the capacity or, as long as keys wait, the exact slots.
+    # How many tokens steps may fill without asking: the capacity or, as long as keys wait, the exact slots.
     step_room: int = 0
-    # Upper bound of the tokens, including those of steps that the length on the host does not include yet.
+    # Upper bound of the number of tokens: includes steps since the length was last fetched.
     most_tokens: int = 0
     # Whether `announce` has already counted the tokens of the next step.
     announced: bool = False
@@ -66,7 +66,7 @@ class FixedTokens(Tokens):
         ops.warm(self.states)
 
     def _view(self) -> None:
-        """Makes views of the arena, of which no token counts yet."""
+        """Makes views of the arena, as one without tokens."""
         if self.states is None:
             # Views that serve outside of inference mode too.
             with torch.inference_mode(False):
@@ -90,7 +90,7 @@ class FixedTokens(Tokens):
         self.quantizers, self.codes, self.exact, self.plans = {}, {}, None, Plans()
         if self.arena is not None:
             with torch.inference_mode(False):
-                # What is copied in inference mode cannot be written to outside.
+                # What is copied in inference mode cannot be written to outside of it.
                 self.arena = self.arena.clone() if self.arena.is_inference() else self.arena
             torch._dynamo.mark_static_address(self.arena)
         if lengths is not None:
@@ -126,12 +126,12 @@ class FixedTokens(Tokens):
         self.announced = True
 
     def may_lack_room(self, tokens: int) -> bool:
-        """Whether the bound does not tell that a step of `tokens`, which was not announced, has room."""
+        """Whether a step of `tokens` that was not announced may lack room, as far as the bound tells."""
         return not self.announced and self.most_tokens + tokens > self.step_room and not self.is_capturing()
 
     def measure(self) -> None:
         """Fetches the lengths from the device: steps update only the copy there."""
-        # Without tokens, those on the device are still of the previous sequence.
+        # Without tokens, the lengths on the device are still those of the previous sequence.
         if self.has_tokens:
             states = self.states.measured()
             self.length, self.quantized = states.kv_len, states.quantized
@@ -158,7 +158,7 @@ class FixedTokens(Tokens):
             held.scale.copy_(keys.scale) if keys and keys.scale is not None else held.scale.fill_(1)
 
     def frozen(self) -> LayerStates:
-        """All tokens, for attention to read whatever comes: compiled steps write to the arena without any Python."""
+        """A copy of all tokens for attention: compiled steps write to the arena without running any Python here."""
         if not self.has_tokens:
             self.write_lengths()
         return open_arena(self.arena.clone(), self.description).measured()
@@ -169,7 +169,7 @@ class FixedTokens(Tokens):
         self.write_lengths()
 
     def emptied(self) -> "FixedTokens":
-        """The same memory without tokens, of which only the recent ones are exact from now on."""
+        """The same memory without tokens; from now on only sinks and recent ones are exact."""
         twin = self.snapshot()
         twin.length = 0
         twin.stop_waiting()
@@ -180,7 +180,7 @@ class FixedTokens(Tokens):
         held, keys = self.snapshot(), self.states.quantizers["keys"]
         held.description = describe(self.config, self.layer_idx, *tokens.exact.tensors.values())
         if held.description != self.description:
-            # Memory may run out.
+            # Before `outdate`, because memory may run out.
             held.arena, held.states = new_arena(held.description, self.arena.device), None
         outdate()
         held._view()

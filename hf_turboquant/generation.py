@@ -78,7 +78,7 @@ def generate(model, input_ids, logits_processor, stopping_criteria, generation_c
         out = run(model, input_ids, name, returned, lost.get("streamer"), **prepared, model_kwargs=model_kwargs)
     # Keeping a cache that grows would gain nothing.
     if not returned and cache.is_compileable:
-        # A prompt without a step is not quantized yet.
+        # A prompt that no step has followed is not quantized yet, and would be kept.
         cache.reset()
         _kept[model] = key, cache
     return out
@@ -89,7 +89,7 @@ def release(model) -> None:
     _kept.pop(model, None)
 
 
-# `generate` accepts the keywords listed here before it rejects unknown ones.
+# `generate` rejects keywords that neither it nor this signature lists.
 generate.__signature__ = inspect.Signature(
     [
         *list(inspect.signature(generate).parameters.values())[:-1],
@@ -158,7 +158,7 @@ def _hand_back(model, mode, reason, input_ids, lost, prepared, model_kwargs):
     method = GENERATION_MODES_MAPPING[mode]
     if "/" in method:
         raise ValueError(
-            f"`custom_generate=hf_turboquant.generate` must be greedy search, sampling, beam search or a draft, got "
+            f"What `hf_turboquant.generate` runs must be greedy search, sampling, beam search or a draft, got "
             f"{reason}. Pass `custom_generate='{method}'` and a `TurboQuantCache` as the cache."
         )
     logger.warning_once(f"`hf_turboquant.generate` leaves {reason} to the loop of transformers, over the same cache.")
@@ -172,8 +172,8 @@ def _hand_back(model, mode, reason, input_ids, lost, prepared, model_kwargs):
 
 def _take_cache(model, options: dict, batch: int, room: int) -> tuple[tuple, TurboQuantCache]:
     """
-    Returns an empty cache with a capacity of `room` tokens, that of the last request or a new one; if no graph can be
-    captured, one that grows. Also returns the key under which it is kept.
+    Returns the key under which a cache is kept, and an empty one with a capacity of at least `room` tokens: that of the
+    last request, or a new one, which grows if no graph can be captured.
     """
     config = TurboQuantConfig(**options)
     room = max(room, config.max_cache_len or 1)
@@ -191,6 +191,6 @@ def _take_cache(model, options: dict, batch: int, room: int) -> tuple[tuple, Tur
             room = -(-room // ROOM_TOKENS) * ROOM_TOKENS
             return key, TurboQuantCache(model.config, **options | {"max_cache_len": room})
         except ValueError as error:
-            # Some layers have no static kind.
+            # Some layers have no kind of fixed capacity.
             logger.warning_once(f"`hf_turboquant.generate` goes on without CUDA graphs: {error}")
     return key, _growing(model, options)

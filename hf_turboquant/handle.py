@@ -77,7 +77,7 @@ class QuantizedStates(torch.Tensor):
     @classmethod
     @torch.compiler.disable
     def _untraced_function(cls, func, args, kwargs):
-        # A graph goes on with plain tensors.
+        # Unprotected: what is traced after this gets plain tensors.
         return cls._function(func, args, kwargs, protect=False)
 
     @classmethod
@@ -90,10 +90,10 @@ class QuantizedStates(torch.Tensor):
             if call is not None and isinstance(call["states"], LayerStates):
                 return ops.attention(**call)
             if call is not None:
-                # Attention writes to nothing and returns memory of its own, so it needs nothing of `_call_plain`.
+                # Attention writes to no argument and returns memory of its own: it needs no checks of `_call_plain`.
                 args = [x.dequantize() if isinstance(x, cls) else x for x in args]
                 out = func(*args, **{name: x.dequantize() if isinstance(x, cls) else x for name, x in kwargs.items()})
-                # Only a query and a mask that attention has accepted.
+                # Last, so that only a query and a mask that attention has accepted are counted.
                 call["states"].observe(call["query"], call["attention_mask"])
                 return out
         elif func is torch.Tensor.to and isinstance(args[0], cls):
@@ -116,11 +116,11 @@ class QuantizedStates(torch.Tensor):
 
     @property
     def is_writable(self) -> bool:
-        """Whether a write changes what the layer holds: in place of codes there is nothing to write to."""
+        """Whether a write changes what the layer holds; codes cannot be written to."""
         return isinstance(self.states, ExactStates) and self.states.writable
 
     def _write(self, new: torch.Tensor) -> None:
-        """What assigning to `data` means while the layer holds exact tokens alone."""
+        """Assigns to `data`, while the layer holds exact tokens alone."""
         if tuple(new.shape) != tuple(self.shape):
             raise ValueError(f"`data` must keep its shape {list(self.shape)}, got {list(new.shape)}.")
         self.dequantize().copy_(new)
@@ -150,7 +150,7 @@ class QuantizedStates(torch.Tensor):
 
 
 def handles(states: LayerStates | ExactStates) -> tuple[QuantizedStates, QuantizedStates]:
-    """Of keys and of values."""
+    """Handles of the keys and of the values."""
     return QuantizedStates(states, "keys"), QuantizedStates(states, "values")
 
 
@@ -179,7 +179,7 @@ def _attention_call(
     codes = isinstance(key.states, LayerStates)
     if (codes and (dropout_p or is_causal)) or isinstance(query, QuantizedStates) or query.dim() != 4:
         return None
-    # Heads are being repeated.
+    # The handle is between two steps of `repeat_kv`.
     if len(key.shape) != 4:
         return None
     # torch lets all query heads share a single KV head.
@@ -203,7 +203,7 @@ def _log_dequantize() -> None:
 
 
 def plain(handle: QuantizedStates) -> torch.Tensor:
-    """The tensor that `handle` stands for, for an operation that is not attention; what waits is told of no query."""
+    """The tensor that `handle` stands for, for an operation other than attention; stores waiting tokens."""
     if isinstance(handle.states, ExactStates):
         handle.states.observe(None, None)
     else:
@@ -232,8 +232,8 @@ _TO_NUMPY = torch.Tensor.numpy, torch.Tensor.__array__
 def _call_plain(func, args, kwargs, kind: type, protect: bool = True):
     """
     Calls `func` with plain tensors in place of those of `kind`: handles, or [`ReadOnly`]. These are copies that nobody
-    else has: raises a `ValueError` if `func` wrote to one, and with `protect` returns as [`ReadOnly`] what shares
-    memory with one.
+    else has, so a write to one would be lost, and raises a `ValueError`. With `protect`, results that share memory with
+    one become [`ReadOnly`].
     """
     name, copies = getattr(func, "__name__", str(func)), []
 
@@ -276,7 +276,7 @@ def _call_plain(func, args, kwargs, kind: type, protect: bool = True):
         shared = item.layout is torch.strided and item.untyped_storage()._cdata in memory
         return item.as_subclass(ReadOnly) if shared and type(item) is torch.Tensor else item
 
-    # A tree of numbers, as `tolist` makes it, would take long.
+    # Searching a tree of numbers, such as `tolist` returns, would take long.
     several = isinstance(out, (tuple, list)) and len(out) and isinstance(out[0], torch.Tensor)
     return tree_map_only(torch.Tensor, protected, out) if several or isinstance(out, torch.Tensor) else out
 

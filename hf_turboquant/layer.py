@@ -1,4 +1,4 @@
-"""TurboQuantLayer: exact sinks and an exact recent window, with codes for all tokens between them."""
+"""TurboQuantLayer: exact sinks and exact recent tokens, with codes for all tokens between them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,9 +20,9 @@ from .states import ExactStates, LayerStates
 from .tokens import Tokens
 from .traced import append, handles_of
 
-# A layer that defers quantizing does so for prompts of at most so many tokens, in all sequences.
+# Quantizing is deferred for prompts of at most this many tokens, all sequences together.
 MAX_DEFERRED_TOKENS = 2_048
-# Up to this size it keeps the query of such a prompt: copying it takes the host less time than summing its squares.
+# The query of such a prompt is kept up to this size: copying it takes the host less time than summing its squares.
 MAX_QUERY_BYTES = 2**22
 # Most tokens of a step over a fixed capacity: one token of a compiled model, or those that a draft proposes.
 STEP_TOKENS = 16
@@ -30,11 +30,11 @@ STEP_TOKENS = 16
 
 class Observed(NamedTuple):
     """
-    What a layer has seen of the query that attends to tokens that wait.
+    What a layer has seen of the query that attended to its waiting tokens.
 
     Args:
-        valid (`torch.Tensor`, *optional*): which of all tokens are no padding, if the mask told.
-        query (`torch.Tensor`, *optional*): the query, if it is not counted yet.
+        valid (`torch.Tensor`, *optional*): boolean, of shape `[batch, kv_len]`; false for padding, if the mask tells.
+        query (`torch.Tensor`, *optional*): the query, if conditioning has not counted it yet.
         heads (`int`, *optional*), dtype (`torch.dtype`, *optional*): of the query.
     """
 
@@ -49,14 +49,14 @@ class TurboQuantLayer(BatchOperations, Lengths):
     The keys and values of one full-attention layer.
 
     The first `sink_length` tokens and the last `residual_length` tokens stay exact. A token is quantized once, when it
-    leaves the recent window. All of them stay exact until there are `LEARNED_TOKENS` to condition keys by, and longer,
-    up to `MAX_WAITING_TOKENS`, while most of them are alike. A first prompt waits for the query that attends to it;
-    until it is stored, a layer that grows has no other memory.
+    leaves the recent tokens. All tokens stay exact until there are `LEARNED_TOKENS` to condition keys by, and longer,
+    up to `MAX_WAITING_TOKENS`, while too few of them differ. The tokens of a first prompt wait for the query that
+    attends to them; until they are stored, a layer that grows allocates nothing else.
 
-    With `config.max_cache_len`, the capacity is fixed: see [`FixedTokens`]. Steps then wait for nothing, and everything
-    else fetches the lengths first ([`measure`]). Before a step whose tokens no longer fit in the exact slots, keys that
-    wait are conditioned. Callers that replay a graph must call `find_room` before and `count` afterwards. No step may
-    come before the first prompt is stored.
+    With `config.max_cache_len`, the capacity is fixed: see [`FixedTokens`]. Steps then never wait for the device, and
+    everything else fetches the lengths from it first ([`measure`]). If keys are not conditioned yet, they are before a
+    step whose tokens no longer fit in the exact slots. Callers that replay a graph must call `find_room` before and
+    `count` afterwards. No step may come before the first prompt is stored.
 
     Args:
         config (`TurboQuantConfig`): options of the cache.
@@ -67,9 +67,9 @@ class TurboQuantLayer(BatchOperations, Lengths):
     # all other checks.
     is_sliding = False
     step: LayerStates | None = None
-    # Of the first tokens.
+    # That of the first tokens.
     device: torch.device | None = None
-    # With a fixed capacity, whether the caller promises to call `settle` before a step: none that is compiled can.
+    # With a fixed capacity, whether the caller promises to call `settle` before a step: a compiled step cannot.
     defers: bool = False
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
@@ -78,7 +78,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         self.fixed = config.max_cache_len is not None
         if self.fixed:
             self.max_cache_len = config.max_cache_len
-        # Attention would read a longer chunk after some of its own tokens have left the window.
+        # Of a longer chunk, some tokens would already be codes when attention reads them.
         self.step_tokens = max(1, min(STEP_TOKENS, config.residual_length))
         # The torch reference fetches lengths from the device, which a CUDA graph cannot do.
         self.is_compileable = self.fixed and config.backend != "torch"
@@ -105,7 +105,6 @@ class TurboQuantLayer(BatchOperations, Lengths):
         self.is_initialized = False
         self.verdict.clear()
         self.tokens = self.tokens.forgotten()
-        # What keys are conditioned by.
         self.conditioning = Conditioning(self.config, self.layer_idx, self.frequencies, self.verdict)
         # The tokens of the last update, while they wait to be stored, and what was seen of their query.
         self.pending: dict[str, torch.Tensor] | None = None
@@ -114,15 +113,15 @@ class TurboQuantLayer(BatchOperations, Lengths):
         self.is_offloaded = False
         # Whether a gradient could have flowed to a token that is held now.
         self.cut_off = False
-        # What the last update returned, if it reads codes.
+        # Clears `step`, which is what the last update returned, if it reads codes.
         self._outdate()
         # Whether what `keys` and `values` returned shares memory with the layer.
         self.lent = False
 
     @property
     def condition(self) -> str | None:
-        """What conditioning found: see [`conditioning.Learned.condition`]. `None` as long as keys wait for it."""
-        # A step may have quantized the first token.
+        """What keys are conditioned by: see [`conditioning.Learned.condition`]; `None` until they are."""
+        # A step over a fixed capacity may have quantized a token: then keys are conditioned.
         self.measure()
         self._store_deferred()
         return self.conditioning.condition
@@ -132,8 +131,8 @@ class TurboQuantLayer(BatchOperations, Lengths):
             self.settle()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Draws the rotations and makes memory that fits the states, of shape `[batch, heads, T, head_dim]`."""
-        # Of the new sequence, of which conditioning knows nothing yet.
+        """Draws the rotations and makes memory that fits the states, of shape `[batch, heads, tokens, head_dim]`."""
+        # Not `self.conditioning.waits`, which may be that of an earlier sequence.
         waits = self.config.condition != "none"
         self.tokens.open({"keys": key_states, "values": value_states}, waits)
         self._initialize(key_states)
@@ -163,9 +162,9 @@ class TurboQuantLayer(BatchOperations, Lengths):
         Returns:
             Keys and values of all tokens, as [`QuantizedStates`] or, if all of them are exact, as plain tensors. They
             are valid until the next update. The states given belong to the caller again once this returns.
-            Attention reads the first prefill, and any chunk longer than the recent window, exactly. If the new states
-            require gradients, these flow to them through plain tensors; none flow to tokens of earlier calls. A step
-            over a fixed capacity returns handles of `max_cache_len` tokens, of which attention ignores those to come.
+            Attention reads the first prefill, and any chunk longer than `residual_length`, exactly. Gradients flow,
+            through plain tensors, to new states that require them, and never to tokens of earlier calls. A step over a
+            fixed capacity returns handles of `max_cache_len` tokens, of which attention ignores those to come.
 
         Raises:
             `ValueError`: the states don't fit what the layer holds, or its capacity. The layer is left unchanged.
@@ -197,7 +196,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         if self.pending is not None:
             self.settle()
         if self.lent:
-            # Others read and write there.
+            # Whoever took `keys` or `values` may still read and write that memory.
             self._replace(self.tokens.mapped(torch.clone))
             self.lent = False
         if self.is_offloaded:
@@ -205,7 +204,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         is_step = self._prepare_step(key_states.shape[2])
         fresh = not self.is_initialized
         if fresh and not self.fixed and self.conditioning.waits:
-            # The first token need not wait for memory, which `settle` makes.
+            # `settle` makes the memory, so that the first new token does not wait for that.
             self._initialize(key_states)
         elif fresh:
             self.lazy_initialization(key_states, value_states)
@@ -220,7 +219,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
                 return handles(self.step)
             return self._take(states)
         except BaseException:
-            # A smaller batch may come next.
+            # The caller may try again with a smaller batch.
             if fresh:
                 TurboQuantLayer.reset(self)
             raise
@@ -232,8 +231,8 @@ class TurboQuantLayer(BatchOperations, Lengths):
         held, tokens = self.tokens, states["keys"].shape[2]
         before, sinks, window = held.length, held.sinks, held.window
         coded = held.are_coded_after(tokens)
-        # Attention reads the first tokens, or the sinks, and the new ones exactly. Allocate that before anything
-        # changes: memory may run out.
+        # What attention reads exactly: the new tokens and those before them or, once there are codes, the sinks. It is
+        # allocated before anything changes, because memory may run out.
         exact = None
         if before == 0:
             exact = states
@@ -248,12 +247,12 @@ class TurboQuantLayer(BatchOperations, Lengths):
 
     def observe(self, query: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
         """
-        What attention to the tokens of the last update calls, with its query and mask. Stores the tokens or, if they
-        are few, leaves that to the next update: see [`_defers`].
+        Attention to the tokens of the last update calls this with its query and mask. Stores the tokens or, if they are
+        few, leaves that to the next update: see [`_defers`].
 
         Args:
             query (`torch.Tensor`, *optional*): of shape `[batch, num_attention_heads, query_length, head_dim]`; `None`
-                if something else than attention reads the tokens.
+                if something other than attention reads the tokens.
             attention_mask (`torch.Tensor`, *optional*): the mask of that query; distinguishes padding from tokens.
         """
         if query is not None and self.pending is not None and not self.is_offloaded and self._defers():
@@ -270,8 +269,8 @@ class TurboQuantLayer(BatchOperations, Lengths):
 
     def settle(self, query: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None) -> None:
         """
-        Stores the tokens of the last update if they wait, because conditioning needs queries. Without a query, now or
-        before, keys are only centred. Arguments are those of [`observe`].
+        Stores the tokens of the last update if they wait for a query to condition keys by. Without one, now or before,
+        keys are only centred. Arguments are those of [`observe`].
         """
         if self.pending is None:
             return
@@ -291,13 +290,13 @@ class TurboQuantLayer(BatchOperations, Lengths):
             self.offload()
 
     def _count(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """Tells conditioning of the query of the tokens that wait."""
+        """Gives conditioning the query of the waiting tokens."""
         self.conditioning.add_query(query, valid, self.pending["keys"].shape[1], self.get_seq_length())
 
     def _defers(self) -> bool:
         """
-        Whether tokens that wait may do so until the next update. On a GPU it takes the host longer to launch their
-        quantizing than everything else in a short prompt, and the first token need not wait for that.
+        Whether waiting tokens are stored only at the next update. On a GPU, launching what quantizes a short prompt
+        takes the host longer than all its other work, and the first new token need not wait for that.
         """
         batch, _, tokens, _ = self.pending["keys"].shape
         return (self.defers or not self.fixed) and self.device.type == "cuda" and batch * tokens <= MAX_DEFERRED_TOKENS
@@ -325,7 +324,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
             self.tokens.append(states)
 
     def _train(self, held, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lets gradients flow from what attention reads to the new tokens, the last of it: codes have none."""
+        """Lets gradients flow to the `new` keys and values, the last that attention reads: codes have none."""
         if held[0].shape[2] > new[0].shape[2] and self.cut_off:
             log_cut_off()
         self.cut_off = True
@@ -334,7 +333,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         return held
 
     def _learn(self, states: dict[str, torch.Tensor], coming: int = 0) -> bool:
-        """Whether keys are conditioned from now on, by `states`: see [`Conditioning.learn`]."""
+        """Conditions keys by `states` if [`Conditioning.learn`] finds enough in them; returns whether it did."""
         tokens = self.conditioning.learn(self.tokens, states, coming)
         if tokens is None:
             return False
@@ -343,7 +342,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         return True
 
     def _learn_now(self, coming: int) -> None:
-        """Conditions keys that wait, unless there is still room in the exact slots for so many more tokens."""
+        """Conditions keys that wait for it, unless the exact slots still have room for `coming` more tokens."""
         states = {role: self.tokens.whole(role).clone() for role in ROLES}
         with self._all_or_nothing():
             self.conditioning.add_mask(None, *states["keys"].shape[0:3:2])
@@ -351,7 +350,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
         self.tokens.write_lengths()
 
     def _condition_provisionally(self) -> None:
-        """Whoever replays steps without telling may fill the slots: conditions keys by the tokens known so far."""
+        """Conditions keys by the tokens so far, in case steps of a graph, which run no Python, fill the exact slots."""
         keys, self.conditioning.provisional = None, NOT_CONDITIONED
         if self.tokens.length > self.tokens.sinks:
             states = {role: self.tokens.whole(role) for role in ROLES}
@@ -371,21 +370,21 @@ class TurboQuantLayer(BatchOperations, Lengths):
     def _wait(self, states: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps a copy of the states until the query that attends to them is seen; returns what attention reads."""
         before = self.tokens.length
-        # Ordinary tensors even in inference mode, whose versions show whether they were written to.
+        # Ordinary tensors even in inference mode: only these have versions, which show whether they were written to.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             exact = self.tokens.followed_by(states, before)
         self.pending = {role: (x[:, :, before:] if before else x).detach() for role, x in exact.items()}
         return handles(ExactStates(exact, self.observe))
 
     def _begin_again(self) -> None:
-        """Forgets all tokens, in memory for others of their kind."""
+        """Forgets all tokens, and makes memory for new ones of the same kind."""
         empty = [self.tokens.exact[role][:, :, :0] for role in ROLES]
-        # What comes next has nothing to do with what was learned; a recurrent part is not concerned.
+        # New tokens have nothing to do with what was learned. `self.reset` would also clear a recurrent part.
         TurboQuantLayer.reset(self)
         self.lazy_initialization(*empty)
         self.tokens.write_lengths()
 
     def _outdate(self) -> None:
-        """What the last update returned must not be read any more."""
+        """From now on, reading codes that the last update returned raises a `ValueError`."""
         if self.step is not None:
             self.step.outdated, self.step = True, None

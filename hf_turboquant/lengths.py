@@ -6,8 +6,8 @@ from transformers.cache_utils import DynamicLayer
 from .traced import seq_length
 
 NOT_COMPILED = (
-    "Only steps of a few tokens without gradients are compiled over a cache with `max_cache_len`, after a prefill that "
-    "was not and whose attention has run: `generate` does so. Leave `fullgraph=True` out for others."
+    "Only steps of a few tokens without gradients are compiled over a cache with `max_cache_len`, and only after an "
+    "uncompiled prefill, attention included, as in `generate`. Leave `fullgraph=True` out for anything else."
 )
 
 
@@ -39,8 +39,8 @@ class Lengths(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """
-        Columns of the next update's mask (for a step over a fixed capacity, all of it), and the position of the first
-        column.
+        Columns of the next update's mask (`max_cache_len` for a step over a fixed capacity), and the position of the
+        first column. Raises a `ValueError` if a fixed capacity is too small.
         """
         if not self.fixed:
             return super().get_mask_sizes(query_length)
@@ -60,12 +60,12 @@ class Lengths(DynamicLayer):
         return self.max_cache_len if is_step else self.tokens.length + waiting + query_length, 0
 
     def _is_step(self, tokens: int) -> bool:
-        """Whether so many tokens are a step over a fixed capacity."""
+        """Whether this many tokens are a step over a fixed capacity."""
         return self.fixed and tokens <= self.step_tokens and self.tokens.has_tokens and self.pending is None
 
     def _prepare_step(self, tokens: int) -> bool:
         """
-        Whether so many tokens are a step, which one launch appends. With a fixed capacity, makes sure that there is
+        Whether this many tokens are a step, which one launch appends. With a fixed capacity, makes sure that there is
         room, or raises a `ValueError`.
         """
         held = self.tokens
@@ -80,10 +80,10 @@ class Lengths(DynamicLayer):
 
     @torch.compiler.disable(reason=NOT_COMPILED)
     def measure(self) -> None:
-        """Fetches the lengths from the device, if only it has them: those of steps over a fixed capacity."""
+        """Fetches the lengths from the device, where steps over a fixed capacity update them."""
         self.tokens.measure()
         if self.fixed and self.conditioning.waits and self.tokens.has_tokens and self.tokens.quantized:
-            # A step has quantized the first token.
+            # A step has quantized a token: the provisional mean and scale are final from then on.
             self.conditioning.finish(self.conditioning.provisional)
             self.tokens.stop_waiting()
             self.tokens.write_lengths()
@@ -105,8 +105,8 @@ class Lengths(DynamicLayer):
 
     def make_room(self, tokens: int) -> None:
         """
-        Fetches the exact length; raises a `ValueError` if so many tokens more do not fit. Keys that wait to be
-        conditioned are, if the exact slots cannot take the tokens.
+        Fetches the exact length; raises a `ValueError` if this many more tokens do not fit. Conditions keys that wait
+        for it, if the exact slots cannot take the tokens.
         """
         if not self.fixed:
             return

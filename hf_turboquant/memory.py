@@ -20,9 +20,9 @@ class MemoryReport:
     Args:
         codes_bytes (`int`): packed codes and sketch signs of the tokens held.
         scales_bytes (`int`): scales and residual norms of the tokens held.
-        exact_bytes (`int`): sinks and recent window.
+        exact_bytes (`int`): sinks, recent tokens, and all others until keys are conditioned.
         slack_bytes (`int`): allocated for later tokens.
-        constants_bytes (`int`): rotations, sketches and codebooks; independent of the sequence length.
+        constants_bytes (`int`): rotations, sketches, codebooks, mean and scale; independent of the sequence length.
         other_bytes (`int`): layers that are not compressed.
         full_bytes (`int`): what a `DynamicCache` holds for the same tokens.
         smaller_from (`int`): about how many tokens a sequence must have to be smaller than in a `DynamicCache`; 0 if
@@ -67,9 +67,9 @@ _PARTS = tuple(part.name for part in fields(MemoryReport))[:-2]
 
 def layer_memory(layer) -> MemoryReport:
     """The report of one layer of a cache, of any kind."""
-    # A compressed layer has its tokens in buffers or an arena, and else recurrent states and waiting tokens.
     if isinstance(layer, TurboQuantLayer):
         layer._store_deferred()
+    # Of a compressed layer, these are recurrent states and waiting tokens: all else is counted from its `tokens`.
     leaves = tree_leaves(vars(layer))
     held = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
     if not isinstance(layer, TurboQuantLayer) or not layer.is_initialized:
@@ -93,7 +93,7 @@ def layer_memory(layer) -> MemoryReport:
 
 
 def _token_bytes(tokens: Tokens) -> Counter:
-    """Bytes of one token: exact, and its codes and scales. A code of 3 bits may end within a byte."""
+    """Bytes of one token if exact, of its codes and of its scales. Codes of 3 bits may end within a byte."""
     per_token = Counter()
     for buffer in (tokens.exact, *tokens.codes.values()):
         for name, t in buffer.tensors.items():

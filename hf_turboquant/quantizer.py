@@ -124,16 +124,17 @@ class Quantizer:
         return codes | dict.fromkeys(scales, (torch.bfloat16, (BLOCK,)))
 
     def new_buffer(self, batch: int, heads: int) -> TokenBuffer:
-        """An empty buffer for the codes and scales of `batch * heads` sequences."""
+        """An empty buffer for codes and scales of `batch` sequences and `heads` KV heads."""
         return TokenBuffer(self.buffer_shapes, BLOCK, batch, heads, self.transform.device)
 
 
 # Never freed: graphs that torch.compile captured read these constants, and run again for an arena at the address of a
-# freed one. Two for each layer and setting, whatever the requests.
+# freed one. There are two for each layer and setting, however many requests come.
 @cache
 def _create(role, nbits, estimator, sketch, rotation, seed, layer_idx, head_dim, device) -> Quantizer:
     sketched, code_bits = estimator == "qjl", nbits - (estimator == "qjl")
     codebook = INT8 if estimator == "int8" else lloyd_max(code_bits, head_dim)
+    # Raises the error for a head_dim that cannot be packed.
     plane_shapes(nbits, role, head_dim)
     # numpy draws the same stream on every machine; torch's generators differ between devices.
     generator = np.random.default_rng((seed, layer_idx, ROLES.index(role), head_dim))

@@ -28,7 +28,7 @@ MODEL_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention
 MODEL_FIELDS += ("head_dim", "vocab_size", "layer_types")
 # Arguments that make a layer and distinguish it from others of its kind.
 ARGUMENTS = ("sliding_window", "number_of_states", "max_cache_len")
-# How the names of fields end that a layer has from its first tokens on.
+# Endings of the names of fields that a layer only gets with its first tokens.
 FIRST_TOKENS = ("dtype", "device", "batch_size", "num_heads", "head_dim")
 # Only our layers and those of transformers can be saved; layers that models define may keep anything.
 _THEIRS = *cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.values(), *cache_utils.STATIC_LAYER_TYPE_MAPPING.values()
@@ -39,7 +39,7 @@ SAVED_LAYERS |= {"TurboQuantStaticLayer": TurboQuantLayer, "TurboQuantStaticHybr
 
 
 def save_cache(cache, folder: str | Path) -> None:
-    """[`TurboQuantCache.save_pretrained`]: writes the file beside `folder`, then renames it into it."""
+    """[`TurboQuantCache.save_pretrained`]: writes the file beside `folder`, then moves it into `folder`."""
     folder = Path(folder).resolve()
     with _refusing(folder, "new, empty or a saved cache", "Name another."):
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
@@ -84,7 +84,7 @@ def load_cache(cls, folder: str | Path, config: PreTrainedConfig | None, device:
     with _refusing(folder, "a saved cache", "Name another, or prefill the text again and save that."):
         header = _read_header(folder)
         if (found := header["format_version"]) != FORMAT_VERSION:
-            wrote = f"as hf_turboquant {header.get('hf_turboquant')} wrote and can read it"
+            wrote = f"as hf_turboquant {header.get('hf_turboquant')} wrote it and can read it"
             raise ValueError(f"its format must be {FORMAT_VERSION}, got {found}, {wrote}")
         tensors = load_file(folder / FILE)
         if header.pop("sha256") != _sha256(header, tensors):
@@ -139,7 +139,7 @@ def _recognised(cache) -> dict:
 
 
 def _state(layer, index: int) -> dict:
-    """Kind, fields and tokens of a layer, after all of them have been stored where the layer keeps them."""
+    """Kind, fields and tokens of a layer; stores waiting tokens first."""
     if SAVED_LAYERS.get(type(layer).__name__) is not type(layer):
         raise ValueError(
             f"Every layer must be one of {sorted(SAVED_LAYERS)} to be saved, got {type(layer).__name__} at "
@@ -158,9 +158,9 @@ def _state(layer, index: int) -> dict:
 def _tokens(layer: TurboQuantLayer) -> dict:
     """The tokens of a layer and what is known of them; tensors share its memory."""
     held, conditioning, keys = layer.tokens, layer.conditioning, layer.tokens.quantizers["keys"]
-    # Steps over a fixed capacity don't lengthen what is known of padding.
+    # Steps over a fixed capacity don't extend the mask of padding.
     conditioning.add_mask(None, held.exact["keys"].shape[0], held.length)
-    # A layer of fixed capacity knows before the first code how it would be conditioned.
+    # A layer of fixed capacity knows before the first code how its keys would be conditioned.
     known = learned(conditioning.provisional if conditioning.waits else conditioning.found)
     return {
         "length": held.length,
@@ -184,7 +184,7 @@ def _new_layer(cache, index: int, kind: str, fields: dict, tokens: dict | None):
         layer = kind(cache.options, index, **given)
         layer.verdict = cache.verdict
     else:
-        # The window of a layer of fixed capacity is that capacity.
+        # A sliding layer of fixed capacity keeps only the smaller of capacity and window, which then serves as both.
         layer = kind(**{"sliding_window": given.get("max_cache_len"), **given})
     for name, value in fields.items():
         if name not in vars(layer) and not name.endswith(FIRST_TOKENS):
@@ -196,7 +196,7 @@ def _new_layer(cache, index: int, kind: str, fields: dict, tokens: dict | None):
 
 
 def _restore(layer: TurboQuantLayer, saved: dict) -> None:
-    """Gives an empty layer room for tokens as in `saved`, compares what it would save with that, and copies it."""
+    """Makes room in an empty layer, checks that what it would save now has the form of `saved`, and copies `saved`."""
     like, known = [saved["stored"][role]["exact"][0] for role in ROLES], Learned(*saved["learned"])
     layer.lazy_initialization(*like)
     conditioning, length, quantized = layer.conditioning, saved["length"], saved["quantized"]
@@ -253,7 +253,7 @@ def _refusing(folder: Path, what: str, advice: str) -> Iterator[None]:
 
 
 def _read_header(folder: Path) -> dict:
-    """What is saved beside tensors; raises an error if `folder` does not hold a cache of any format version."""
+    """What is saved besides tensors; raises an error if `folder` does not hold a cache of any format version."""
     with safe_open(folder / FILE, framework="pt") as file:
         text = (file.metadata() or {}).get("cache", "{}")
     # Recurrent states have integer keys, which json turns into strings.

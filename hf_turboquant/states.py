@@ -30,9 +30,9 @@ class LayerStates:
             `ring`. `kv_len` and `quantized` are upper bounds in that case.
         plans (`Plans`, *optional*): the layer's plans for launches.
         training (`dict[str, torch.Tensor]`, *optional*):
-            By role, the last tokens as they came, if gradients flow to them: then attention reads these, and of all
-            others dequantized ones.
-        outdated (`bool`): whether the layer went on, and may have overwritten what these states read.
+            By role, the newest tokens as they came, if gradients flow to them. Attention then reads these, and all
+            others dequantized.
+        outdated (`bool`): whether the layer has gone on and may have overwritten what these states read.
         window (`int`, *optional*): recent tokens that stay exact if they are fewer than `ring`.
     """
 
@@ -60,8 +60,8 @@ class LayerStates:
                 f"{role} of {q.nbits} bits, head_dim {q.head_dim}" for role, q in self.quantizers.items()
             )
             raise ValueError(
-                "A CUDA graph must not hold what asks the device for lengths, as the torch reference, more than 16 "
-                f"queries and any operation but attention do. Got {got}. Pass `disable_compile=True` to `generate`."
+                "A CUDA graph must not hold what fetches lengths from the device, as the torch reference, more than 16 "
+                f"queries and any operation but attention do, got {got}. Pass `disable_compile=True` to `generate`."
             )
         kv_len, quantized, window = self.counters[0, 0].tolist()
         if kv_len > self.kv_len:
@@ -142,8 +142,8 @@ class AttentionOptions(NamedTuple):
 
     def finish(self, products: torch.Tensor, first_query: int, first_key: int = 0) -> torch.Tensor:
         """
-        Logits of products of queries and keys `[batch, num_attention_heads, queries, keys]`, of which the first are at
-        these positions: scaled, capped, and -inf where a query must not attend.
+        Logits from products of queries and keys, of shape `[batch, num_attention_heads, queries, keys]`: scaled, capped
+        and masked. `first_query` and `first_key` are the positions of the first query and key.
         """
         logits = products * self.scaling
         if self.softcap is not None:

@@ -22,7 +22,7 @@ class TokenBuffer:
     def __init__(self, shapes, block: int, batch: int, heads: int, device: torch.device):
         self.block = block
         self.length = 0
-        # Ordinary tensors even in inference mode, because what grows out of them is written to outside.
+        # Ordinary tensors even in inference mode, because they are written to outside of it too.
         with torch.inference_mode(False):
             self.tensors = {
                 name: torch.empty((batch, heads, 0, *shape), dtype=dtype, device=device)
@@ -41,6 +41,7 @@ class TokenBuffer:
 
     @property
     def capacity(self) -> int:
+        """Tokens that fit into the allocated memory."""
         return next(iter(self.tensors.values())).shape[2] * self.block
 
     @property
@@ -54,7 +55,7 @@ class TokenBuffer:
         return self.nbytes * self.length // self.capacity if self.capacity else 0
 
     def reserve(self, tokens: int, limit: int | None = None) -> None:
-        """Grows to a capacity of `tokens` in all, allocating at most `limit`. If memory runs out, nothing changes."""
+        """Grows to hold `tokens` in all, with spare capacity up to `limit`. If memory runs out, nothing changes."""
         if tokens <= self.capacity:
             return
         target = tokens + tokens // 32
@@ -75,7 +76,7 @@ class TokenBuffer:
             self.tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
 
     def to(self, dtypes: dict[str, torch.dtype]) -> None:
-        """Converts the tensors, by name; contents stay what they are where dtypes are wider."""
+        """Converts the tensors to these dtypes, by name: exactly, if they are wider."""
         with torch.inference_mode(False):
             self.tensors = {name: tensor.to(dtypes[name]) for name, tensor in self.tensors.items()}
 

@@ -14,15 +14,15 @@ from .quantizer import ROLES, Quantizer
 from .states import LayerStates
 from .storage import SlotBuffer, TokenBuffer, reserve_all
 
-# Where memory grows, keys wait for enough different tokens while there are at most so many beside the sinks.
+# In a layer that grows, keys wait for enough different tokens until there are more than this many besides sinks.
 MAX_WAITING_TOKENS = 512
 
 
 class Tokens:
     """
-    The keys and values of one layer: exact ones in slots, the first `exact.sinks` and the last `window` of them, and
-    codes for all between. When a token is stored, and when keys are conditioned, is for the layer to decide. Their
-    memory, which [`open`] makes, grows.
+    The keys and values of one layer: the first `exact.sinks` and the last `window` tokens exact, in slots, and codes of
+    all between. When a token is stored and when keys are conditioned is for the layer to decide. The memory, which
+    [`open`] makes, grows.
 
     Args:
         config (`TurboQuantConfig`): options of the cache.
@@ -31,30 +31,29 @@ class Tokens:
 
     def __init__(self, config: TurboQuantConfig, layer_idx: int):
         self.config, self.layer_idx = config, layer_idx
-        # By role; nothing where there is no memory yet.
+        # By role; empty until there is memory.
         self.quantizers: dict[str, Quantizer] = {}
         self.codes: dict[str, TokenBuffer] = {}
         self.exact: SlotBuffer | None = None
         # How many tokens there are, and how many recent ones stay exact, at most `exact.ring`.
         self.length = self.window = 0
-        # What launches on the same buffers share.
         self.plans = Plans()
         # Shapes, dtypes and devices of the last states that fitted.
         self.checked: tuple | None = None
 
     def forgotten(self) -> "Tokens":
-        """No tokens, and no memory."""
+        """The same without tokens and memory."""
         return Tokens(self.config, self.layer_idx)
 
     def open(self, states: dict[str, torch.Tensor], waits: bool) -> None:
         """
-        Makes memory for states of shape `[batch, heads, tokens, head_dim]`, by role, of which no token counts yet.
-        While keys wait to be conditioned, all tokens are exact.
+        Makes memory for states of shape `[batch, heads, tokens, head_dim]`, by role, without storing any. If keys wait
+        to be conditioned, as `waits` tells, all tokens are exact.
         """
         keys, kinds = states["keys"], tuple((x.dtype, (x.shape[3],)) for x in states.values())
         window = max(self.config.held_length, MAX_WAITING_TOKENS) if waits else self.config.residual_length
         made = _opened(self.config, self.layer_idx, *keys.shape[:2], kinds, keys.device, window)
-        # Whoever conditions keys or loads tokens changes what is its own.
+        # Other layers get `made` too: conditioning keys and loading tokens must change copies.
         vars(self).update(vars(made.snapshot()), quantizers=dict(made.quantizers), plans=Plans())
 
     @property
@@ -127,11 +126,11 @@ class Tokens:
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         if self.exact is not None and torch.is_inference_mode_enabled():
-            # What is copied there cannot be written to outside.
+            # Tensors copied in inference mode cannot be written to outside of it.
             vars(self).update(vars(self.mapped(torch.clone)))
 
     def are_coded_after(self, tokens: int) -> bool:
-        """Whether there are codes once so many tokens more have come."""
+        """Whether there are codes once this many more tokens have come."""
         return self.quantized > 0 or self.length + tokens > self.sinks + self.window
 
     def whole(self, role: str) -> torch.Tensor:
@@ -140,8 +139,8 @@ class Tokens:
 
     def parts(self) -> dict[str, dict]:
         """
-        Views of all that is held, by role: a list of the runs of `exact` tokens, after a run of none, and the tensors
-        of codes by name, in whole blocks.
+        Views of all that is held, by role: under `"exact"`, runs of exact tokens after an empty one, which has their
+        dtype and shape; under their names, the tensors of codes, in whole blocks.
         """
         sinks, recent = min(self.sinks, self.length), self.sinks + self.quantized
         runs = [slice(0), *self.exact.runs(0, sinks), *self.exact.runs(recent, self.length)]
@@ -154,7 +153,7 @@ class Tokens:
         }
 
     def resize(self, length: int, quantized: int) -> None:
-        """Makes room for so many tokens, whose contents are undefined until [`parts`] are written."""
+        """Makes room for `length` tokens, `quantized` of them codes; undefined until all [`parts`] are written."""
         slots = min(length, self.sinks + self.exact.ring)
         self.exact.reserve(slots, limit=slots)
         for buffer in self.codes.values():
@@ -184,7 +183,7 @@ class Tokens:
         self.length = after
 
     def _leaving(self, states: torch.Tensor, role: str, start: int, stop: int) -> torch.Tensor:
-        """The tokens at positions `start` to `stop`, taken from the recent window and then from `states`."""
+        """The tokens at positions `start` to `stop`, taken from the recent tokens and then from `states`."""
         pieces = self.exact.pieces(role, start, min(self.length, stop))
         if stop > self.length:
             pieces.append(states[:, :, max(start - self.length, 0) : stop - self.length])
@@ -196,14 +195,14 @@ class Tokens:
         return self.read_from(self.exact.tensors, quantized, ring, quantized % ring if ring else 0)
 
     def read_from(self, exact: dict[str, torch.Tensor], quantized: int, ring: int, phase: int) -> LayerStates:
-        """The same with other slots in place of its own."""
+        """The same with other slots: behind the sinks a ring of `ring` slots, the oldest token at `phase`."""
         return LayerStates(
             self.quantizers, self.codes, exact, self.length, quantized, self.sinks, ring, phase, self.config.backend,
             None, self.plans,
         )  # fmt: skip
 
     def step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> LayerStates:
-        """Appends one token, which pushes at most one out of the recent window; returns what attention reads."""
+        """Appends one token, which pushes at most one out of the recent tokens; returns what attention reads."""
         quantized, exact = self.quantized, self.sinks + self.window
         leaving = self.length + 1 - exact > quantized
         if not leaving:
@@ -227,13 +226,13 @@ class Tokens:
         """Writes the lengths to the device, if steps read them there."""
 
     def keep_condition(self, keys: Quantizer | None) -> None:
-        """Copies the mean and scale of `keys` to where steps read them, if that is elsewhere; `None` if it has none."""
+        """Copies the mean and scale of `keys`, if any, to where steps read them, if that is not there."""
 
     def count(self, tokens: int) -> None:
         """Counts the tokens of a step that was launched without [`step`]."""
 
     def may_lack_room(self, tokens: int) -> bool:
-        """Whether there may be no room for so many tokens more."""
+        """Whether there may be no room for this many more tokens."""
         return False
 
     def crop(self, length: int) -> None:
@@ -266,11 +265,11 @@ class Tokens:
         return twin
 
     def replaced_by(self, tokens: "Tokens", outdate: Callable[[], None]) -> "Tokens":
-        """What a layer holds when it goes on with `tokens`, a copy; calls `outdate` before anything is overwritten."""
+        """What a layer holds once `tokens`, a copy, replace these; calls `outdate` before anything is overwritten."""
         return tokens
 
     def emptied(self) -> "Tokens":
-        """The same without tokens, of which none was quantized; from now on only the recent ones are exact."""
+        """The same without its tokens, none of which is in codes; from now on only sinks and recent ones are exact."""
         twin, window = self.snapshot(), self.config.residual_length
         twin.length, twin.window = 0, window
         if window != twin.exact.ring:
@@ -280,8 +279,8 @@ class Tokens:
 
     def in_one_dtype(self, states: dict[str, torch.Tensor]) -> tuple["Tokens", dict[str, torch.Tensor]]:
         """
-        The same and new states as plain tensors, both in the wider dtype of both, as `torch.cat` would make them; for
-        keys and for values.
+        These tokens and new states, as plain tensors: keys in the wider of their two dtypes, as `torch.cat` would make
+        them, and values likewise.
         """
         held = {role: self.exact[role].dtype for role in ROLES}
         dtypes = {role: torch.promote_types(held[role], states[role].dtype) for role in ROLES}
@@ -293,7 +292,7 @@ class Tokens:
 # Requests are alike, and making buffers for every layer of each takes a noticeable part of a short prompt's time.
 @lru_cache(maxsize=1024)
 def _opened(config: TurboQuantConfig, layer_idx: int, batch: int, heads: int, kinds, device, window: int) -> Tokens:
-    """Tokens with empty buffers, for states of these dtypes and shapes of a head, by role."""
+    """Tokens with empty buffers; `kinds` are the dtype and `(head_dim,)` of keys and of values."""
     made = Tokens(config, layer_idx)
     for role, (_, (head_dim,)) in zip(ROLES, kinds, strict=True):
         made.quantizers[role] = Quantizer.create(config, role, layer_idx, head_dim, device)

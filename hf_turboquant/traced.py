@@ -109,7 +109,7 @@ class TracedStates:
 
 
 def handles_of(arena, description, kv_len: int, *states: torch.Tensor) -> tuple[TracedStates, ...]:
-    """Handles of `kv_len` keys and of values of an arena, in the form of new key and value states."""
+    """Handles of `kv_len` keys and values of an arena; new keys and values, `states`, tell dtypes and other sizes."""
     return tuple(
         TracedStates(arena, description, role, (*x.shape[:2], kv_len, x.shape[3]), x.dtype, x.device)
         for role, x in zip(ROLES, states, strict=True)

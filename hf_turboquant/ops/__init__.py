@@ -48,7 +48,7 @@ def quantize(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer], backend: str =
     before = [buffer.length for buffer in buffers]
     reserve_all(buffers, max(before) + parts[0][0].shape[2])
     try:
-        # If the kernels take only one of them, neither is theirs.
+        # If the kernels support only one of the parts, the reference quantizes both.
         (functions.pop() if len(functions) == 1 else reference.quantize)(*parts)
     except BaseException:
         # Codes beyond the length are ignored, so restoring the length undoes all writes.
@@ -59,7 +59,7 @@ def quantize(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer], backend: str =
 
 def append(states: LayerStates, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     """
-    Runs one step in place: quantizes the token that leaves the recent window, if one does, and writes the new token to
+    Runs one step in place: quantizes the token that leaves the recent tokens, if one does, and writes the new token to
     its exact slot. The kernels need one launch, and the host waits for nothing. The buffers must have the capacity, and
     the caller must update the lengths.
 
@@ -95,7 +95,7 @@ def append(states: LayerStates, key_states: torch.Tensor, value_states: torch.Te
 
 
 def start_compiler() -> None:
-    """Starts what compiling takes before the first kernel, in other threads, if a GPU is in use."""
+    """Starts, in other threads, what Triton does before it compiles its first kernel, if a GPU is in use."""
     if launch is not None and not launch.INTERPRETED and torch.cuda.is_initialized():
         launch.start_compiler()
 
@@ -160,7 +160,10 @@ def channel_statistics(
     Returns:
         Mean and scale, fp32 `[heads, 1, head_dim]` (the scale is `None` without `query_energy`), and int32 `[4]` on
         the device: whether the mean is valid, whether the scale is, whether there were enough different tokens, and how
-        many tokens the mean is of. What is not valid is zero, for the mean, or one.
+        many tokens the mean is of. An invalid mean is zero, an invalid scale is one.
+
+    Raises:
+        `ValueError`: shapes don't fit, or the requested backend cannot do it.
     """
     batch, heads, tokens, head_dim = keys.shape
     shapes = [(values[..., 0], (batch, heads, tokens)), (query_energy, (heads, head_dim)), (valid, (batch, tokens))]
@@ -205,7 +208,7 @@ def _check_current(states: LayerStates) -> None:
 def dequantize_all(states: LayerStates, role: str) -> torch.Tensor:
     """
     All keys or values of a layer in the model's dtype, of shape `[batch, num_key_value_heads, kv_len, head_dim]`; exact
-    tokens as they are. Raises a `ValueError` if the states are outdated.
+    tokens as they are, and zeros for tokens to come. Raises a `ValueError` if the states are outdated.
     """
     if states.counters is not None:
         plain = dequantize_all(states.measured(), role)
@@ -240,7 +243,7 @@ def attention(query: torch.Tensor, states: LayerStates, **options) -> torch.Tens
         A row that may attend to nothing is zero.
 
     Raises:
-        `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
+        `ValueError`: shapes don't fit, the states are outdated, or the requested backend cannot do it.
     """
     options = AttentionOptions(**options)
     _check_current(states)
@@ -268,13 +271,10 @@ def scores(query: torch.Tensor, states: LayerStates, **options) -> torch.Tensor:
     The logits themselves, before the softmax: with `"qjl"` and `"rescaled"` keys, unbiased estimates of
     ⟨query, key⟩ · scaling.
 
-    Arguments as for [`attention`]; attention sinks are no logits of tokens, and are ignored.
+    Arguments and errors as for [`attention`]; attention sinks are no logits of tokens, and are ignored.
 
     Returns:
         fp32 `torch.Tensor` of shape `[batch, num_attention_heads, query_length, kv_len]`.
-
-    Raises:
-        `ValueError`: shapes don't fit, or the backend that was asked for cannot do it.
     """
     options = AttentionOptions(**options)._replace(sinks=None)
     _check_query(query, states, options)
@@ -318,7 +318,7 @@ def _dequantized_attention(query: torch.Tensor, states: LayerStates, options: At
 
 
 def _pick(backend: str, device: torch.device, kernels, name: str, *args):
-    """The function `name` of the kernels or the reference; raises if the kernels were requested but cannot run."""
+    """The function `name` of the kernels or the reference; a `ValueError` if requested kernels cannot run."""
     if backend == "torch":
         return getattr(reference, name)
     if kernels is None:

@@ -24,7 +24,7 @@ from .launch import DTYPES, INTERPRETED, is_only_compiling, on_other_device, str
 
 LOG2E = 1.4426950408889634
 
-# In this order.
+# The launches of attention, in order.
 LAUNCHES = "prepare", "attend", "combine"
 
 
@@ -46,7 +46,7 @@ def _decline(states: LayerStates) -> str | None:
         if quantizer.head_dim % 16 or not 32 <= quantizer.head_dim <= 256:
             return f"the kernels take a head_dim of 32 to 256 in steps of 16, and the {role} have {quantizer.head_dim}"
         if exact.dtype not in DTYPES or not exact.is_contiguous() or exact.data_ptr() % 16:
-            return f"the exact {role} are {exact.dtype} or not contiguous"
+            return f"the exact {role}, of {exact.dtype}, are not contiguous and aligned fp16, bf16 or fp32"
     return None
 
 
@@ -149,7 +149,7 @@ class AttentionPlan(Plan):
             (keys.nbits, keys.estimator == "qjl", keys.head_dim, matrices.shape[1], keys.codebook),
             (values.nbits, values.head_dim, values.mean is not None, values.codebook),
             mask_kind,
-            # The last query sees everything.
+            # A single query sees everything.
             options.is_causal and query_length > 1,
             options.softcap is not None,
             self.rows <= ROWS // 2,
@@ -157,7 +157,7 @@ class AttentionPlan(Plan):
         )
         self.row_tiles = -(-self.rows // kernels.rows)
         self.rotations = self.pairs * self.row_tiles
-        # A call has the splits of the codes, then those of the exact tokens.
+        # Partial results are those of the splits of the codes, then those of the tiles of exact tokens.
         self.slots = min(states.sink_length + states.ring, states.exact["keys"].shape[2])
         self.exact_tiles = max(-(-self.slots // EXACT_TILE), int(static))
         self.code_splits = count_splits(kernels.wave, self.rotations, self.blocks, CODED_SPLITS[-1])
@@ -225,7 +225,6 @@ class AttentionPlan(Plan):
             with torch.cuda.device(query.device):
                 return self.run(query, states, options, mask, launches)
         compiled, stream = self.compiled, self.stream
-        # Tensors until everything is compiled, then addresses.
         at = torch.Tensor.data_ptr if compiled else _itself
         scaling, sinks = options.scaling, options.sinks
         softcap = 1.0 if options.softcap is None else options.softcap * LOG2E

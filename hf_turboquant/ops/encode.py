@@ -127,12 +127,11 @@ def _launch(*parts: tuple[torch.Tensor, Quantizer, TokenBuffer]) -> None:
     for i, (x, quantizer, buffer) in enumerate(parts):
         outputs, constants, specs[i], options, more = _side(x, quantizer, buffer, tile)
         sides[i] = x, (x.stride(), outputs, constants)
-        # A compiled kernel may rely on aligned addresses.
         key += *more, x.data_ptr() % 16
     grid = ((length + tokens - 1) // tile - length // tile + 1, batch * heads, len(parts))
     args = (*sides, length, tokens, first.capacity // BLOCK, heads, *specs, tile)
     run(quantize_kernel, (quantize_kernel, *key), grid, device, args, options)
-    # Their lengths change last.
+    # Lengths change last, once everything is launched.
     for _, _, buffer in parts:
         buffer.length += tokens
 
@@ -141,7 +140,7 @@ def _side(x: torch.Tensor, quantizer: Quantizer, buffer: TokenBuffer, tile: int)
     """For keys or values: buffers and constants for the kernels, specification, options, and a part of the key."""
     planes, constants, spec, options = _prepare(quantizer, x.dtype, tile)
     buffers = tuple(buffer[name] for name in planes), buffer["scales"], buffer.tensors.get("residual_norms")
-    # Triton specialises on these properties of an integer. The strides themselves hold the length of the prompt.
+    # Triton specialises on these properties of an integer. The strides themselves differ for every length of a prompt.
     strides = tuple((n == 1, n % 16 == 0, n >= 2**31) for n in x.stride())
     key = (spec, x.dtype, quantizer.mean is None, quantizer.scale is None, strides)
     return buffers, constants, spec, options, key
@@ -158,7 +157,7 @@ def _prepare(quantizer: Quantizer, dtype: torch.dtype, tile: int):
             by_head += (None, 0) if x is None else (x.contiguous(), x[0].numel() if len(x) > 1 else 0)
         sketch = quantizer.sketch
         if quantizer.annealing is not None:
-            # Quantizers that conditioning makes from one share it, so that a captured graph finds it again.
+            # Quantizers that conditioning makes from one share this operator, so that a captured graph finds it again.
             sketch = constants_of(quantizer).search_operator(quantizer)
         constants = (*by_head, sketch, quantizer.boundaries, quantizer.centroids)
         prepared[dtype, tile] = planes, constants, *_specify(quantizer, dtype, tile)
@@ -176,8 +175,8 @@ def _specify(quantizer: Quantizer, dtype: torch.dtype, tile: int) -> tuple[tuple
         # Three products in tf32 are as precise as fp32.
         precision = "tf32x3"
         if quantizer.scale is None or dtype != torch.float16:
-            # States are exact in their own dtype, and the matrix is nearly exact as a sum of two. A scale may take it
-            # out of fp16's range.
+            # States are exact in their own dtype, and the matrix is nearly exact as a sum of two. A scale may take the
+            # matrix out of fp16's range.
             operand = DTYPES[dtype]
     if tile == 1:
         chunk = min(padded, 128)

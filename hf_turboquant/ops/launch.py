@@ -16,9 +16,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 INTERPRETED = triton.knobs.runtime.interpret
-# Where launches of this thread only compile, those that begin after all others: launchers and their arguments.
+# In a thread whose launches only compile: launchers, with arguments, that begin after all others. Elsewhere `None`.
 _postponed: ContextVar[list[tuple] | None] = ContextVar("postponed", default=None)
-# What takes longest to compile must not share the interpreter with what takes little.
+# These take longest to compile, so they begin first, while no quick ones compete for the interpreter.
 SLOW = "quantize_kernel", "step_kernel", "attend_kernel", "prepare_kernel"
 # What compiles in another thread; the first real launch of a kernel waits for it.
 _in_background: list[Future] = []
@@ -27,8 +27,8 @@ _front_end = Lock()
 
 class _Source(ASTSource):
     """
-    A kernel's source whose front end waits for those of others. It is Python, so that several at once would all be done
-    when the last of them is, while one by one, most kernels are in the hands of other compilers early.
+    A kernel's source whose front end waits for those of others. Front ends are Python: several at once would all finish
+    late, while one by one they soon pass most kernels on to compilers that run in parallel.
     """
 
     def make_ir(self, *args, **kwargs):
@@ -39,18 +39,18 @@ class _Source(ASTSource):
 
     def make_c_launcher(self) -> None:
         """
-        Has a C compiler make what launches the kernel. Triton does so once the kernel is compiled; then it finds the
-        result on disk.
+        Has a C compiler make the kernel's launcher. Triton would do so after compiling the kernel, and then finds it on
+        disk.
         """
-        # This needs nothing of the compiled kernel; what Triton does next does, and fails here.
+        # That needs nothing of the compiled kernel. What Triton's class does next needs it, and fails.
         with suppress(Exception):
             triton.runtime.driver.active.launcher_cls(self, SimpleNamespace())
 
 
 @lru_cache(maxsize=1)
 def start_compiler() -> list[Future]:
-    """Starts, in other threads, what Triton does before its first kernel; returns that."""
-    # It reads all of its own library, and has a C compiler make its driver.
+    """Starts, in other threads, what Triton does before it compiles its first kernel; returns the futures."""
+    # Triton reads all of its own library, and has a C compiler make its driver.
     work = getattr(triton.runtime.cache, "triton_key", bool), lambda: triton.runtime.driver.active
     threads = ThreadPoolExecutor(len(work))
     futures = [threads.submit(function) for function in work]
@@ -82,7 +82,7 @@ def compile_in_background(work: Callable[[], None], device: torch.device) -> Non
 
 
 def wait_for_background() -> None:
-    """Waits for [`compile_in_background`]. What failed there is compiled, and fails, where it is launched."""
+    """Waits for [`compile_in_background`]. What failed there is compiled at its launch, and raises there."""
     for future in list(_in_background):
         wait([future])
         # Another thread may have waited too.
@@ -190,7 +190,7 @@ class Launcher:
         kernel = self.kernel.warmup(*args, **self.constants, **self.options, grid=(1,))
         future = getattr(kernel, "future", None)
         if future is not None:
-            # The thread that compiles goes on with what the first launch needs: a C compiler makes its launcher.
+            # The compiling thread then prepares the first launch, for which a C compiler makes the launcher.
             future.add_done_callback(partial(_load, torch.cuda.current_device()))
 
     def __call__(self, grid: tuple[int, int, int], stream: int, args: tuple, fixed: tuple) -> None:
@@ -219,8 +219,8 @@ LAUNCHERS: dict[tuple, Launcher] = {}
 
 def launcher_for(kernel, key: tuple, options: dict, constants: dict) -> Launcher:
     """
-    The launcher of `kernel` with `constants`, by name. `key` has all that Triton specialises on, and no length, because
-    there is no end of them.
+    The launcher of `kernel` with `constants`, by name. `key` has all that Triton specialises on, but no lengths, of
+    which there is no end.
     """
     launcher = LAUNCHERS.get(key)
     if launcher is None:

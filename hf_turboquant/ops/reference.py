@@ -222,7 +222,7 @@ def _append_one(states: LayerStates, new: dict[str, torch.Tensor]) -> None:
     quantized = now.quantized
     leaves = now.kv_len + 1 - sinks - (ring if now.window is None else now.window) > quantized
     if leaves:
-        # With no recent window the new token itself leaves.
+        # If no recent tokens stay exact, the new token itself leaves.
         slot = sinks + quantized % ring if sinks + quantized < now.kv_len else None
         for role, state in new.items():
             leaving = state if slot is None else states.exact[role][:, :, slot : slot + 1]

@@ -187,7 +187,7 @@ def finish_kernel(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
     SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Statistics from the sums, in one program, because all heads decide if pairs are halves or neighbours."""
+    """Statistics from the sums, in one program: all heads together decide if pairs are halves or neighbours."""
     h = tl.arange(0, HEADS)[:, None]
     d = tl.arange(0, DIM_PAD)[None, :]
     inside = (h < heads) & (d < DIM)

@@ -1,4 +1,4 @@
-"""A step at any length: one token comes, and at most one leaves the recent window."""
+"""A step at any length: one token comes, and at most one leaves the recent tokens."""
 
 import triton
 import triton.language as tl
