@@ -125,7 +125,7 @@ class TurboQuantConfig:
     @classmethod
     def from_preset(cls, preset: str, **options) -> "TurboQuantConfig":
         """
-        Returns the options of a preset, overridden by `options`. The README lists what each preset costs and saves.
+        Returns the options of a preset, overridden by `options`. `docs/quality.md` says what bits cost.
 
         Args:
             preset (`str`): `"quality"`, `"balanced"` or `"small"`, with 4, 3 and 2 bits; `"cautious"`, with 8 bits for
