@@ -191,6 +191,7 @@ class TurboQuantLayer(BatchOperations, Lengths):
     def _append(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         states = {"keys": key_states, "values": value_states}
         if self.pending is not None:
+            # New states are compared with it: refused ones must not store what waits.
             self.make_memory()
         as_held = self.tokens.check(states, self.device)
         if self.pending is not None:

@@ -175,7 +175,8 @@ def _fidelity(model, tokenizer, text, settings, results, track) -> tuple:
     for nbits, published in fidelity.BENCHMARK.items():
         asked.add_row(f"published, {nbits} bits", "8,192", *published)
     about = f"{fidelity.DIFFERENCES} Here {settings.model} reads {settings.text}."
-    return used, asked, about, plots.fidelity_figure(longest, f"Error by layer, {length:,} tokens")
+    title = f"Error by layer, {max(settings.fidelity_lengths):,} tokens"
+    return used, asked, about, plots.fidelity_figure(longest, title)
 
 
 def _claims(model, tokenizer, text, settings, results, track) -> tuple:
